@@ -1,0 +1,78 @@
+"""Step 3: run the frozen base model over conversations and store its features, one worker per card group.
+
+    python allocation.py --outdir ./features --end_num 100 --npu_indices "0,1,2,3,4,5,6,7" --used_npus 8 \\
+        --model_type llama --model_name ./llama-7B --data_path ./sharegpt.json --seed 42 --max_length 2048 \\
+        --dtype bfloat16
+
+Worker i writes ``OUTDIR/<i>/``. The same command continues an interrupted job. Exit codes: 0 done, 1 the work
+failed, 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from eagle.cli import run
+from eagle.conversation import BUILT_IN_TEMPLATES, Tally
+from eagle.job import GenerationRequest, claim_outdir, finish, parse_indices, resolve
+from eagle.launch import locked, run_workers
+from eagle.model_config import FAMILIES
+from eagle.target import DTYPES
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Step 3: ShareGPT conversations -> features of the base model, in a store for training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--outdir", type=Path, required=True, help="folder of the store; worker i writes OUTDIR/<i>/")
+    parser.add_argument("--model_name", required=True, help="folder of the base model")
+    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
+    parser.add_argument("--model_type", choices=FAMILIES, help="the base model's family; checked against config.json")
+    parser.add_argument(
+        "--end_num", type=int, help="how many conversations to use, after shuffling with the seed (default: all)"
+    )
+    parser.add_argument("--npu_indices", default="0", help='the cards to use, e.g. "0,1,2,3"; worker numbers on a CPU')
+    parser.add_argument("--used_npus", type=int, default=1, help="cards each worker process gets; 7B: 1, 70B: 4 or 8")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle")
+    parser.add_argument("--max_length", type=int, default=2048, help="cut conversations to this many tokens")
+    parser.add_argument("--dtype", default="bfloat16", metavar="{" + ",".join(DTYPES) + "}", help="of model and store")
+    parser.add_argument(
+        "--chat_template",
+        help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
+    )
+    parser.add_argument("--device", default="auto", metavar="{auto,npu,cuda,cpu}", help="what the workers run on")
+    parser.add_argument("--batch_tokens", type=int, default=4096, help="padded tokens in one forward pass")
+    parser.add_argument(
+        "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    request = GenerationRequest(**{**vars(args), "npu_indices": parse_indices(args.npu_indices)})
+    if os.environ.get("EAGLE_TARIN_MODE"):
+        print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")
+    job = resolve(request)
+    print(f"{job.conversations:,} conversations, {len(job.groups)} worker(s) on {job.kind}")
+    for note in job.notes:
+        print(f"  {note}")
+    claim_outdir(job)
+    with locked(request.outdir):
+        run_workers(job)
+        manifest = finish(job)
+    print(
+        f"{request.outdir}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
+        f"{manifest['supervised_tokens']:,} supervised"
+    )
+    for line in Tally.from_json(manifest).lines():
+        print(f"  {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

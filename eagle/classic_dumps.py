@@ -1,0 +1,92 @@
+"""The dumps of the public EAGLE scripts: ``<folder>/data_<n>.ckpt``, one pickled dict a conversation.
+
+Each is a ``torch.save`` of ``input_ids [T]``, ``loss_mask [T]`` and ``hidden_state [T, H]``. They are read with
+``weights_only=True``, memory-mapped where the file allows it, and can be trained on and resharded like a store.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eagle.cli import RequestError, WorkError
+from eagle.features import Record
+
+_DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
+_KEYS = ("input_ids", "loss_mask", "hidden_state")
+# How safetensors calls the dtypes, so that both kinds of source describe themselves alike.
+_DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+class ClassicFolder:
+    """The dumps of one folder as a record source; the number in a file's name stands for the conversation."""
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        self.path = path
+        self.files = files
+        self.conversations = np.array([_number(file) for file in files], dtype=np.int64)
+        shapes = [_load(file)["hidden_state"] for file in files]
+        self.lengths = np.array([len(hidden) for hidden in shapes], dtype=np.int64)
+        self.hidden_size = int(shapes[0].shape[1])
+        self.dtype_code = _DTYPE_CODES.get(shapes[0].dtype, str(shapes[0].dtype))
+        for file, hidden in zip(files, shapes, strict=True):
+            if hidden.shape[1] != self.hidden_size or hidden.dtype != shapes[0].dtype:
+                raise RequestError(
+                    f"{file} holds hidden states of size {hidden.shape[1]} ({hidden.dtype}), the dumps beside it "
+                    f"{self.hidden_size} ({shapes[0].dtype}). Dumps of different targets cannot be mixed."
+                )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, position: int, *, features: bool = True) -> Record:
+        """Raises: WorkError for a dump that is damaged."""
+        content = _load(self.files[position])
+        hidden = content["hidden_state"]
+        return Record(
+            int(self.conversations[position]),
+            content["input_ids"].to(torch.int32),
+            content["loss_mask"].to(torch.uint8),
+            hidden.clone() if features else hidden[:0],
+        )
+
+
+def find_classic_dumps(root: Path) -> list[ClassicFolder]:
+    """One source for every folder below `root` that holds dumps, in a fixed order."""
+    folders: dict[Path, list[Path]] = {}
+    for file in root.rglob("data_*.ckpt"):
+        if _DUMP_NAME.fullmatch(file.name):
+            folders.setdefault(file.parent, []).append(file)
+    return [ClassicFolder(folder, sorted(folders[folder], key=_number)) for folder in sorted(folders)]
+
+
+def _number(file: Path) -> int:
+    match = _DUMP_NAME.fullmatch(file.name)
+    assert match
+    return int(match[1])
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # the format of torch before 1.6 cannot be memory-mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises anything on a damaged or unsafe file
+        raise WorkError(
+            f"{file} cannot be read: {error}. It is damaged, or not a plain dump of {', '.join(_KEYS)}. "
+            "Delete it to go on without it."
+        ) from error
+    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise WorkError(f"{file} has no {', '.join(missing)}; a dump holds {', '.join(_KEYS)}. Delete it to go on.")
+    tensors = {key: torch.as_tensor(content[key]) for key in _KEYS}
+    # Some forks keep the batch dimension of 1.
+    tensors = {key: t.squeeze(0) if t.dim() == (3 if key == "hidden_state" else 2) else t for key, t in tensors.items()}
+    lengths = {key: len(tensor) for key, tensor in tensors.items()}
+    if len(set(lengths.values())) > 1:
+        raise WorkError(f"{file} is inconsistent: lengths {lengths} should be equal. Delete it to go on.")
+    return tensors

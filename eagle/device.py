@@ -1,0 +1,81 @@
+"""NPU, CUDA or CPU: the one place that knows which, and how a worker process is given its cards."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from eagle.cli import RequestError
+
+KINDS = ("npu", "cuda", "cpu")
+
+#: The variable that limits which cards a process sees. The CPU has none: its workers share the cores.
+VISIBILITY_VARIABLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+
+
+def available(kind: str) -> bool:
+    """Whether this process could use a device of that kind."""
+    if kind == "npu":
+        if importlib.util.find_spec("torch_npu") is None:
+            return False
+        import torch_npu  # noqa: F401  (registers torch.npu)
+
+        return torch.npu.is_available()
+    return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
+
+
+def choose_kind(requested: str = "auto") -> str:
+    """'npu', 'cuda' or 'cpu'. ``auto`` takes the first that is there, in that order.
+
+    Raises: RequestError when a kind was asked for by name and is not available.
+    """
+    if requested == "auto":
+        return next(kind for kind in KINDS if available(kind))
+    if requested not in KINDS:
+        raise RequestError(f"--device {requested}: expected auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
+    if not available(requested):
+        needs = {"npu": "torch_npu and an Ascend card", "cuda": "a CUDA build of torch and a GPU"}[requested]
+        raise RequestError(f"--device {requested}: this process sees no such device; it needs {needs}.")
+    return requested
+
+
+def torch_device(kind: str, index: int = 0) -> torch.device:
+    """The torch device of that kind; `index` counts the cards this process sees."""
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, index)
+
+
+def count(kind: str) -> int | None:
+    """How many cards this process sees; None for the CPU, where an index numbers a worker process."""
+    if kind == "cpu":
+        return None
+    return torch.npu.device_count() if kind == "npu" else torch.cuda.device_count()
+
+
+def check_indices(kind: str, indices: list[int], flag: str = "--npu_indices") -> None:
+    """Refuse cards that do not exist or that the surrounding environment hides.
+
+    Indices are the numbers that ``npu-smi`` / ``nvidia-smi`` show. Where the visibility variable is already
+    set (a scheduler gave us some of the cards), they must be among those.
+    """
+    if kind == "cpu":
+        return
+    visible = os.environ.get(VISIBILITY_VARIABLE[kind])
+    if visible:
+        allowed = [entry.strip() for entry in visible.split(",")]
+        hint = f"{VISIBILITY_VARIABLE[kind]}={visible} in this shell shows only those cards"
+    else:
+        allowed = [str(index) for index in range(count(kind) or 0)]
+        hint = f"this machine has {len(allowed)} {kind} card(s)"
+    missing = [str(index) for index in indices if str(index) not in allowed]
+    if missing:
+        raise RequestError(f"{flag} names card {', '.join(missing)}, but {hint}: use {','.join(allowed)}.")
+
+
+def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, str]:
+    """Environment variables for one of `workers` processes: its cards, or its share of the CPU cores."""
+    if kind == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        return {} if workers == 1 else {"OMP_NUM_THREADS": str(threads)}
+    return {VISIBILITY_VARIABLE[kind]: ",".join(map(str, cards))}

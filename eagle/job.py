@@ -1,0 +1,239 @@
+"""A data-generation job: what was asked for, what that comes to, and the manifest that records it.
+
+The parent (`eagle.launch`) resolves the request once and writes it to the store's manifest; every worker
+(`eagle.generate`) reads its share from there, so that all of them agree and a rerun can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eagle import device
+from eagle.cli import RequestError, existing_path, provenance, write_json
+from eagle.conversation import Tally, load_encoder
+from eagle.features import DONE, FORMAT_VERSION, MANIFEST, read_manifest
+from eagle.model_config import FAMILIES, load_config
+from eagle.records import RecordFile
+from eagle.target import Weights, dtype_name, fingerprint, parse_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """The options of ``allocation.py``, checked as far as they can be on their own."""
+
+    outdir: Path
+    model_name: str
+    data_path: Path
+    model_type: str | None = None
+    end_num: int | None = None
+    npu_indices: tuple[int, ...] = (0,)
+    used_npus: int = 1
+    seed: int = 42
+    max_length: int = 2048
+    dtype: str = "bfloat16"
+    chat_template: str | None = None
+    device: str = "auto"
+    batch_tokens: int = 4096
+    allow_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.end_num is not None and self.end_num < 1:
+            raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
+        if self.max_length < 3:
+            raise RequestError(f"--max_length {self.max_length}: expected 3 tokens or more.")
+        if self.batch_tokens < 1:
+            raise RequestError(f"--batch_tokens {self.batch_tokens}: expected 1 or more.")
+        if self.model_type not in (None, *FAMILIES):
+            raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(FAMILIES)}.")
+        parse_dtype(self.dtype)
+        self.card_groups()
+
+    def card_groups(self) -> list[tuple[int, ...]]:
+        """The cards of each worker process, `used_npus` to a worker."""
+        cards, per_worker = self.npu_indices, self.used_npus
+        if per_worker < 1 or len(cards) % per_worker:
+            raise RequestError(
+                f"--used_npus {per_worker} is how many cards each worker process gets; it does not divide the "
+                f"{len(cards)} cards of --npu_indices {','.join(map(str, cards))}. Use a divisor of {len(cards)}."
+            )
+        return [tuple(cards[at : at + per_worker]) for at in range(0, len(cards), per_worker)]
+
+
+def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[int, ...]:
+    """'0,1,2' -> (0, 1, 2). Raises: RequestError for anything that is not distinct card numbers."""
+    entries = [entry.strip() for entry in text.split(",")]
+    wrong = [entry for entry in entries if not (entry.isascii() and entry.isdigit())]
+    if wrong:
+        raise RequestError(f'{flag} "{text}": {wrong[0]!r} is not a card number; expected e.g. "0,1,2,3".')
+    indices = tuple(map(int, entries))
+    repeated = sorted({index for index in indices if indices.count(index) > 1})
+    if repeated:
+        raise RequestError(f'{flag} "{text}" repeats {", ".join(map(str, repeated))}; name each card once.')
+    return indices
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A resolved request: the manifest's content, and what the parent needs to start the workers."""
+
+    request: GenerationRequest
+    kind: str
+    conversations: int
+    manifest: dict
+    notes: list[str]
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        return self.request.card_groups()
+
+
+def resolve(request: GenerationRequest) -> Job:
+    """Check the request against the disk, the data and the device, before any work begins.
+
+    Raises: FileNotFoundError, RequestError.
+    """
+    model = existing_path(request.model_name, "--model_name", "folder")
+    config = load_config(model)
+    if request.model_type not in (None, config.family):
+        raise RequestError(
+            f"--model_type {request.model_type}: {model}/config.json says model_type {config.family!r}. "
+            f"Use --model_type {config.family}."
+        )
+    kind = device.choose_kind(request.device)
+    device.check_indices(kind, list(request.npu_indices))
+    Weights(model)
+    records = RecordFile(request.data_path, allow_truncated=request.allow_truncated)
+    encoder = load_encoder(model, config, request.chat_template)
+    conversations = min(len(records), request.end_num or len(records))
+    notes = _notes(request, records, encoder.template_name, config.max_position_embeddings)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "target": {
+            "name": str(model.resolve()),
+            "fingerprint": fingerprint(model),
+            "config_digest": config.digest(),
+            "family": config.family,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        },
+        "tokenizer": {"digest": encoder.digest(), "chat_template": encoder.template_name},
+        "data": {
+            "path": str(request.data_path.resolve()),
+            "digest": records.digest(),
+            "records": len(records),
+            "damage": dataclasses.asdict(records.damage) if records.damage else None,
+        },
+        "dtype": dtype_name(parse_dtype(request.dtype)),
+        "options": {
+            "conversations": conversations,
+            "seed": request.seed,
+            "max_length": request.max_length,
+            "chat_template": request.chat_template,
+            "allow_truncated": request.allow_truncated,
+            "batch_tokens": request.batch_tokens,
+            "workers": len(request.card_groups()),
+        },
+        "complete": False,
+        "made_by": provenance(),
+    }
+    return Job(request, kind, conversations, manifest, notes)
+
+
+def _notes(request: GenerationRequest, records: RecordFile, template: str, longest: int) -> list[str]:
+    notes = [f"chat template: {template}"]
+    if records.damage:
+        notes.append(
+            f"--allow_truncated: record {records.damage.record}, from byte {records.damage.byte}, is not whole and "
+            f"is left out; {len(records):,} whole records are used"
+        )
+    if request.end_num and request.end_num > len(records):
+        notes.append(f"--end_num {request.end_num:,}: the file holds {len(records):,} conversations; all are used")
+    if request.max_length > longest:
+        notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
+    return notes
+
+
+#: What has to be the same for a rerun to continue a store, and how to say it.
+_IDENTITY = (
+    ("target", "fingerprint"),
+    ("tokenizer", "digest"),
+    ("data", "digest"),
+    ("dtype",),
+    ("options",),
+)
+
+
+def claim_outdir(job: Job) -> None:
+    """Write the manifest of a new job, or check that the folder's is of the same job so that it can go on.
+
+    Raises: RequestError for a folder that holds something else, or a job with other options.
+    """
+    outdir = job.request.outdir
+    if outdir.exists() and not outdir.is_dir():
+        raise RequestError(f"--outdir {outdir} is a file; expected a folder to write the store to.")
+    path = outdir / MANIFEST
+    if path.is_file():
+        existing = read_manifest(path)
+        if "resharded_into" in existing:
+            raise RequestError(f"--outdir {outdir} holds a resharded store, which cannot be continued; name another.")
+        differences = _differences(existing, job.manifest)
+        if differences:
+            raise RequestError(
+                f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
+                "command to continue it, or name another folder."
+            )
+        return
+    if outdir.is_dir() and any(not entry.name.startswith(".") for entry in outdir.iterdir()):
+        found = sorted(entry.name for entry in outdir.iterdir())[:3]
+        raise RequestError(
+            f"--outdir {outdir} is not empty ({', '.join(found)}, ...) and is no store. Name a new or empty folder."
+        )
+    outdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, job.manifest)
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    found = []
+    for keys in _IDENTITY:
+        before, after = old, new
+        for key in keys:
+            before, after = before[key], after[key]
+        if isinstance(after, dict):
+            names = sorted(set(before) | set(after))
+            found += [f"{n} was {before.get(n)!r}, now {after.get(n)!r}" for n in names if before.get(n) != after.get(n)]
+        elif before != after:
+            shown = [str(value)[:12] if keys[-1] in ("digest", "fingerprint") else value for value in (before, after)]
+            found.append(f"{' '.join(keys)} was {shown[0]}, now {shown[1]}")
+    return found
+
+
+def worker_share(manifest: dict, worker: int) -> Sequence[int]:
+    """The conversations (indices into the data file) worker `worker` computes, in its order.
+
+    The seed's permutation of the whole file, cut to the number asked for, dealt out in turn: which
+    conversations a store holds does not depend on the number of workers.
+    """
+    options = manifest["options"]
+    # RandomState's streams are frozen for good, unlike the newer generators'.
+    order = np.random.RandomState(options["seed"]).permutation(manifest["data"]["records"])
+    return order[: options["conversations"]][worker :: options["workers"]].tolist()
+
+
+def finish(job: Job) -> dict:
+    """Add up what the workers did into the manifest and mark it complete. Returns the manifest."""
+    path = job.request.outdir / MANIFEST
+    manifest = read_manifest(path)
+    total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
+    for worker in range(len(job.groups)):
+        done = json.loads((job.request.outdir / str(worker) / DONE).read_text(encoding="utf-8"))
+        total = {key: total[key] + done[key] for key in total}
+        tally.add(Tally.from_json(done))
+    manifest |= total | tally.to_json() | {"complete": True}
+    write_json(path, manifest)
+    return manifest

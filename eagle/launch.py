@@ -1,0 +1,165 @@
+"""Run the workers of a data-generation job: one process per card group, one progress view, no orphans."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from eagle import device
+from eagle.cli import RequestError, WorkError
+from eagle.job import Job
+
+LOG = "worker.log"
+LOCK = ".lock"
+#: How long a worker may take to end by itself before it is killed.
+GRACE_SECONDS = 10
+
+
+class WorkerProcess:
+    """One running worker: its process, its log file, and the progress it last reported."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.number = number
+        self.cards = job.groups[number]
+        self.progress = {"position": 0, "records": 0, "tokens": 0}
+        self.starting: dict[str, int] | None = None
+        folder = job.request.outdir / str(number)
+        folder.mkdir(exist_ok=True)
+        self.log = folder / LOG
+        self.command = worker_command(job, number)
+        environment = {
+            **os.environ,
+            **device.worker_environment(job.kind, list(self.cards), len(job.groups)),
+            # The documentation users follow has them export this before data generation; here it is set for the
+            # workers alone, so nobody has to unset it again.
+            "EAGLE_TARIN_MODE": "1",
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+            ),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--watch_stdin"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the parent, which ends the workers in order
+            )
+        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
+
+    def _listen(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            try:
+                self.progress = json.loads(line)
+            except ValueError:  # something else printed; it belongs with the worker's words
+                with self.log.open("ab") as log:
+                    log.write(line)
+                continue
+            if self.starting is None:
+                self.starting = self.progress
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else []
+        return "\n".join(f"    {line}" for line in lines[-12:]) or "    (it said nothing)"
+
+
+def worker_command(job: Job, number: int) -> list[str]:
+    """The command line of worker `number`; its cards come by environment variable."""
+    command = [sys.executable, "-m", "eagle.generate", "--outdir", str(job.request.outdir.resolve())]
+    return [*command, "--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises: RequestError while another process holds it."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(f"--outdir {folder} is in use by another running job; wait for it or end it.") from error
+        yield
+
+
+def run_workers(job: Job) -> None:
+    """Start every worker, show their common progress, and wait.
+
+    A worker that fails ends the others and raises WorkError with its last words; so does Ctrl-C end them all.
+    What they had finished stays; the same command continues.
+    """
+    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+    workers: list[WorkerProcess] = []
+    try:
+        workers += [WorkerProcess(job, number) for number in range(len(job.groups))]
+        _watch(workers, job.conversations)
+    finally:
+        _end(workers)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch(workers: list[WorkerProcess], conversations: int) -> None:
+    interval = 0.5 if sys.stderr.isatty() else 15
+    bar = tqdm(total=conversations, unit="conv", mininterval=interval, maxinterval=interval, smoothing=0.1)
+    since, tokens_before = None, 0
+    with bar:
+        while True:
+            running = [worker for worker in workers if worker.process.poll() is None]
+            if all(worker.starting for worker in workers):
+                tokens = sum(worker.progress["tokens"] for worker in workers)
+                if since is None:  # a resumed job is not credited with what it found
+                    since, tokens_before = time.monotonic(), tokens
+                    bar.initial = sum(worker.starting["position"] for worker in workers if worker.starting)
+                    bar.n = bar.last_print_n = bar.initial
+                rate = (tokens - tokens_before) / max(time.monotonic() - since, 1e-9)
+                bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+                bar.update(sum(worker.progress["position"] for worker in workers) - bar.n)
+            for worker in workers:
+                if worker.process.poll() not in (None, 0):
+                    raise WorkError(_obituary(worker))
+            if not running:
+                return
+            time.sleep(0.2)
+
+
+def _obituary(worker: WorkerProcess) -> str:
+    code = worker.process.returncode
+    how = f"exited with code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory?)"
+    cards = ",".join(map(str, worker.cards))
+    return (
+        f"worker {worker.number} (cards {cards}) {how}. Its last words, from {worker.log}:\n{worker.last_words()}\n"
+        "The other workers were ended. What was finished is kept: run the same command again to continue."
+    )
+
+
+def _end(workers: list[WorkerProcess]) -> None:
+    running = [worker.process for worker in workers if worker.process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,211 @@
+"""Reshard a store into folders of about equal tokens, without ever holding the only copy of anything in flight.
+
+A shard that falls whole into one new folder is hard-linked (copied where the file system has no links); only the
+shards at the cuts are rewritten. The new layout is built beside the old one and changes name as it advances, so
+that an interrupted run is picked up where it stopped:
+
+    .reshard-building   being built; the old data are untouched; a rerun starts over
+    .reshard-deleting   complete; the old files it names are being deleted (in place only)
+    .reshard-moving     the old files are gone; its files are being moved to where they belong
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eagle.cli import RequestError, fsync_folder, read_json, write_json
+from eagle.classic_dumps import ClassicFolder
+from eagle.features import (
+    DONE,
+    FORMAT_VERSION,
+    INTERRUPTED_RESHARD,
+    MANIFEST,
+    FeatureStore,
+    RecordSource,
+    Shard,
+    ShardWriter,
+    cut_evenly,
+    write_shard,
+)
+
+BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one new folder got."""
+
+    records: int
+    tokens: int
+
+
+def reshard(old: Path, new: Path, parts: int) -> list[Part]:
+    """Write the records below `old` as ``new/0`` .. ``new/<parts-1>``; `new` may be `old`.
+
+    Returns what every folder holds. Picks up an interrupted run.
+
+    Raises: RequestError (nothing to reshard, `new` holds something else, fewer records than parts).
+    """
+    if parts < 1:
+        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
+    new.mkdir(parents=True, exist_ok=True)
+    in_place = old.resolve() == new.resolve()
+    finished = _finish_interrupted(new)
+    if finished is not None:
+        if len(finished) == parts:
+            return finished
+        if not in_place:
+            raise RequestError(f"--new_folder {new} now holds an interrupted run's {len(finished)} folders, not {parts}.")
+    shutil.rmtree(new / BUILDING, ignore_errors=True)
+    present = [p.name for p in new.iterdir()]
+    if not in_place and present:
+        raise RequestError(
+            f"--new_folder {new} is not empty ({', '.join(sorted(present)[:3])}, ...). Name a new folder, or the old "
+            "one to reshard in place."
+        )
+    store = FeatureStore(old, "--old_folder")
+    if len(store) < parts:
+        raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
+    summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
+    (new / BUILDING).rename(new / DELETING)
+    fsync_folder(new)
+    _finish_interrupted(new)
+    return summary
+
+
+def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]) -> list[Part]:
+    manifest = _merged_manifest(store)
+    sources = sorted(store.sources, key=lambda source: _natural(source.path))
+    lengths = np.concatenate([source.lengths for source in sources])
+    cuts = cut_evenly(lengths, parts)
+    summary = []
+    for part, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        folder = staging / str(part)
+        folder.mkdir(parents=True)
+        for source, start, end in _pieces(sources, first, last):
+            _place(source, start, end, folder)
+        tokens = int(lengths[first:last].sum())
+        summary.append(Part(last - first, tokens))
+        write_json(folder / DONE, {"records": last - first, "tokens": tokens, "dropped": {}, "repaired": {}})
+    manifest["resharded_into"] = parts
+    write_json(staging / MANIFEST, manifest)
+    plan = {
+        "old_files": [os.path.relpath(path, store.folder) for path in old_files],
+        "parts": [[part.records, part.tokens] for part in summary],
+    }
+    write_json(staging / PLAN, plan)
+    return summary
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """Sort key under which folder 10 comes after folder 9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in path.parts]
+
+
+def _pieces(sources: list[RecordSource], first: int, last: int) -> Iterator[tuple[RecordSource, int, int]]:
+    """The stretches of the sources that make up records first..last of their concatenation."""
+    at = 0
+    for source in sources:
+        start, end = max(first - at, 0), min(last - at, len(source))
+        if start < end:
+            yield source, start, end
+        at += len(source)
+
+
+def _place(source: RecordSource, start: int, end: int, folder: Path) -> None:
+    target = folder / f"shard-{sum(1 for _ in folder.glob('shard-*')):05d}.safetensors"
+    if isinstance(source, Shard):
+        if (start, end) == (0, len(source)):
+            _link(source.path, target)
+        else:
+            write_shard(target, [source.read(position) for position in range(start, end)])
+        return
+    writer = ShardWriter(folder)
+    for position in range(start, end):
+        writer.add(source.read(position))
+        if writer.is_full:
+            writer.close_shard()
+    writer.close_shard()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _store_files(store: FeatureStore) -> list[Path]:
+    """Every file that belongs to the store; anything else in its folders is the user's and stays."""
+    files = list(store.manifests)
+    for source in store.sources:
+        files += source.files if isinstance(source, ClassicFolder) else [source.path, source.path.with_name(DONE)]
+    return sorted({file for file in files if file.exists()})
+
+
+def _merged_manifest(store: FeatureStore) -> dict:
+    """One manifest for everything in the store: that of its only job, or of jobs over the same data and target."""
+    manifests = list(store.manifests.values())
+    if not manifests:
+        return {
+            "format_version": FORMAT_VERSION,
+            "target": {"name": None, "fingerprint": None, "hidden_size": store.hidden_size},
+            "data": {"path": str(store.folder), "digest": None},
+            "records": len(store),
+            "tokens": store.tokens,
+            "complete": True,
+        }
+    first = manifests[0]
+    for other in manifests[1:]:
+        if (other["data"]["digest"], other["target"]) != (first["data"]["digest"], first["target"]):
+            raise RequestError(
+                f"--old_folder {store.folder} holds stores of different data or targets; reshard them one by one."
+            )
+    merged = dict(first)
+    for key in ("dropped", "repaired"):
+        merged[key] = dict(sum((Counter(manifest.get(key, {})) for manifest in manifests), Counter()))
+    merged |= {"records": len(store), "tokens": store.tokens}
+    merged["complete"] = all(manifest.get("complete") for manifest in manifests)
+    return merged
+
+
+def _finish_interrupted(new: Path) -> list[Part] | None:
+    """Take a reshard that had finished building to its end. None where there is nothing to finish."""
+    deleting, moving = new / DELETING, new / MOVING
+    if deleting.is_dir():
+        old_files = [new / name for name in read_json(deleting / PLAN, "a reshard plan")["old_files"]]
+        for file in old_files:
+            file.unlink(missing_ok=True)
+        _remove_emptied({file.parent for file in old_files}, new)
+        deleting.rename(moving)
+        fsync_folder(new)
+    if not moving.is_dir():
+        return None
+    # The plan goes last: without it the parts could not be reported.
+    for path in sorted(moving.rglob("*")):
+        if path.is_file() and path.name != PLAN:
+            target = new / path.relative_to(moving)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+            fsync_folder(target.parent)
+    summary = [Part(*part) for part in read_json(moving / PLAN, "a reshard plan")["parts"]]
+    moving.rename(new / BUILDING)  # nothing in it is needed any more
+    shutil.rmtree(new / BUILDING)
+    return summary
+
+
+def _remove_emptied(folders: set[Path], root: Path) -> None:
+    for folder in folders:
+        while folder != root and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent

@@ -1,0 +1,1 @@
+"""Training the draft: data set, losses, initialisation, loop, checkpoints."""

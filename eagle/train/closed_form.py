@@ -1,0 +1,76 @@
+"""The best linear draft, in one pass: ridge regression from ``[embed(x[t+1]), f[t]]`` to ``f[t+1]``.
+
+Its weights become ``fc``; ``o_proj`` and ``down_proj`` start at zero, so that the untrained layer passes ``fc``'s
+output through and training starts from that linear draft instead of from noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from eagle.draft import DraftModel
+from eagle.train.dataset import Example
+
+#: Supervised positions are gathered until this many are together, then multiplied at once.
+_CHUNK = 4096
+#: Relative to the mean diagonal of the normal equations: enough to make them well-posed, too little to bias.
+RIDGE = 1e-4
+
+
+class NormalEquations:
+    """``XᵀX [2H, 2H]`` and ``XᵀY [2H, H]`` over supervised positions, summed in float64 on the CPU.
+
+    The products of a chunk run in float32 on `device`; sums over chunks do not lose what float32 would.
+    """
+
+    def __init__(self, model: DraftModel, device: torch.device) -> None:
+        size = model.config.hidden_size
+        self.model, self.device = model, device
+        self.xx = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
+        self.xy = torch.zeros(2 * size, size, dtype=torch.float64)
+        self.positions = 0
+
+    @torch.no_grad()
+    def add(self, examples: Iterable[Example]) -> None:
+        """Take in the supervised positions of `examples`."""
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        waiting = 0
+        for example in examples:
+            chosen = example.supervised
+            features = example.features[chosen].to(self.device).float()
+            inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
+            outputs.append(example.targets[chosen].to(self.device).float())
+            waiting += len(features)
+            if waiting >= _CHUNK:
+                self._flush(inputs, outputs)
+                inputs, outputs, waiting = [], [], 0
+        self._flush(inputs, outputs)
+
+    def _flush(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        if not inputs:
+            return
+        x, y = torch.cat(inputs), torch.cat(outputs)
+        self.xx += (x.T @ x).cpu().double()
+        self.xy += (x.T @ y).cpu().double()
+        self.positions += len(x)
+
+    def solve(self) -> torch.Tensor:
+        """The ridge solution as ``fc.weight`` ``[H, 2H]`` float32."""
+        ridge = RIDGE * self.xx.diagonal().mean()
+        left = self.xx + ridge * torch.eye(len(self.xx), dtype=torch.float64)
+        return torch.cholesky_solve(self.xy, torch.linalg.cholesky(left)).T.float().contiguous()
+
+
+@torch.no_grad()
+def start_from(model: DraftModel, fc_weight: torch.Tensor) -> None:
+    """Make `model` the linear draft of `fc_weight`: its layer changes nothing until it is trained."""
+    model.fc.weight.copy_(fc_weight)
+    layer = model.layers[0]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        nn.init.zeros_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)

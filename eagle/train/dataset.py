@@ -1,0 +1,139 @@
+"""Records to training examples: the one shift, the noise, the batches. No other file shifts anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from eagle.features import FeatureStore, Record
+
+#: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
+BUCKET = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation as the draft sees it, ``T-1`` positions long.
+
+    At position t: tokens ``x[t+1]``, features ``f[t]`` (with noise when training), targets ``f[t+1]``;
+    supervised is True where ``x[t+1]`` and ``x[t+2]`` are both the assistant's.
+    """
+
+    tokens: torch.Tensor
+    features: torch.Tensor
+    targets: torch.Tensor
+    supervised: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples padded on the right: tokens ``[B, T]``, features and targets ``[B, T, H]``, supervised ``[B, T]``."""
+
+    tokens: torch.Tensor
+    features: torch.Tensor
+    targets: torch.Tensor
+    supervised: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+
+
+def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:
+    """``[T]`` unshifted mask -> ``[T-1]`` bool, True where position t is trained."""
+    own = loss_mask.bool()
+    supervised = torch.zeros(len(own) - 1, dtype=torch.bool)
+    # The last position predicts a token that is not there.
+    supervised[:-1] = own[1:-1] & own[2:]
+    return supervised
+
+
+def shift(record: Record) -> Example:
+    """The alignment of EAGLE (arXiv 2401.15077, section 4.1), for one record."""
+    return Example(
+        tokens=record.input_ids[1:].long(),
+        features=record.hidden_state[:-1],
+        targets=record.hidden_state[1:],
+        supervised=supervised_positions(record.loss_mask),
+    )
+
+
+class FeatureDataset(Dataset):
+    """Examples by ``(epoch, index)``; index counts within `indices` of the store.
+
+    noise: half-width of the uniform noise added to the features, in their own units. It depends on seed, epoch and
+    record alone, so it is the same whatever process loads it.
+    """
+
+    def __init__(
+        self, store: FeatureStore, indices: np.ndarray, max_len: int, *, noise: float = 0.0, seed: int = 0
+    ) -> None:
+        self.store, self.indices, self.max_len = store, indices, max_len
+        self.noise, self.seed = noise, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.minimum(self.store.lengths[self.indices], self.max_len)
+
+    def record(self, index: int) -> Record:
+        """The record cut to `max_len`."""
+        record, end = self.store[int(self.indices[index])], self.max_len
+        return Record(
+            record.conversation, record.input_ids[:end], record.loss_mask[:end], record.hidden_state[:end]
+        )
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        example = shift(self.record(index))
+        if not self.noise:
+            return example
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(self.indices[index]))) & (2**63 - 1))
+        noise = torch.rand(example.features.shape, generator=generator, dtype=torch.float32) - 0.5
+        features = (example.features.float() + 2 * self.noise * noise).to(example.features.dtype)
+        return Example(example.tokens, features, example.targets, example.supervised)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Pad on the right, where causal attention never looks."""
+
+    def pad(name: str) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples], batch_first=True)
+
+    return Batch(*(pad(name) for name in Batch.__slots__))
+
+
+def split_store(store: FeatureStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and the validation records: whole conversations, the same for every run."""
+    order = np.random.RandomState(seed).permutation(len(store))
+    held_out = round(len(store) * val_ratio) if val_ratio else 0
+    if val_ratio and len(store) > 1:
+        held_out = min(max(held_out, 1), len(store) - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def epoch_batches(lengths: np.ndarray, global_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of one epoch: every index once, similar lengths together, batches in random order.
+
+    They depend on seed and epoch, not on how a global batch is dealt out to processes and micro-batches.
+    """
+    random = np.random.RandomState((seed * 1_000_003 + epoch) % 2**32)
+    order = random.permutation(len(lengths))
+    window = global_size * BUCKET
+    batches = []
+    for start in range(0, len(order), window):
+        bucket = order[start : start + window]
+        bucket = bucket[np.argsort(-lengths[bucket], kind="stable")]
+        batches += [bucket[at : at + global_size] for at in range(0, len(bucket), global_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def micro_batches(batch: np.ndarray, size: int, rank: int, processes: int, accumulation: int) -> list[np.ndarray]:
+    """A process's `accumulation` micro-batches of one global batch; some are empty where records run out."""
+    pieces = [batch[at : at + size] for at in range(0, len(batch), size)]
+    pieces += [batch[:0]] * (processes * accumulation - len(pieces))
+    return pieces[rank::processes]
