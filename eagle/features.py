@@ -245,9 +245,7 @@ class FeatureStore:
 
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(
-                f"{flag} {folder}: no such folder; expected the output folder of allocation.py."
-            )
+            raise FileNotFoundError(f"{flag} {folder}: no such folder; expected the output folder of allocation.py.")
         for name in INTERRUPTED_RESHARD:
             if (self.folder / name).is_dir():
                 raise RequestError(

@@ -206,7 +206,9 @@ def _differences(old: dict, new: dict) -> list[str]:
             before, after = before[key], after[key]
         if isinstance(after, dict):
             names = sorted(set(before) | set(after))
-            found += [f"{n} was {before.get(n)!r}, now {after.get(n)!r}" for n in names if before.get(n) != after.get(n)]
+            found += [
+                f"{n} was {before.get(n)!r}, now {after.get(n)!r}" for n in names if before.get(n) != after.get(n)
+            ]
         elif before != after:
             shown = [str(value)[:12] if keys[-1] in ("digest", "fingerprint") else value for value in (before, after)]
             found.append(f"{' '.join(keys)} was {shown[0]}, now {shown[1]}")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle.cli import RequestError, fsync_folder, read_json, write_json
 from eagle.classic_dumps import ClassicFolder
+from eagle.cli import RequestError, fsync_folder, read_json, write_json
 from eagle.features import (
     DONE,
     FORMAT_VERSION,
@@ -63,7 +63,9 @@ def reshard(old: Path, new: Path, parts: int) -> list[Part]:
         if len(finished) == parts:
             return finished
         if not in_place:
-            raise RequestError(f"--new_folder {new} now holds an interrupted run's {len(finished)} folders, not {parts}.")
+            raise RequestError(
+                f"--new_folder {new} now holds an interrupted run's {len(finished)} folders, not {parts}."
+            )
     shutil.rmtree(new / BUILDING, ignore_errors=True)
     present = [p.name for p in new.iterdir()]
     if not in_place and present:

@@ -83,9 +83,7 @@ class FeatureDataset(Dataset):
     def record(self, index: int) -> Record:
         """The record cut to `max_len`."""
         record, end = self.store[int(self.indices[index])], self.max_len
-        return Record(
-            record.conversation, record.input_ids[:end], record.loss_mask[:end], record.hidden_state[:end]
-        )
+        return Record(record.conversation, record.input_ids[:end], record.loss_mask[:end], record.hidden_state[:end])
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         epoch, index = key

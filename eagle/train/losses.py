@@ -54,7 +54,7 @@ def head_loss(
 
 class _BlockwiseHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, draft, target, head, loss, block):  # noqa: ANN001, ANN205
+    def forward(ctx, draft, target, head, loss, block):
         wide = torch.promote_types(head.dtype, torch.float32)  # float64 stays float64, for gradient checks
         total = torch.zeros((), dtype=wide, device=draft.device)
         correct = torch.zeros((), dtype=torch.int64, device=draft.device)
@@ -78,6 +78,6 @@ class _BlockwiseHead(torch.autograd.Function):
         return total, correct
 
     @staticmethod
-    def backward(ctx, slope, _):  # noqa: ANN001, ANN205
+    def backward(ctx, slope, _):
         (gradient,) = ctx.saved_tensors
         return gradient * slope.to(gradient.dtype), None, None, None, None

@@ -1,0 +1,136 @@
+"""Checkpoints: ``cpdir/state_<step>/``, complete or absent, and the pointers ``best`` and ``last``.
+
+    state_<n>/config.json, model.safetensors    the draft; the folder loads by itself
+    state_<n>/optimizer.pt                      what resuming needs: optimizer and schedule
+    state_<n>/state.json                        step, epoch, metrics, what the run was
+
+A pointer is a relative symbolic link, or a text file with the folder's name where the file system has no links.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.cli import RequestError, WorkError, fsync_folder, read_json, write_json
+from eagle.draft import DraftModel, load_trained_state, read_draft_state, save_draft, trained_state
+from eagle.target import Weights
+
+BEST, LAST = "best", "last"
+STATE, OPTIMIZER = "state.json", "optimizer.pt"
+_NAME = re.compile(r"state_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a run is: optimizer steps done, the epoch it is in, global batches done within that epoch."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+def save(
+    cpdir: Path,
+    model: DraftModel,
+    optimizer: dict[str, Any],
+    position: Position,
+    run: dict[str, Any],
+    metrics: dict[str, float],
+) -> Path:
+    """Write ``state_<step>`` and point `last` at it.
+
+    Raises: WorkError where it cannot be written (disk full); the checkpoints before it stay as they are.
+    """
+    folder = cpdir / f"state_{position.step}"
+    temporary = cpdir / f".{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_draft(model, temporary)
+        torch.save(optimizer, temporary / OPTIMIZER)
+        content = {"step": position.step, "epoch": position.epoch, "batch": position.batch}
+        write_json(temporary / STATE, content | {"metrics": metrics, "run": run})
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+    except (OSError, RuntimeError) as error:  # torch and safetensors wrap a full disk in errors of their own
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(cpdir).free / 1e6
+        raise WorkError(
+            f"Could not save {folder} ({free:,.0f} MB free): {error}. The checkpoints before it are whole; make room "
+            "and run the same command again to continue from the last one."
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    fsync_folder(cpdir)
+    point(cpdir, LAST, folder.name)
+    return folder
+
+
+def point(cpdir: Path, pointer: str, name: str) -> None:
+    """Make ``cpdir/<pointer>`` mean ``cpdir/<name>``, at once."""
+    path, temporary = cpdir / pointer, cpdir / f".{pointer}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name, target_is_directory=True)
+    except OSError:
+        temporary.write_text(name, encoding="utf-8")
+    temporary.replace(path)
+
+
+def resolve_pointer(path: Path) -> Path:
+    """The checkpoint folder behind a pointer, a run's folder (its best, else its last), or the path itself."""
+    if path.is_file() and path.name in (BEST, LAST):
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    if path.is_dir() and not (path / "config.json").exists():
+        for pointer in (BEST, LAST):
+            if os.path.lexists(path / pointer):
+                return resolve_pointer(path / pointer)
+    return path.resolve() if path.is_symlink() else path
+
+
+def states(cpdir: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in cpdir.glob("state_*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def prune(cpdir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; what `best` and `last` point at stays."""
+    pinned = {resolve_pointer(cpdir / pointer).name for pointer in (BEST, LAST) if os.path.lexists(cpdir / pointer)}
+    for path in states(cpdir)[:-keep]:
+        if path.name not in pinned:
+            shutil.rmtree(path)
+
+
+def load_last(cpdir: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a run and its ``state.json``; None for a folder without one."""
+    found = states(cpdir)
+    return (found[-1], read_json(found[-1] / STATE, "a checkpoint's state")) if found else None
+
+
+def restore(folder: Path, model: DraftModel) -> dict[str, Any]:
+    """Load a checkpoint's weights into `model`; returns the optimizer part."""
+    state = read_draft_state(Weights(folder, flag="--cpdir"))
+    load_trained_state(model, {name: state[name] for name in trained_state(model) if name in state}, str(folder))
+    return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+
+
+def check_same_run(cpdir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises: RequestError where the checkpoint in `cpdir` belongs to a run with other data, base or options."""
+    differences = [
+        f"{key} was {saved.get(key)!r}, now {current.get(key)!r}"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise RequestError(
+            f"--cpdir {cpdir} holds checkpoints of another run: {'; '.join(differences)}. Repeat that run's options to "
+            "continue it, or name another folder."
+        )

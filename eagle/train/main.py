@@ -1,0 +1,171 @@
+"""Step 4: train the draft on a store of features.
+
+    accelerate launch -m --mixed_precision=bf16 eagle.train.main --tmpdir ./features --cpdir ./checkpoints \\
+        --configpath configs/llama_2_chat_7B_config.json --basepath ./llama-2-7b-chat --bs 4
+
+Also ``python -m eagle.train.main ...`` and ``accelerate launch --cpu --num_processes 2 -m ...``. Writes
+``CPDIR/state_<step>/`` with ``best`` and ``last`` pointing at one of them; the same command continues an
+interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from eagle.cli import RequestError, existing_path, provenance, run, write_json
+from eagle.draft import DraftModel, describe
+from eagle.features import FeatureStore
+from eagle.model_config import draft_config_for, load_config
+from eagle.target import Weights, fingerprint, read_embedding, read_head
+from eagle.train import checkpoint
+from eagle.train.dataset import FeatureDataset, split_store
+from eagle.train.loop import Trainer
+from eagle.train.options import FREE_ON_RESUME, INITS, TrainOptions
+
+RUN = "train_options.json"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    defaults = {field: value.default for field, value in TrainOptions.__dataclass_fields__.items()}
+    parser = argparse.ArgumentParser(
+        prog="eagle.train.main",
+        description="Step 4: train the draft on a store of features.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(name: str, kind: type, text: str, **more: object) -> None:
+        default = {} if more.get("required") else {"default": defaults[name]}
+        parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
+
+    add("tmpdir", Path, "the store of step 3 (or a folder of classic data_*.ckpt dumps)", required=True)
+    add("cpdir", Path, "where checkpoints go; continued where it holds this run's", required=True)
+    add("basepath", Path, "folder of the base model", required=True)
+    add("configpath", Path, "the draft's config: the base model's with num_hidden_layers 1 (default: derived)")
+    add("bs", int, "sequences per device and micro-batch")
+    parser.add_argument(
+        "--gradient_accumulation_steps", "--gradient-accumulation-steps", type=int,
+        default=defaults["gradient_accumulation_steps"], help="micro-batches per optimizer step",
+    )  # fmt: skip
+    add("num_epochs", int, "passes over the training records")
+    add("max_len", int, "cut records to this many tokens")
+    add("lr", float, "peak learning rate (default: 1e-3 at hidden size 576, falling as 1/width)")
+    add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
+    add("weight_decay", float, "AdamW's weight decay")
+    add("beta1", float, "AdamW's first beta")
+    add("beta2", float, "AdamW's second beta")
+    add("grad_clip", float, "clip the gradient's norm to this; 0 does not")
+    add("vloss_weight", float, "weight of the feature loss (SmoothL1)")
+    add("ploss_weight", float, "weight of the token loss (soft cross-entropy)")
+    add("noise", float, "half-width of the uniform noise on the features")
+    add("init", str, "how the draft starts: the best linear draft, or random weights", choices=INITS)
+    add("init_positions", int, "at most this many supervised positions for the closed-form start")
+    add("val_ratio", float, "share of the conversations held out for validation")
+    add("eval_freq", int, "validate every so many epochs, and at the end")
+    add("save_freq", int, "save every so many epochs, and at the end")
+    add("keep", int, "keep the newest so many checkpoints (best and last always)")
+    add("num_workers", int, "data-loader processes per device")
+    add("seed", int, "seed of split, order, noise and random initialisation")
+    return parser.parse_args(argv)
+
+
+def prepare_cpdir(options: TrainOptions) -> None:
+    """Make the folder. Raises: RequestError where it holds something that is no training run."""
+    cpdir = options.cpdir
+    if cpdir.exists() and not cpdir.is_dir():
+        raise RequestError(f"--cpdir {cpdir} is a file; expected a folder for checkpoints.")
+    if cpdir.is_dir() and any(cpdir.iterdir()) and not (cpdir / RUN).is_file():
+        found = sorted(entry.name for entry in cpdir.iterdir())[:3]
+        raise RequestError(
+            f"--cpdir {cpdir} is not empty ({', '.join(found)}, ...) and holds no training run. Name a new folder."
+        )
+    cpdir.mkdir(parents=True, exist_ok=True)
+
+
+def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
+    """Everything the request names, loaded and checked against each other.
+
+    Raises: FileNotFoundError, RequestError.
+    """
+    existing_path(options.basepath, "--basepath", "folder")
+    target = load_config(options.basepath)
+    config = draft_config_for(target, options.configpath)
+    weights = Weights(options.basepath, flag="--basepath")
+    identity = fingerprint(options.basepath)
+    store = FeatureStore(options.tmpdir)
+    store.check_target(identity, options.basepath)
+    if store.hidden_size != config.hidden_size:
+        raise RequestError(
+            f"--tmpdir {options.tmpdir} holds features of size {store.hidden_size}, but --basepath {options.basepath} "
+            f"has hidden_size {config.hidden_size}. They are of different models."
+        )
+    train, held_out = split_store(store, options.val_ratio, options.seed)
+    if not len(train):
+        raise RequestError(f"--tmpdir {options.tmpdir} holds {len(store)} records, too few to train on.")
+
+    # With mixed precision the frozen matrices take its dtype; without, everything is float32.
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    embedding, head = read_embedding(weights, target).to(compute), read_head(weights, target).to(compute)
+    model = DraftModel(config, embedding)
+    # lm_head often is the embedding itself: the tensor is then shared, not held twice.
+    model.to(accelerator.device)
+    shared = read_head(weights, target).data_ptr() == read_embedding(weights, target).data_ptr()
+    head = model.embed_tokens.weight.detach() if shared or target.tie_word_embeddings else head.to(accelerator.device)
+
+    settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
+    run_identity = {
+        "target": identity,
+        "records": len(store),
+        "tokens": store.tokens,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **settings,
+    }
+    return Trainer(
+        options,
+        accelerator,
+        model,
+        head,
+        FeatureDataset(store, train, options.max_len, noise=options.noise, seed=options.seed),
+        FeatureDataset(store, held_out, options.max_len),
+        run_identity,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = TrainOptions(**vars(parse_args(argv)))
+    existing_path(options.tmpdir, "--tmpdir", "folder")
+    prepare_cpdir(options)
+    accelerator = Accelerator()
+    set_seed(options.seed)
+    trainer = build(options, accelerator)
+    saved = checkpoint.load_last(options.cpdir)
+    if saved:
+        checkpoint.check_same_run(options.cpdir, saved[1]["run"], trainer.run)
+    if accelerator.is_main_process:
+        write_json(options.cpdir / RUN, {"options": options.to_json(), "made_by": provenance()})
+    trainer.log(
+        f"{len(trainer.train_set):,} training and {len(trainer.validation_set):,} validation records; a draft of "
+        f"{describe(trainer.draft)['trainable'] / 1e6:.1f} M weights; {trainer.total_steps:,} steps of "
+        f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
+    )
+    if saved:
+        trainer.resume(*saved)
+    elif options.init == "closed_form":
+        trainer.initialise()
+    result = trainer.fit()
+    best = checkpoint.resolve_pointer(options.cpdir / checkpoint.BEST)
+    summary = f", validation accuracy {trainer.best_accuracy:.3f}" if trainer.best_accuracy >= 0 else ""
+    trainer.log(f"done: {options.cpdir / checkpoint.BEST} is {best.name}{summary}")
+    accelerator.end_training()
+    return 0 if result is not None or not len(trainer.validation_set) or saved else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
