@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from eagle.cli import RequestError, write_json
 from eagle.model_config import ModelConfig, load_config
 from eagle.target import Weights
+from eagle.tensor_file import write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -189,7 +189,7 @@ def save_draft(model: DraftModel, folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` (embedding included), a folder that loads by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / "config.json", model.config.to_json())
 
 

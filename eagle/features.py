@@ -19,7 +19,6 @@ layout of the public EAGLE scripts (``data_<n>.ckpt`` pickles) is read too, see 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import zlib
@@ -32,9 +31,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from eagle.cli import RequestError, WorkError, fsync_folder, read_json
+from eagle.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -124,12 +123,7 @@ def write_shard(path: Path, records: list[Record], progress: str = "{}") -> None
     }
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"format": str(FORMAT_VERSION), "progress": progress})
-        descriptor = os.open(temporary, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_tensors(temporary, tensors, {"format": str(FORMAT_VERSION), "progress": progress})
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
