@@ -17,6 +17,24 @@ from eagle.draft import WEIGHTS_FILE
 from eagle.model_config import ModelConfig, parse_config
 
 
+#: What vLLM builds the layer from, and must find as the target has it.
+_LAYER_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_scaling",
+    "hidden_act",
+    "qkv_bias",
+    "o_bias",
+    "mlp_bias",
+)
+
+
 def check_export(
     folder: Path, layout: str, config: ModelConfig, expected: dict[str, torch.Tensor], head: torch.Tensor | None
 ) -> None:
@@ -55,10 +73,7 @@ def _config_rules(raw: dict[str, Any], plain: dict[str, Any], layout: str, confi
             f"{config.rope_theta}"
         )
     written = parse_config(raw)
-    for name in (
-        "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps "
-        "max_position_embeddings rope_scaling hidden_act qkv_bias o_bias mlp_bias"
-    ).split():
+    for name in _LAYER_FIELDS:
         if getattr(written, name) != getattr(config, name):
             yield f"{name} reads back as {getattr(written, name)!r}, it should be {getattr(config, name)!r}"
 

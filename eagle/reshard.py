@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]
     lengths = np.concatenate([source.lengths for source in sources])
     cuts = cut_evenly(lengths, parts)
     summary = []
-    for part, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for part, (first, last) in enumerate(pairwise(cuts)):
         folder = staging / str(part)
         folder.mkdir(parents=True)
         for source, start, end in _pieces(sources, first, last):

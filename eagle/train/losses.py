@@ -30,7 +30,7 @@ def soft_cross_entropy(draft_logits: torch.Tensor, target_logits: torch.Tensor) 
 
 @dataclass(frozen=True, slots=True)
 class HeadResult:
-    """token_loss: sum over the positions, differentiable. correct: how many positions agree with the target's argmax."""
+    """token_loss: sum over the positions, differentiable. correct: positions that agree with the target's argmax."""
 
     token_loss: torch.Tensor
     correct: torch.Tensor

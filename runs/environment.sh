@@ -1,0 +1,39 @@
+# Sourced by the other scripts here: sets $PYTHON to an interpreter that has the toolkit's packages.
+#
+#   EAGLE_ENV=current   use the python3 of this shell as it is (an Ascend container with its own torch, say);
+#                       only small missing packages are added to it, torch and transformers are left alone
+#   (unset)             make .venv in the checkout and install requirements-dev.txt, once
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+export TOKENIZERS_PARALLELISM=false
+
+if [ "${EAGLE_ENV:-}" = current ]; then
+    PYTHON="$(command -v python3 || command -v python)"
+    for package in torch transformers accelerate safetensors numpy tqdm jinja2; do
+        "$PYTHON" -c "import $package" 2>/dev/null || {
+            echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install it, or unset EAGLE_ENV." >&2
+            exit 2
+        }
+    done
+    for package in gguf pytest; do
+        "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "$package"
+    done
+elif [ -n "${EAGLE_ENV:-}" ]; then
+    echo "error: EAGLE_ENV=$EAGLE_ENV; expected 'current', or leave it unset for an environment of its own." >&2
+    exit 2
+else
+    PYTHON="$root/.venv/bin/python"
+    wanted="$(cat requirements.txt requirements-dev.txt)"
+    if [ "$(cat .venv/installed.txt 2>/dev/null)" != "$wanted" ]; then
+        base="$(command -v python3 || command -v python)"
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "error: $base is $("$base" --version); Python 3.10 or newer is needed." >&2
+            exit 2
+        }
+        echo "Making .venv with requirements-dev.txt ..."
+        "$base" -m venv .venv
+        "$PYTHON" -m pip install -q -r requirements-dev.txt
+        printf '%s\n' "$wanted" >.venv/installed.txt
+    fi
+fi

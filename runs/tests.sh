@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All tests, on a machine with only a CPU:
+#
+#   bash runs/tests.sh                             makes its own environments in .venv and .venv-vllm
+#   EAGLE_ENV=current bash runs/tests.sh           uses the packages that are there
+#   SKIP_VLLM=1 bash runs/tests.sh                 leaves out the tests that install and run a real vLLM
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+if "$PYTHON" -c "import ruff" 2>/dev/null; then
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+fi
+"$PYTHON" -m pytest tests/unit tests/e2e
+
+if [ "${SKIP_VLLM:-}" != 1 ]; then
+    bash runs/vllm_environment.sh .venv-vllm
+    .venv-vllm/bin/python -m pytest tests/vllm -s
+fi
