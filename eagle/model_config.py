@@ -84,7 +84,8 @@ class ModelConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
+            # A copy: transformers writes rope_theta into the dict it is given.
+            "rope_scaling": dict(self.rope_scaling) if self.rope_scaling else None,
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
             "hidden_act": self.hidden_act,
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -161,7 +162,8 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
 
 
 def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
-    if raw.get("use_sliding_window") and raw.get("sliding_window"):
+    # transformers takes a window of 4096 where the key is absent; an explicit null is no window.
+    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096):
         raise RequestError(
             f"{source}: use_sliding_window is on; vLLM's EAGLE draft attends to everything, so a draft would "
             "not match. Set use_sliding_window to false (the released Qwen2 configs have it off)."
