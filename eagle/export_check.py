@@ -16,7 +16,6 @@ from eagle.cli import WorkError, read_json
 from eagle.draft import WEIGHTS_FILE
 from eagle.model_config import ModelConfig, parse_config
 
-
 #: What vLLM builds the layer from, and must find as the target has it.
 _LAYER_FIELDS = (
     "hidden_size",

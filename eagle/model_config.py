@@ -130,6 +130,8 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
     def need(key: str) -> Any:
         if raw.get(key) is None:
             raise RequestError(f"{source} has no {key!r}; a {family} config must name it.")
+        if type(raw[key]) is not int or raw[key] < 1:
+            raise RequestError(f"{source}: {key} is {raw[key]!r}; expected a whole number above 0.")
         return raw[key]
 
     heads = need("num_attention_heads")
@@ -168,9 +170,11 @@ def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
             f"{source}: use_sliding_window is on; vLLM's EAGLE draft attends to everything, so a draft would "
             "not match. Set use_sliding_window to false (the released Qwen2 configs have it off)."
         )
-    if raw.get("quantization_config"):
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise RequestError(
-            f"{source}: this is a quantized model ({raw['quantization_config'].get('quant_method')}). Train "
+            f"{source}: this is a quantized model ({method}). Train "
             "against the unquantized model it was made from; the draft fits both."
         )
 
@@ -217,10 +221,10 @@ def draft_config_for(target: ModelConfig, configpath: str | Path | None) -> Mode
             f"--configpath {configpath}: num_hidden_layers is {given.num_hidden_layers}; a draft has exactly "
             "one layer. Copy the base model's config.json and set num_hidden_layers to 1."
         )
-    # The length and the ids do not shape the layer; the base model's are taken. (Published draft configs for
-    # Vicuna v1.5 still carry v1.3's length.)
+    # Not shapes of the layer: the base model's are taken. (Published draft configs disagree with their base models
+    # here: Vicuna v1.5's still carry v1.3's length, Llama-2 7B's the eps of its first release.)
     free = {"dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
-    free |= {"tie_word_embeddings", "max_position_embeddings"}
+    free |= {"tie_word_embeddings", "max_position_embeddings", "rms_norm_eps"}
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
     wrong = [
         f"{name} is {getattr(given, name)!r}, the base model's is {getattr(derived, name)!r}"

@@ -317,7 +317,6 @@ def test_the_bases_length_and_ids_are_taken(tmp_path, key):
         ({"num_key_value_heads": 8}, "num_key_value_heads is 8, the base model's is 32"),
         ({"head_dim": 64}, "head_dim is 64, the base model's is 128"),
         ({"vocab_size": 128256}, "vocab_size is 128256, the base model's is 32000"),
-        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06, the base model's is 1e-05"),
         ({"rope_theta": 5e5}, "rope_theta is 500000.0, the base model's is 10000.0"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
