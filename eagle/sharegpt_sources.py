@@ -98,8 +98,16 @@ class TableSource:
                 raise RequestError(f"{FLAG} {path} is UTF-16; expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
         # Spreadsheets write semicolons where the comma is the decimal point.
         delimiters = ("\t",) if kind == "tsv" else (",", ";", "\t")
-        headers = [(self._header(delimiter), delimiter) for delimiter in delimiters]
+        headers = [(header, delimiter) for delimiter in delimiters if (header := self._header(delimiter))]
+        if not headers:
+            raise RequestError(
+                f"{FLAG} {path}: its first line cannot be read as {kind.upper()} column names; expected a line such "
+                f"as {delimiters[0].join(('prompt', 'response'))!r}. Put one there, or mend its quotes."
+            )
         self.header, self._delimiter = max(headers, key=lambda entry: len(entry[0]))
+        repeated = [name for name, count in Counter(self.header).items() if count > 1]
+        if repeated:
+            raise RequestError(f"{FLAG} {path}: two columns are called {repeated[0]!r}. Rename one of them.")
         if next(iter(self), None) is None:
             raise RequestError(f"{FLAG} {path} holds no rows; expected a row of column names, then one row a record.")
 
@@ -141,18 +149,14 @@ class TableSource:
         self.notes.append(f"left out everything from line {line:,}: {what}")
 
     def _header(self, delimiter: str) -> list[str]:
+        """The names in the first row, or none where it is not well-formed with this delimiter."""
         with self._open() as file:
             try:
-                header = next(csv.reader(file, delimiter=delimiter), [])
-            except csv.Error as error:
-                raise RequestError(
-                    f"{FLAG} {self._path}: its first row cannot be read as {self.kind} ({error})."
-                ) from error
+                header = next(csv.reader(file, delimiter=delimiter, strict=True), [])
+            except csv.Error:
+                return []
         while header and not header[-1].strip():
             header.pop()
-        repeated = sorted(name for name, count in Counter(header).items() if count > 1)
-        if repeated:
-            raise RequestError(f"{FLAG} {self._path}: two columns are called {repeated[0]!r}. Rename one of them.")
         return header
 
     def _open(self) -> Any:

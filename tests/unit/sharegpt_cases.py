@@ -8,8 +8,8 @@ SYSTEM = {"from": "system", "value": "Be kind."}
 EARLIER = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 
 
-PARTS = [{"type": "text", "text": ROUND[0][:3]}, {"type": "text", "text": ROUND[0][4:]}]  # split at the line's end
 QUESTION, REPLY = ROUND
+PARTS = [{"type": "text", "text": line} for line in QUESTION.split("\n")]
 FORMATS = [
     ("alpaca", {"instruction": QUESTION, "input": "", "output": REPLY}, [*SHAREGPT]),
     ("alpaca", {"instruction": QUESTION, "output": REPLY, "text": "x"}, [*SHAREGPT]),
@@ -25,7 +25,7 @@ FORMATS = [
     ),
     ("openai", OPENAI, [*SHAREGPT]),
     ("openai", {"messages": [{"role": "developer", "content": "Be kind."}, *CHAT, *CHAT]}, [SYSTEM, *SHAREGPT * 2]),
-    ("openai", {"messages": [{**CHAT[0], "content": [{"type": "text", "text": QUESTION}]}, CHAT[1]]}, [*SHAREGPT]),
+    ("openai", {"messages": [{**CHAT[0], "content": PARTS}, CHAT[1]]}, [*SHAREGPT]),
     ("openai", {"prompt": "x", "prompt_id": "y", **OPENAI}, [*SHAREGPT]),
     ("openai", list(CHAT), [*SHAREGPT]),
     ("prompt_response (prompt -> response)", {"prompt": QUESTION, "response": REPLY}, [*SHAREGPT]),

@@ -14,7 +14,7 @@ import pytest
 from eagle.cli import run
 from eagle.conversation import Tally, clean_record
 from eagle.records import RecordFile
-from tests.unit.sharegpt_cases import CHAT, DROPPED, FORMATS, OPENAI, PARTS, QUESTION, REPLY, ROUND, SHAREGPT, SYSTEM
+from tests.unit.sharegpt_cases import CHAT, DROPPED, FORMATS, OPENAI, QUESTION, REPLY, ROUND, SHAREGPT, SYSTEM
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "sharegpt_convert.py"
 spec = importlib.util.spec_from_file_location("sharegpt_convert", SCRIPT)
@@ -67,12 +67,6 @@ def test_a_single_line_that_is_a_list_is_one_conversation(tmp_path, record):
     """Its bytes are those of an array of turns."""
     assert convert("--input", write(tmp_path / "in.jsonl", [record]), "--output", tmp_path / "out.json") == 0
     assert turns(tmp_path / "out.json") == [[*SHAREGPT]]
-
-
-def test_text_parts_are_joined_by_a_line_end(tmp_path):
-    source = write(tmp_path / "in.json", [{"messages": [{"role": "user", "content": PARTS}, CHAT[1]]}])
-    assert convert("--input", source, "--output", tmp_path / "out.json") == 0
-    assert turns(tmp_path / "out.json")[0][0]["value"] == f"{PARTS[0]['text']}\n{PARTS[1]['text']}"
 
 
 def random_record(generator: random.Random, index: int) -> dict:
@@ -307,6 +301,7 @@ def test_outputs_are_not_overwritten_unasked_and_inputs_never(tmp_path, capsys):
         ("in.csv", b"a,b\n1,2\n", "'a', 'b'"),
         ("in.csv", b"prompt,response,prompt\n1,2,3\n", "two columns are called 'prompt'"),
         ("in.csv", "prompt,response\n1,2\n".encode("utf-16"), "UTF-16"),
+        ("in.tsv", b'"prompt"x\t"response"\n1\t2\n', "read as TSV column names"),
         ("in.txt", b"hello", "--format csv"),
         ("in.json", b'{\n "messages": []\n}', "first line does not parse"),
     ],
