@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +38,10 @@ class Batch:
     targets: torch.Tensor
     supervised: torch.Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """This batch on `device`, what the draft reads in `dtype`; the targets keep the store's."""
+        moved = Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+        return dataclasses.replace(moved, features=moved.features.to(dtype))
 
 
 def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:

@@ -179,7 +179,7 @@ class Trainer:
         total = accelerator.reduce(torch.tensor(float(own), device=accelerator.device)).item()
         sums = torch.zeros(3, device=accelerator.device)
         for number, cpu_batch in enumerate(group):
-            batch = cpu_batch.to(accelerator.device)
+            batch = cpu_batch.to(accelerator.device, self.head.dtype)
             last = number + 1 == len(group)
             with accelerator.no_sync(model) if not last else torch.enable_grad():
                 with accelerator.autocast():

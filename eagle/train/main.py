@@ -110,12 +110,10 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    embedding, head = read_embedding(weights, target).to(compute), read_head(weights, target).to(compute)
-    model = DraftModel(config, embedding)
-    # lm_head often is the embedding itself: the tensor is then shared, not held twice.
-    model.to(accelerator.device)
-    shared = read_head(weights, target).data_ptr() == read_embedding(weights, target).data_ptr()
-    head = model.embed_tokens.weight.detach() if shared or target.tie_word_embeddings else head.to(accelerator.device)
+    model = DraftModel(config, read_embedding(weights, target).to(compute)).to(accelerator.device)
+    # A tied lm_head is the embedding: one tensor then, not two.
+    tied = target.tie_word_embeddings
+    head = model.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {

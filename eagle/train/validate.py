@@ -38,7 +38,7 @@ def validate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float32 if accelerator.device.type == "npu" else torch.float64)
     for cpu_batch in batches:
-        batch = cpu_batch.to(accelerator.device)
+        batch = cpu_batch.to(accelerator.device, head.dtype)
         with accelerator.autocast():
             predicted = model(batch.tokens, batch.features)
         predicted, targets = predicted[batch.supervised], batch.targets[batch.supervised]
