@@ -101,7 +101,7 @@ class RecordFile:
         """JSON Lines whose lines are lists begin like an array: tell them apart by a whole first line."""
         end = self._bytes.find(b"\n", first)
         second = self._skip_whitespace(end) if end >= 0 else len(self._bytes)
-        if self._bytes[second : second + 1] != b"[":
+        if self._bytes[second : second + 1] not in (b"[", b"{"):
             return False
         try:
             json.loads(self._bytes[first:end])

@@ -59,8 +59,8 @@ class Weights:
     def __init__(self, folder: str | Path, weight_name: str | None = None, flag: str = "--model_name") -> None:
         self.folder = Path(folder)
         self.flag = flag
-        self._file_of = self._locate(weight_name)
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
+        self._file_of = self._locate(weight_name)
 
     def _locate(self, weight_name: str | None) -> dict[str, Path]:
         if weight_name is not None:

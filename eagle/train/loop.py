@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eagle.cli import WorkError
+from eagle.cli import WorkError, progress_bar
 from eagle.draft import DraftModel
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
@@ -110,6 +110,10 @@ class Trainer:
         self.best_accuracy, self._seconds_before = saved["best_accuracy"], saved["seconds"]
         if self.accelerator.is_main_process:
             self._drop_metrics_after(self.position.step)
+            # The run may have been killed between the checkpoint and its pointers.
+            checkpoint.point(self.options.cpdir, checkpoint.LAST, folder.name)
+            if saved["is_best"]:
+                checkpoint.point(self.options.cpdir, checkpoint.BEST, folder.name)
         self.log(f"resuming from {folder} (step {self.position.step} of {self.total_steps})")
 
     def _drop_metrics_after(self, step: int) -> None:
@@ -128,14 +132,11 @@ class Trainer:
         result = None
         started = time.monotonic() - self._seconds_before
         if self.position.step == 0:
+            if self.accelerator.is_main_process:
+                self._drop_metrics_after(-1)  # of a run killed before its first checkpoint
             result = self._validate(model, started, "before training")
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.position.step,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5,
-        )
+        is_main = self.accelerator.is_main_process
+        bar = progress_bar(self.total_steps, "step", initial=self.position.step, disable=not is_main)
         with bar:
             for epoch in range(self.position.epoch, self.options.num_epochs):
                 for group in self._groups(epoch):
@@ -144,10 +145,11 @@ class Trainer:
                     self._record_step(sums, started, bar)
                 self.position = Position(self.position.step, epoch + 1, 0)
                 last = epoch + 1 == self.options.num_epochs
+                checked = None
                 if last or (epoch + 1) % self.options.eval_freq == 0:
-                    result = self._validate(model, started, f"epoch {epoch + 1}")
+                    checked = result = self._validate(model, started, f"epoch {epoch + 1}")
                 if last or (epoch + 1) % self.options.save_freq == 0:
-                    self._save(result, time.monotonic() - started)
+                    self._save(checked, time.monotonic() - started)
         return result
 
     def _groups(self, epoch: int) -> Iterator[list[Batch]]:
@@ -246,20 +248,21 @@ class Trainer:
         return result
 
     def _save(self, result: Validation | None, seconds: float) -> None:
-        accuracy = result.accuracy if result else None
-        is_best = accuracy is not None and accuracy > self.best_accuracy
-        if is_best:
-            self.best_accuracy = accuracy
+        # Without validation records the newest is taken for the best.
+        is_best = result.accuracy > self.best_accuracy if result else not len(self.validation_set)
+        if is_best and result:
+            self.best_accuracy = result.accuracy
         if self.accelerator.is_main_process:
             optimizer = {
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "best_accuracy": self.best_accuracy,
+                "is_best": is_best,
                 "seconds": seconds,
             }
             cpdir, metrics = self.options.cpdir, result.metrics() if result else {}
             folder = checkpoint.save(cpdir, self.draft, optimizer, self.position, self.run, metrics)
-            if is_best or result is None:
+            if is_best:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)
             checkpoint.prune(cpdir, self.options.keep)
         self.accelerator.wait_for_everyone()

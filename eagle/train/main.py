@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from eagle.cli import RequestError, existing_path, provenance, run, write_json
+from eagle.cli import RequestError, existing_path, locked, provenance, run, write_json
 from eagle.draft import DraftModel, describe
 from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
@@ -79,8 +80,9 @@ def prepare_cpdir(options: TrainOptions) -> None:
     cpdir = options.cpdir
     if cpdir.exists() and not cpdir.is_dir():
         raise RequestError(f"--cpdir {cpdir} is a file; expected a folder for checkpoints.")
-    if cpdir.is_dir() and any(cpdir.iterdir()) and not (cpdir / RUN).is_file():
-        found = sorted(entry.name for entry in cpdir.iterdir())[:3]
+    # A run killed in its first moments leaves hidden files only.
+    found = sorted(p.name for p in cpdir.iterdir() if not p.name.startswith("."))[:3] if cpdir.is_dir() else []
+    if found and not (cpdir / RUN).is_file():
         raise RequestError(
             f"--cpdir {cpdir} is not empty ({', '.join(found)}, ...) and holds no training run. Name a new folder."
         )
@@ -142,6 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = Accelerator()
     set_seed(options.seed)
     trainer = build(options, accelerator)
+    with locked(options.cpdir, "--cpdir") if accelerator.is_main_process else nullcontext():
+        return train(options, accelerator, trainer)
+
+
+def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> int:
+    """Start or continue the run, and train it to its end."""
     saved = checkpoint.load_last(options.cpdir)
     if saved:
         checkpoint.check_same_run(options.cpdir, saved[1]["run"], trainer.run)

@@ -1,0 +1,94 @@
+"""Checkpoints are whole or absent, and pointers always point at one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle.cli import RequestError, WorkError
+from eagle.draft import DraftModel, load_draft
+from eagle.model_config import load_config
+from eagle.target import Weights, read_embedding
+from eagle.train import checkpoint
+from eagle.train.checkpoint import Position
+from tests.tiny import make_target
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    target = make_target(tmp_path_factory.mktemp("target"))
+    config = load_config(target)
+    return DraftModel(config.draft(), read_embedding(Weights(target), config))
+
+
+def save(cpdir: Path, model, step: int) -> Path:
+    cpdir.mkdir(exist_ok=True)
+    return checkpoint.save(cpdir, model, {"optimizer": {"step": step}}, Position(step, 1, 2), {"seed": 1}, {"a": 0.5})
+
+
+def test_save_and_restore(model, tmp_path):
+    save(tmp_path, model, 7)
+    folder, state = checkpoint.load_last(tmp_path)
+    assert (folder.name, state["step"], state["epoch"], state["batch"], state["metrics"]) == (
+        "state_7",
+        7,
+        1,
+        2,
+        {"a": 0.5},
+    )
+    other = DraftModel(model.config, model.embed_tokens.weight.detach())
+    assert checkpoint.restore(folder, other) == {"optimizer": {"step": 7}}
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    assert load_draft(tmp_path / "last").config == model.config
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_pointers(model, tmp_path, monkeypatch, links):
+    if not links:  # a file system without symbolic links
+
+        def refuse(*_, **__):
+            raise OSError(1, "Operation not permitted")
+
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    for step in (1, 2, 10):
+        save(tmp_path, model, step)
+    checkpoint.point(tmp_path, checkpoint.BEST, "state_2")
+    assert checkpoint.resolve_pointer(tmp_path / "last").name == "state_10"
+    assert checkpoint.resolve_pointer(tmp_path / "best").name == "state_2"
+    assert checkpoint.resolve_pointer(tmp_path).name == "state_2"  # a run means its best
+    assert checkpoint.resolve_pointer(tmp_path / "state_1").name == "state_1"
+    assert (tmp_path / "best").is_symlink() == links
+
+
+def test_the_oldest_go_but_never_best_or_last(model, tmp_path):
+    for step in (1, 2, 9, 10, 11):
+        save(tmp_path, model, step)
+    checkpoint.point(tmp_path, checkpoint.BEST, "state_1")
+    checkpoint.prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoint.states(tmp_path)] == ["state_1", "state_10", "state_11"]
+
+
+def test_a_full_disk_keeps_what_was_there(model, tmp_path, monkeypatch):
+    save(tmp_path, model, 1)
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(WorkError, match=r"Could not save .*state_2.*checkpoints before it are whole"):
+        save(tmp_path, model, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "state_1"]
+    assert checkpoint.resolve_pointer(tmp_path / "last").name == "state_1"
+
+
+def test_half_a_checkpoint_is_never_seen(model, tmp_path):
+    save(tmp_path, model, 1)
+    (tmp_path / ".state_2.tmp").mkdir()
+    (tmp_path / "state_notes").mkdir()
+    assert checkpoint.load_last(tmp_path)[0].name == "state_1"
+
+
+def test_another_run_is_refused():
+    checkpoint.check_same_run(Path("c"), {"seed": 1, "bs": 4}, {"seed": 1, "bs": 4})
+    with pytest.raises(RequestError, match=r"bs was 4, now 8; seed was 1, now 2"):
+        checkpoint.check_same_run(Path("c"), {"seed": 1, "bs": 4}, {"seed": 2, "bs": 8})

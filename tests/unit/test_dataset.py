@@ -1,0 +1,128 @@
+"""The one shift, the noise, and how an epoch is dealt out."""
+
+import numpy as np
+import pytest
+import torch
+
+from eagle.features import FeatureStore, Record, write_shard
+from eagle.train.dataset import (
+    FeatureDataset,
+    collate,
+    epoch_batches,
+    micro_batches,
+    shift,
+    split_store,
+    supervised_positions,
+)
+
+
+def record(mask: list[int], number: int = 0) -> Record:
+    length = len(mask)
+    return Record(
+        number,
+        torch.arange(100, 100 + length, dtype=torch.int32),
+        torch.tensor(mask, dtype=torch.uint8),
+        torch.arange(length, dtype=torch.float32)[:, None].expand(length, 4).contiguous(),
+    )
+
+
+def test_alignment():
+    """Position t reads token x[t+1] and feature f[t], and predicts f[t+1]."""
+    example = shift(record([0, 0, 1, 1, 1]))
+    assert example.tokens.tolist() == [101, 102, 103, 104]
+    assert example.features[:, 0].tolist() == [0, 1, 2, 3]
+    assert example.targets[:, 0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("mask", "supervised"),
+    [
+        # The reply is x[2..4]. The target's own first step emits x[2]; the draft's first call, at the position before,
+        # reads it and predicts x[3].
+        ([0, 0, 1, 1, 1], [False, True, True, False]),
+        # The end-of-turn token x[3] is predicted and not continued.
+        ([0, 0, 1, 1, 0, 0], [False, True, False, False, False]),
+        ([0, 1, 0, 1, 1, 1], [False, False, True, True, False]),
+        ([1, 1, 1], [True, False]),
+        ([0, 0, 0], [False, False]),
+        ([0, 0, 1], [False, False]),
+    ],
+)
+def test_supervised_exactly_where_both_tokens_are_the_assistants(mask, supervised):
+    assert supervised_positions(torch.tensor(mask, dtype=torch.uint8)).tolist() == supervised
+    by_definition = [t + 2 < len(mask) and mask[t + 1] == 1 and mask[t + 2] == 1 for t in range(len(mask) - 1)]
+    assert supervised == by_definition
+
+
+def test_padding_changes_nothing():
+    batch = collate([shift(record([0, 1, 1, 1])), shift(record([0, 1, 1, 1, 1, 1]))])
+    assert batch.tokens.shape == (2, 5) and batch.features.shape == (2, 5, 4)
+    assert batch.supervised.tolist() == [[True, True, False, False, False], [True, True, True, True, False]]
+
+
+@pytest.fixture
+def store(tmp_path):
+    records = [record([0] + [1] * (3 + number % 7), number) for number in range(40)]
+    write_shard(tmp_path / "shard-00000.safetensors", records)
+    return FeatureStore(tmp_path)
+
+
+def test_noise(store):
+    quiet = FeatureDataset(store, np.arange(40), 100)
+    noisy = FeatureDataset(store, np.arange(40), 100, noise=0.1, seed=3)
+    difference = torch.cat([noisy[1, i].features - quiet[1, i].features for i in range(40)])
+    assert difference.abs().max() <= 0.1 and difference.abs().max() > 0.09
+    assert abs(float(difference.mean())) < 0.01
+    assert torch.equal(noisy[1, 5].features, noisy[1, 5].features)
+    assert not torch.equal(noisy[1, 5].features, noisy[2, 5].features)
+    assert torch.equal(noisy[1, 5].targets, quiet[1, 5].targets)
+
+
+def test_noise_belongs_to_the_record_not_to_its_place(store):
+    everything = FeatureDataset(store, np.arange(40), 100, noise=0.1, seed=3)
+    some = FeatureDataset(store, np.array([7, 9]), 100, noise=0.1, seed=3)
+    assert torch.equal(everything[0, 9].features, some[0, 1].features)
+
+
+def test_cut_to_max_len(store):
+    data = FeatureDataset(store, np.arange(40), 5)
+    assert max(data.lengths) == 5 and len(data[0, 6].tokens) == 4
+
+
+@pytest.mark.parametrize(("ratio", "held_out"), [(0.05, 2), (0.5, 20), (0.001, 1), (0.0, 0), (0.99, 39)])
+def test_split(store, ratio, held_out):
+    train, validation = split_store(store, ratio, seed=1)
+    assert len(validation) == held_out
+    assert sorted([*train, *validation]) == list(range(40))
+    again = split_store(store, ratio, seed=1)
+    assert (again[0] == train).all() and (again[1] == validation).all()
+
+
+LENGTHS = np.random.RandomState(0).randint(5, 500, 333)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 64, 1000])
+def test_an_epoch_takes_every_record_once(size):
+    batches = epoch_batches(LENGTHS, size, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(333))
+    assert max(map(len, batches)) <= size
+    other = epoch_batches(LENGTHS, size, seed=1, epoch=1)
+    assert [list(b) for b in batches] != [list(b) for b in other]
+
+
+def test_batches_pad_little():
+    padded = sum(len(b) * LENGTHS[b].max() for b in epoch_batches(LENGTHS, 8, seed=1, epoch=0))
+    assert padded < 1.25 * LENGTHS.sum()
+    unsorted = sum(8 * LENGTHS[at : at + 8].max() for at in range(0, 333, 8))
+    assert padded < 0.8 * unsorted
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("records", [1, 5, 8, 23, 24])
+def test_micro_batches_deal_out_a_global_batch(processes, accumulation, records):
+    size = 3
+    batch = np.arange(100, 100 + min(records, size * processes * accumulation))
+    dealt = [micro_batches(batch, size, rank, processes, accumulation) for rank in range(processes)]
+    assert all(len(own) == accumulation for own in dealt)
+    assert sorted(np.concatenate([piece for own in dealt for piece in own])) == sorted(batch)
+    assert max(len(piece) for own in dealt for piece in own) <= size

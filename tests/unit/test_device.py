@@ -1,0 +1,80 @@
+"""Choosing the device and giving workers their cards, on simulated accelerators."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from eagle import device
+from eagle.cli import RequestError
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    """A machine with torch_npu and four cards, as far as torch can tell."""
+    module = types.ModuleType("torch_npu")
+    module.__spec__ = types.SimpleNamespace(name="torch_npu")
+    monkeypatch.setitem(sys.modules, "torch_npu", module)
+    fake = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 4)
+    monkeypatch.setattr(torch, "npu", fake, raising=False)
+    for variable in device.VISIBILITY_VARIABLE.values():
+        monkeypatch.delenv(variable, raising=False)
+    return fake
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_without_accelerators_it_is_the_cpu():
+    assert device.choose_kind() == "cpu"
+    assert device.torch_device("cpu", 3) == torch.device("cpu")
+
+
+def test_npu_comes_before_cuda_and_cuda_before_cpu(cuda, npu, monkeypatch):
+    assert device.choose_kind() == "npu"
+    assert device.choose_kind("cuda") == "cuda"
+    assert device.choose_kind("cpu") == "cpu"
+    monkeypatch.setattr(npu, "is_available", lambda: False)
+    assert device.choose_kind() == "cuda"
+
+
+@pytest.mark.parametrize("kind", ["npu", "cuda"])
+def test_absent_device_asked_for_by_name(kind):
+    with pytest.raises(RequestError, match=f"--device {kind}: this process sees no such device"):
+        device.choose_kind(kind)
+
+
+def test_unknown_device():
+    with pytest.raises(RequestError, match="--device tpu"):
+        device.choose_kind("tpu")
+
+
+def test_cards_that_do_not_exist(npu):
+    device.check_indices("npu", [0, 3])
+    with pytest.raises(RequestError, match=r"names card 4, 9, but this machine has 4 npu card"):
+        device.check_indices("npu", [0, 4, 9])
+
+
+def test_cards_that_the_shell_hides(npu, monkeypatch):
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
+    device.check_indices("npu", [5])
+    with pytest.raises(RequestError, match="ASCEND_RT_VISIBLE_DEVICES=4,5"):
+        device.check_indices("npu", [0])
+
+
+def test_indices_number_workers_on_a_cpu():
+    device.check_indices("cpu", [0, 99])
+
+
+def test_worker_environment(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert device.worker_environment("npu", [4, 5], 2) == {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}
+    assert device.worker_environment("cuda", [1], 2) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert device.worker_environment("cpu", [0], 1) == {}
+    assert device.worker_environment("cpu", [0], 4) == {"OMP_NUM_THREADS": "2"}
+    assert device.worker_environment("cpu", [0], 99) == {"OMP_NUM_THREADS": "1"}

@@ -1,0 +1,126 @@
+"""A data-generation request, resolved: cards, shares, and what a rerun is compared with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle.cli import RequestError
+from eagle.features import MANIFEST
+from eagle.job import GenerationRequest, claim_outdir, parse_indices, resolve, worker_share
+from tests.tiny import conversations, make_target, write_sharegpt
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return make_target(folder / "model"), write_sharegpt(folder / "data.json", conversations(20))
+
+
+def request(inputs, outdir: Path, **changes) -> GenerationRequest:
+    model, data = inputs
+    return GenerationRequest(
+        **{"outdir": outdir, "model_name": str(model), "data_path": data, "device": "cpu"} | changes
+    )
+
+
+@pytest.mark.parametrize(("text", "indices"), [("0", (0,)), ("0,1, 2", (0, 1, 2)), ("7,3", (7, 3))])
+def test_indices(text, indices):
+    assert parse_indices(text) == indices
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("0,x", "'x'"), ("", "''"), ("0,-1", "'-1'"), ("0,1,0", "repeats 0"), ("٣", "'٣'")]
+)
+def test_wrong_indices(text, says):
+    with pytest.raises(RequestError, match=says):
+        parse_indices(text)
+
+
+@pytest.mark.parametrize(
+    ("cards", "each", "groups"),
+    [
+        (range(8), 8, [tuple(range(8))]),
+        (range(8), 1, [(i,) for i in range(8)]),
+        (range(8), 4, [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ((5, 2), 1, [(5,), (2,)]),
+    ],
+)
+def test_card_groups(tmp_path, inputs, cards, each, groups):
+    assert request(inputs, tmp_path, npu_indices=tuple(cards), used_npus=each).card_groups() == groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"npu_indices": (0, 1, 2), "used_npus": 2}, "does not divide"),
+        ({"used_npus": 0}, "does not divide"),
+        ({"end_num": 0}, "--end_num 0"),
+        ({"max_length": 2}, "--max_length 2"),
+        ({"dtype": "int3"}, "--dtype int3"),
+        ({"model_type": "gpt2"}, "--model_type gpt2"),
+        ({"batch_tokens": 0}, "--batch_tokens 0"),
+    ],
+)
+def test_wrong_options(tmp_path, inputs, changes, says):
+    with pytest.raises(RequestError, match=says):
+        request(inputs, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_shares_cover_the_same_conversations_whatever_the_workers(tmp_path, inputs, workers):
+    job = resolve(request(inputs, tmp_path, npu_indices=tuple(range(workers)), end_num=13))
+    shares = [worker_share(job.manifest, worker) for worker in range(workers)]
+    everything = sorted(index for share in shares for index in share)
+    assert len(everything) == 13 == len(set(everything))
+    one = resolve(request(inputs, tmp_path, end_num=13))
+    assert everything == sorted(worker_share(one.manifest, 0))
+    other_seed = resolve(request(inputs, tmp_path, end_num=13, seed=1))
+    assert everything != sorted(worker_share(other_seed.manifest, 0))
+
+
+def test_end_num_grows_by_adding(tmp_path, inputs):
+    """A larger --end_num keeps the conversations of a smaller one."""
+    few, more = (worker_share(resolve(request(inputs, tmp_path, end_num=n)).manifest, 0) for n in (5, 12))
+    assert more[:5] == few
+
+
+def test_end_num_beyond_the_file_uses_all(tmp_path, inputs):
+    job = resolve(request(inputs, tmp_path, end_num=99))
+    assert job.conversations == 20
+    assert any("all are used" in note for note in job.notes)
+
+
+def test_same_job_continues_and_another_is_refused(tmp_path, inputs):
+    outdir = tmp_path / "store"
+    claim_outdir(resolve(request(inputs, outdir)))
+    before = (outdir / MANIFEST).read_bytes()
+    claim_outdir(resolve(request(inputs, outdir)))
+    assert (outdir / MANIFEST).read_bytes() == before
+    for changes, says in (
+        ({"seed": 7}, "seed was 42, now 7"),
+        ({"max_length": 100}, "max_length was 2048, now 100"),
+        ({"dtype": "float32"}, "dtype was bfloat16, now float32"),
+        ({"npu_indices": (0, 1)}, "workers was 1, now 2"),
+        ({"chat_template": "vicuna"}, "tokenizer digest was"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            claim_outdir(resolve(request(inputs, outdir, **changes)))
+    assert (outdir / MANIFEST).read_bytes() == before
+
+
+def test_foreign_folder_is_left_alone(tmp_path, inputs):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RequestError, match="is not empty"):
+        claim_outdir(resolve(request(inputs, tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_manifest_says_what_made_it(tmp_path, inputs):
+    outdir = tmp_path / "store"
+    claim_outdir(resolve(request(inputs, outdir, max_length=77)))
+    manifest = json.loads((outdir / MANIFEST).read_text())
+    assert manifest["options"]["max_length"] == 77
+    assert manifest["target"]["hidden_size"] == 32
+    assert manifest["data"]["records"] == 20
+    assert manifest["complete"] is False

@@ -1,0 +1,99 @@
+"""Targets in every file layout people have."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eagle.cli import RequestError
+from eagle.model_config import load_config
+from eagle.target import Weights, fingerprint, load_trunk, parse_dtype, read_embedding, read_head
+from tests.tiny import make_target
+
+LAYOUTS = {
+    "one safetensors": {"layout": "safetensors"},
+    "sharded safetensors": {"layout": "safetensors", "max_shard_size": "40KB"},
+    "one bin": {"layout": "bin"},
+    "sharded bin": {"layout": "bin", "max_shard_size": "40KB"},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_embedding_and_head_whatever_the_layout(tmp_path, layout, family, tied):
+    folder = make_target(tmp_path / "m", family, tied=tied, **LAYOUTS[layout])
+    weights, config = Weights(folder), load_config(folder)
+    assert len(weights.files()) == (1 if "one" in layout else len(list(folder.glob("*-of-*"))))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(read_embedding(weights, config), model.get_input_embeddings().weight)
+    assert torch.equal(read_head(weights, config), model.get_output_embeddings().weight)
+    assert torch.equal(read_head(weights, config), read_embedding(weights, config)) == tied
+
+
+def test_fingerprint_is_of_the_model_not_of_its_files(tmp_path):
+    prints = {fingerprint(make_target(tmp_path / str(i), **layout)) for i, layout in enumerate(LAYOUTS.values())}
+    assert len(prints) == 1
+    others = [
+        fingerprint(make_target(tmp_path / "other weights", seed=1)),
+        fingerprint(make_target(tmp_path / "other theta", rope_theta=5e5)),
+    ]
+    assert len(prints | set(others)) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_trunk_gives_the_feature_that_lm_head_reads(tmp_path, family):
+    folder = make_target(tmp_path / "m", family)
+    trunk = load_trunk(folder, torch.float32, torch.device("cpu"))
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
+    model, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        features = trunk(input_ids=ids).last_hidden_state
+        head = read_head(Weights(folder), load_config(folder))
+        torch.testing.assert_close(features @ head.T, model(ids).logits)
+
+
+def test_missing_weights(tmp_path):
+    folder = make_target(tmp_path / "m", layout="bin", max_shard_size="40KB")
+    shard = next(folder.glob("*-of-*"))
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        Weights(folder)
+    for file in [*folder.glob("*.bin"), *folder.glob("*.index.json")]:
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="no weights found"):
+        Weights(folder)
+    with pytest.raises(FileNotFoundError, match=r"nope.bin does not exist"):
+        Weights(folder, "nope.bin")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_damaged_weights(tmp_path, layout):
+    folder = make_target(tmp_path / "m", layout=layout)
+    file = next(path for path in folder.iterdir() if path.name in ("model.safetensors", "pytorch_model.bin"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RequestError, match=file.name):
+        Weights(folder)["model.norm.weight"]
+
+
+def test_untied_model_without_head(tmp_path):
+    folder = make_target(tmp_path / "m", tied=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(RequestError, match=r"no lm_head.weight .* tie_word_embeddings is false"):
+        read_head(Weights(folder), load_config(folder))
+
+
+def test_config_of_another_model(tmp_path):
+    folder = make_target(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 777}))
+    with pytest.raises(RequestError, match=r"\[424, 32\].*\[777, 32\]"):
+        read_embedding(Weights(folder), load_config(folder))
+
+
+def test_dtype_names():
+    assert parse_dtype("bf16") == parse_dtype("bfloat16") == torch.bfloat16
+    with pytest.raises(RequestError, match="--dtype float8"):
+        parse_dtype("float8")
