@@ -15,10 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from eagle.cli import run
+from eagle.cli import locked, run
 from eagle.conversation import BUILT_IN_TEMPLATES, Tally
 from eagle.job import GenerationRequest, claim_outdir, finish, parse_indices, resolve
-from eagle.launch import locked, run_workers
+from eagle.launch import run_workers
 from eagle.model_config import FAMILIES
 from eagle.target import DTYPES
 
@@ -46,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", metavar="{auto,npu,cuda,cpu}", help="what the workers run on")
     parser.add_argument("--batch_tokens", type=int, default=4096, help="padded tokens in one forward pass")
+    parser.add_argument("--shard_mb", type=int, default=128, help="size of a store file: what a killed worker redoes")
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
     )
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     for note in job.notes:
         print(f"  {note}")
     claim_outdir(job)
-    with locked(request.outdir):
+    with locked(request.outdir, "--outdir"):
         run_workers(job)
         manifest = finish(job)
     print(

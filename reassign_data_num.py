@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eagle.cli import existing_path, run
+from eagle.cli import existing_path, locked, run
 from eagle.reshard import reshard
 
 
@@ -26,7 +26,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    parts = reshard(existing_path(args.old_folder, "--old_folder", "folder"), args.new_folder, args.tp)
+    existing_path(args.old_folder, "--old_folder", "folder")
+    if args.new_folder.exists():
+        existing_path(args.new_folder, "--new_folder", "folder")
+    args.new_folder.mkdir(parents=True, exist_ok=True)
+    with locked(args.new_folder, "--new_folder"):
+        parts = reshard(args.old_folder, args.new_folder, args.tp)
     total = sum(part.tokens for part in parts)
     for number, part in enumerate(parts):
         share = part.tokens / total

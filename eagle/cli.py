@@ -1,4 +1,4 @@
-"""What every command line shares: exit codes, error messages, atomic small files.
+"""What every command line shares: exit codes, error messages, progress, locks, atomic small files.
 
 Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 130 interrupted.
 """
@@ -13,8 +13,15 @@ import subprocess
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LOCK = ".lock"
 
 
 class RequestError(ValueError):
@@ -47,6 +54,8 @@ def run(main: Callable[[], int]) -> int:
 def _report(error: Exception, code: int) -> int:
     if os.environ.get("EAGLE_DEBUG") == "1":
         traceback.print_exc()
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        return code  # every process of the machine refuses the same request; one says so
     message = str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = f"The disk is full ({message}). What was finished is kept; free some space and run again."
@@ -66,6 +75,41 @@ def existing_path(path: str | Path, flag: str, kind: str = "path") -> Path:
     if (kind == "file" and not path.is_file()) or (kind == "folder" and not path.is_dir()):
         raise RequestError(f"{flag} {path} is not {what}, which is what this flag takes.")
     return path
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Hold the folder for this process. Raises: RequestError while another process holds it."""
+    import fcntl  # not on Windows, where the other steps do work
+
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(f"{flag} {folder} is in use by another running job; wait for it or end it.") from error
+        except OSError:
+            pass  # a file system without locks: two jobs at once are then the user's to avoid
+        yield
+
+
+class _LogLines:
+    """A stream for tqdm that turns its redrawn line into lines of their own, as a log file wants them."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
+    """A live bar on a terminal; elsewhere a line every half minute."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        options |= {"file": _LogLines(), "mininterval": 30, "maxinterval": 30, "ncols": 120}
+    return tqdm(total=total, unit=unit, **{"mininterval": 0.5, **options})
 
 
 def write_json(path: Path, content: object) -> None:

@@ -3,6 +3,7 @@
     STORE/manifest.json            what made it: target, tokenizer, data, options, counts
     STORE/<i>/shard-00000.safetensors, shard-00001.safetensors, ...    finished data only
     STORE/<i>/done.json            worker i has finished its share: counts, dropped records
+    STORE/<i>/worker.log           what worker i had to say
 
 A shard is a plain safetensors file of many records back to back:
 
@@ -38,6 +39,7 @@ from eagle.tensor_file import write_tensors
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DONE = "done.json"
+LOG = "worker.log"
 #: A shard is closed once it holds this much. Large enough that 68k conversations are a few thousand files,
 #: small enough that a killed worker loses minutes, not hours.
 SHARD_BYTES = 128 << 20
@@ -104,7 +106,7 @@ class ShardWriter:
         """Write the records gathered so far as one shard; none gathered, none written."""
         if not self._records:
             return
-        path = self.folder / f"shard-{self._next:05d}.safetensors"
+        path = self.folder / _shard_name(self._next)
         write_shard(path, self._records, progress)
         self._next += 1
         self._records, self._bytes = [], 0
@@ -136,9 +138,20 @@ def write_shard(path: Path, records: list[Record], progress: str = "{}") -> None
     fsync_folder(path.parent)
 
 
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
 def shard_paths(folder: Path) -> list[Path]:
     """The finished shards of one folder, in order."""
     return sorted(path for path in folder.glob("shard-*.safetensors") if _SHARD_NAME.fullmatch(path.name))
+
+
+def drop_after_gap(folder: Path) -> None:
+    """Delete the shards behind a missing one. A worker writes them in order, so it redoes everything from there."""
+    for number, path in enumerate(shard_paths(folder)):
+        if path.name != _shard_name(number):
+            path.unlink()
 
 
 def last_progress(folder: Path) -> str | None:
@@ -155,8 +168,8 @@ def _open_shard(path: Path) -> Any:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WorkError(
-            f"{path} is damaged: {error}. Delete that file and run the step that made it again; it redoes only "
-            "what is missing."
+            f"{path} is damaged: {error}. Restore it from a copy, or delete it and run data generation again: it "
+            "redoes what is missing."
         ) from error
     version = (file.metadata() or {}).get("format")
     if version != str(FORMAT_VERSION):
@@ -311,6 +324,10 @@ class FeatureStore:
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
+
+    def unfinished(self) -> list[Path]:
+        """The folders of jobs whose data generation has not come to its end."""
+        return [path.parent for path, manifest in self.manifests.items() if not manifest.get("complete")]
 
     def check_target(self, digest: str, basepath: Path) -> None:
         """Raises: RequestError where a manifest names another target than the one with that fingerprint."""

@@ -24,7 +24,7 @@ import torch
 from eagle import device
 from eagle.cli import WorkError, run, write_json
 from eagle.conversation import Dropped, Encoded, Encoder, Tally, clean_record, load_encoder
-from eagle.features import DONE, MANIFEST, Record, ShardWriter, last_progress, read_manifest
+from eagle.features import DONE, MANIFEST, Record, ShardWriter, drop_after_gap, last_progress, read_manifest
 from eagle.job import worker_share
 from eagle.model_config import load_config
 from eagle.records import RecordFile
@@ -107,20 +107,21 @@ def compute_features(trunk: torch.nn.Module, sequences: list[torch.Tensor], wher
 class Worker:
     """Computes one share. `step` yields after every batch so that the caller can report."""
 
-    def __init__(self, manifest: dict, folder: Path, share: Sequence[int], kind: str, cards: int) -> None:
-        self.manifest, self.folder, self.share = manifest, folder, share
+    def __init__(
+        self, manifest: dict, folder: Path, share: Sequence[int], kind: str, cards: int, shard_bytes: int
+    ) -> None:
+        self.manifest, self.folder, self.share, self.shard_bytes = manifest, folder, share, shard_bytes
         self.max_length = manifest["options"]["max_length"]
         model = manifest["target"]["name"]
         self.records = RecordFile(manifest["data"]["path"], allow_truncated=manifest["options"]["allow_truncated"])
         self.encoder = load_encoder(model, load_config(model), manifest["options"]["chat_template"])
         self.device = device.torch_device(kind)
         self.trunk = load_trunk(model, parse_dtype(manifest["dtype"]), self.device, spread=cards > 1)
-        saved = last_progress(folder)
-        self.progress = Progress.from_json(json.loads(saved)) if saved else Progress()
+        self.progress = saved_progress(folder)
 
     def work(self) -> Iterator[Progress]:
         """Compute what is left of the share, then write ``done.json``. Yields the running progress."""
-        writer = ShardWriter(self.folder)
+        writer = ShardWriter(self.folder, shard_bytes=self.shard_bytes)
         for window in self._windows(self.progress.position):
             records: dict[int, Record] = {}
             lengths = [len(encoded.input_ids) for _, encoded in window.items]
@@ -172,6 +173,21 @@ class Worker:
         progress.tally.add(window.tally)
 
 
+def saved_progress(folder: Path) -> Progress:
+    """How far the finished shards of a worker's folder reach."""
+    saved = last_progress(folder)
+    return Progress.from_json(json.loads(saved)) if saved else Progress()
+
+
+def finished(folder: Path) -> Progress | None:
+    """What ``done.json`` says, where the shards it speaks of are all there."""
+    path = folder / DONE
+    if not path.is_file():
+        return None
+    progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
+    return progress if progress.records == saved_progress(folder).records else None
+
+
 def end_with_parent() -> None:
     """End this process when its stdin closes, which is when the parent dies, however it dies."""
 
@@ -192,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worker", type=int, required=True, help="which worker this is, from 0")
     parser.add_argument("--device", default="auto", help="npu, cuda, cpu or auto (default: auto)")
     parser.add_argument("--cards", type=int, default=1, help="cards this process sees (default: 1)")
+    parser.add_argument("--shard_mb", type=int, default=128, help="size of a store file (default: 128)")
     parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")
     args = parser.parse_args(argv)
     if args.watch_stdin:
@@ -200,10 +217,12 @@ def main(argv: list[str] | None = None) -> int:
     manifest = read_manifest(args.outdir / MANIFEST)
     folder = args.outdir / str(args.worker)
     share = worker_share(manifest, args.worker)
-    if (folder / DONE).is_file():
-        _report(Progress.from_json(json.loads((folder / DONE).read_text(encoding="utf-8"))))
+    drop_after_gap(folder)
+    progress = finished(folder)
+    if progress:
+        _report(progress)
         return 0
-    worker = Worker(manifest, folder, share, device.choose_kind(args.device), args.cards)
+    worker = Worker(manifest, folder, share, device.choose_kind(args.device), args.cards, args.shard_mb << 20)
     _report(worker.progress)
     for progress in worker.work():
         _report(progress)

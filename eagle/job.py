@@ -40,6 +40,7 @@ class GenerationRequest:
     chat_template: str | None = None
     device: str = "auto"
     batch_tokens: int = 4096
+    shard_mb: int = 128
     allow_truncated: bool = False
 
     def __post_init__(self) -> None:
@@ -47,8 +48,9 @@ class GenerationRequest:
             raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
         if self.max_length < 3:
             raise RequestError(f"--max_length {self.max_length}: expected 3 tokens or more.")
-        if self.batch_tokens < 1:
-            raise RequestError(f"--batch_tokens {self.batch_tokens}: expected 1 or more.")
+        for name in ("batch_tokens", "shard_mb"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
         if self.model_type not in (None, *FAMILIES):
             raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(FAMILIES)}.")
         parse_dtype(self.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -10,19 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
-
 from eagle import device
-from eagle.cli import RequestError, WorkError
+from eagle.cli import WorkError, progress_bar
+from eagle.features import LOG
 from eagle.job import Job
 
-LOG = "worker.log"
-LOCK = ".lock"
 #: How long a worker may take to end by itself before it is killed.
 GRACE_SECONDS = 10
 
@@ -38,6 +32,7 @@ class WorkerProcess:
         folder = job.request.outdir / str(number)
         folder.mkdir(exist_ok=True)
         self.log = folder / LOG
+        self._log_start = self.log.stat().st_size if self.log.is_file() else 0
         self.command = worker_command(job, number)
         environment = {
             **os.environ,
@@ -73,25 +68,16 @@ class WorkerProcess:
                 self.starting = self.progress
 
     def last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else []
+        # What an earlier run left in the log is not what this one died of.
+        lines = self.log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-12:]) or "    (it said nothing)"
 
 
 def worker_command(job: Job, number: int) -> list[str]:
     """The command line of worker `number`; its cards come by environment variable."""
     command = [sys.executable, "-m", "eagle.generate", "--outdir", str(job.request.outdir.resolve())]
-    return [*command, "--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises: RequestError while another process holds it."""
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(f"--outdir {folder} is in use by another running job; wait for it or end it.") from error
-        yield
+    command += ["--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
+    return [*command, "--shard_mb", str(job.request.shard_mb)]
 
 
 def run_workers(job: Job) -> None:
@@ -103,7 +89,8 @@ def run_workers(job: Job) -> None:
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
     workers: list[WorkerProcess] = []
     try:
-        workers += [WorkerProcess(job, number) for number in range(len(job.groups))]
+        for number in range(len(job.groups)):
+            workers.append(WorkerProcess(job, number))
         _watch(workers, job.conversations)
     finally:
         _end(workers)
@@ -115,8 +102,7 @@ def _raise_interrupt(*_: object) -> None:
 
 
 def _watch(workers: list[WorkerProcess], conversations: int) -> None:
-    interval = 0.5 if sys.stderr.isatty() else 15
-    bar = tqdm(total=conversations, unit="conv", mininterval=interval, maxinterval=interval, smoothing=0.1)
+    bar = progress_bar(conversations, "conv", smoothing=0.1)
     since, tokens_before = None, 0
     with bar:
         while True:

@@ -27,6 +27,7 @@ from eagle.features import (
     DONE,
     FORMAT_VERSION,
     INTERRUPTED_RESHARD,
+    LOG,
     MANIFEST,
     FeatureStore,
     RecordSource,
@@ -59,22 +60,25 @@ def reshard(old: Path, new: Path, parts: int) -> list[Part]:
         raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     new.mkdir(parents=True, exist_ok=True)
     in_place = old.resolve() == new.resolve()
-    finished = _finish_interrupted(new)
-    if finished is not None:
-        if len(finished) == parts:
-            return finished
-        if not in_place:
-            raise RequestError(
-                f"--new_folder {new} now holds an interrupted run's {len(finished)} folders, not {parts}."
-            )
-    shutil.rmtree(new / BUILDING, ignore_errors=True)
-    present = [p.name for p in new.iterdir()]
-    if not in_place and present:
+    if not in_place and old.resolve() in new.resolve().parents:
         raise RequestError(
-            f"--new_folder {new} is not empty ({', '.join(sorted(present)[:3])}, ...). Name a new folder, or the old "
-            "one to reshard in place."
+            f"--new_folder {new} lies inside --old_folder {old}, which would then hold every record twice. Name a "
+            "folder beside it, or the old one itself to reshard in place."
         )
+    finished = _finish_interrupted(new)
+    if in_place and finished and len(finished) == parts:
+        return finished
+    shutil.rmtree(new / BUILDING, ignore_errors=True)
     store = FeatureStore(old, "--old_folder")
+    present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
+    if not in_place and present:
+        done = _made_before(store, new, parts)
+        if done is None:
+            raise RequestError(
+                f"--new_folder {new} is not empty ({', '.join(present[:3])}, ...). Name a new folder, or the old one "
+                "to reshard in place."
+            )
+        return done
     if len(store) < parts:
         raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
     summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
@@ -82,6 +86,18 @@ def reshard(old: Path, new: Path, parts: int) -> list[Part]:
     fsync_folder(new)
     _finish_interrupted(new)
     return summary
+
+
+def _made_before(store: FeatureStore, new: Path, parts: int) -> list[Part] | None:
+    """What `new` holds, where a run of the same command on the same records has come to its end before."""
+    path = new / MANIFEST
+    manifest = read_json(path, "a store's manifest") if path.is_file() else {}
+    wanted = {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
+    wanted |= {"records": len(store), "tokens": store.tokens}
+    if any(manifest.get(key) != value for key, value in wanted.items()):
+        return None
+    done = [read_json(new / str(part) / DONE, "a part's counts") for part in range(parts)]
+    return [Part(part["records"], part["tokens"]) for part in done]
 
 
 def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]) -> list[Part]:
@@ -98,7 +114,7 @@ def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]
         tokens = int(lengths[first:last].sum())
         summary.append(Part(last - first, tokens))
         write_json(folder / DONE, {"records": last - first, "tokens": tokens, "dropped": {}, "repaired": {}})
-    manifest["resharded_into"] = parts
+    manifest |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
     write_json(staging / MANIFEST, manifest)
     plan = {
         "old_files": [os.path.relpath(path, store.folder) for path in old_files],
@@ -151,8 +167,10 @@ def _link(source: Path, target: Path) -> None:
 def _store_files(store: FeatureStore) -> list[Path]:
     """Every file that belongs to the store; anything else in its folders is the user's and stays."""
     files = list(store.manifests)
+    for manifest in store.manifests:
+        files += [path for name in (DONE, LOG) for path in manifest.parent.glob(f"*/{name}")]
     for source in store.sources:
-        files += source.files if isinstance(source, ClassicFolder) else [source.path, source.path.with_name(DONE)]
+        files += source.files if isinstance(source, ClassicFolder) else [source.path]
     return sorted({file for file in files if file.exists()})
 
 

@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare_cpdir(options: TrainOptions) -> None:
-    """Make the folder. Raises: RequestError where it holds something that is no training run."""
+def check_cpdir(options: TrainOptions) -> None:
+    """Raises: RequestError where the folder holds something that is no training run."""
     cpdir = options.cpdir
     if cpdir.exists() and not cpdir.is_dir():
         raise RequestError(f"--cpdir {cpdir} is a file; expected a folder for checkpoints.")
@@ -86,7 +86,6 @@ def prepare_cpdir(options: TrainOptions) -> None:
         raise RequestError(
             f"--cpdir {cpdir} is not empty ({', '.join(found)}, ...) and holds no training run. Name a new folder."
         )
-    cpdir.mkdir(parents=True, exist_ok=True)
 
 
 def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
@@ -140,10 +139,11 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
 def main(argv: list[str] | None = None) -> int:
     options = TrainOptions(**vars(parse_args(argv)))
     existing_path(options.tmpdir, "--tmpdir", "folder")
-    prepare_cpdir(options)
+    check_cpdir(options)
     accelerator = Accelerator()
     set_seed(options.seed)
     trainer = build(options, accelerator)
+    options.cpdir.mkdir(parents=True, exist_ok=True)
     with locked(options.cpdir, "--cpdir") if accelerator.is_main_process else nullcontext():
         return train(options, accelerator, trainer)
 
@@ -161,6 +161,8 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
+    for folder in trainer.train_set.store.unfinished():
+        trainer.log(f"note: data generation into {folder} has not finished; training on what is there")
     if saved:
         trainer.resume(*saved)
     elif options.init == "closed_form":
