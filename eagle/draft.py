@@ -9,6 +9,7 @@ the target's and frozen; ``fc`` has no bias, because vLLM has none to load it in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from eagle.target import Weights
 from eagle.tensor_file import write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
+
+#: Takes the keys and values of new rows, keeps them, and gives those of all rows so far: a KV cache's one verb.
+Remember = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Attention(nn.Module):
@@ -117,8 +121,12 @@ class DraftLayer(nn.Module):
         hidden: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None = None,
+        remember: Remember | None = None,
     ) -> torch.Tensor:
-        hidden = hidden + self.self_attn.attend(*self.self_attn.project(hidden, rotary), mask)
+        queries, keys, values = self.self_attn.project(hidden, rotary)
+        if remember is not None:
+            keys, values = remember(keys, values)
+        hidden = hidden + self.self_attn.attend(queries, keys, values, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -155,18 +163,20 @@ class DraftModel(nn.Module):
         features: torch.Tensor,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        remember: Remember | None = None,
     ) -> torch.Tensor:
         """Predicted features ``[B, T, H]``.
 
         tokens: ``[B, T]``, at position t the token x[t+1]. features: ``[B, T, H]``, at position t the feature f[t].
         positions: ``[B, T]``, default 0..T-1. mask: None for causal attention, else a boolean one,
         broadcastable to ``[B, heads, T, T]``, True where a query may look.
+        remember: decoding's KV cache; the mask then spans its rows too, ``[B, heads, T, rows so far]``.
         Row t of the result predicts f[t+1].
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = self.fc(self.inputs(tokens, features))
-        return self.layers[0](hidden, self.rotary(hidden, positions), mask)
+        return self.layers[0](hidden, self.rotary(hidden, positions), mask, remember)
 
 
 def rotary_embedding(config: ModelConfig) -> nn.Module:
