@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from eagle.cli import locked, run
+from eagle.cli import HelpFormatter, locked, run
 from eagle.conversation import BUILT_IN_TEMPLATES, Tally
 from eagle.job import GenerationRequest, claim_outdir, finish, parse_indices, resolve
 from eagle.launch import run_workers
@@ -26,7 +26,7 @@ from eagle.target import DTYPES
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Step 3: ShareGPT conversations -> features of the base model, in a store for training.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--outdir", type=Path, required=True, help="folder of the store; worker i writes OUTDIR/<i>/")
     parser.add_argument("--model_name", required=True, help="folder of the base model")

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 130 interrupted.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -64,6 +65,13 @@ def _report(error: Exception, code: int) -> int:
         message = textwrap.fill(message, 100, break_long_words=False, break_on_hyphens=False)
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default that is a value; where it is None the help text itself says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def existing_path(path: str | Path, flag: str, kind: str = "path") -> Path:

@@ -20,23 +20,28 @@ class Example:
     """A conversation as the draft sees it, ``T-1`` positions long.
 
     At position t: tokens ``x[t+1]``, features ``f[t]`` (with noise when training), targets ``f[t+1]``;
-    supervised is True where ``x[t+1]`` and ``x[t+2]`` are both the assistant's.
+    supervised is True where ``x[t+1]`` and ``x[t+2]`` are both the assistant's. conversation: the record's, to name it.
     """
 
     tokens: torch.Tensor
     features: torch.Tensor
     targets: torch.Tensor
     supervised: torch.Tensor
+    conversation: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples padded on the right: tokens ``[B, T]``, features and targets ``[B, T, H]``, supervised ``[B, T]``."""
+    """Examples padded on the right.
+
+    tokens ``[B, T]``, features and targets ``[B, T, H]``, supervised ``[B, T]``, conversations ``[B]``.
+    """
 
     tokens: torch.Tensor
     features: torch.Tensor
     targets: torch.Tensor
     supervised: torch.Tensor
+    conversations: torch.Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """This batch on `device`, what the draft reads in `dtype`; the targets keep the store's."""
@@ -60,6 +65,7 @@ def shift(record: Record) -> Example:
         features=record.hidden_state[:-1],
         targets=record.hidden_state[1:],
         supervised=supervised_positions(record.loss_mask),
+        conversation=record.conversation,
     )
 
 
@@ -96,7 +102,7 @@ class FeatureDataset(Dataset):
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(self.indices[index]))) & (2**63 - 1))
         noise = torch.rand(example.features.shape, generator=generator, dtype=torch.float32) - 0.5
         features = (example.features.float() + 2 * self.noise * noise).to(example.features.dtype)
-        return Example(example.tokens, features, example.targets, example.supervised)
+        return dataclasses.replace(example, features=features)
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -105,7 +111,8 @@ def collate(examples: list[Example]) -> Batch:
     def pad(name: str) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples], batch_first=True)
 
-    return Batch(*(pad(name) for name in Batch.__slots__))
+    padded = {name: pad(name) for name in ("tokens", "features", "targets", "supervised")}
+    return Batch(**padded, conversations=torch.tensor([example.conversation for example in examples]))
 
 
 def split_store(store: FeatureStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

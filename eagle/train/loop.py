@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +12,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from eagle.cli import WorkError, progress_bar
+from eagle.cli import WorkError
 from eagle.draft import DraftModel
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from eagle.train.closed_form import NormalEquations, start_from
 from eagle.train.dataset import Batch, FeatureDataset, collate, epoch_batches, micro_batches, shift
-from eagle.train.losses import head_loss, smooth_l1
+from eagle.train.losses import TOKEN_LOSSES, head_loss, smooth_l1
 from eagle.train.options import TrainOptions
+from eagle.train.run_log import RunLog, StepResult
+from eagle.train.unroll import UnrolledDraft, chain_supervision
 from eagle.train.validate import Validation, validate
-
-METRICS = "metrics.jsonl"
-
-
-@dataclass(slots=True)
-class StepSums:
-    """What one optimizer step saw, summed over micro-batches and processes."""
-
-    supervised: float = 0.0
-    feature_loss: float = 0.0
-    token_loss: float = 0.0
-    correct: float = 0.0
 
 
 class Trainer:
@@ -62,16 +49,24 @@ class Trainer:
         self.global_size = options.bs * self.processes * options.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(train) / self.global_size)
         self.total_steps = self.steps_per_epoch * options.num_epochs
+        if options.max_steps is not None:
+            self.total_steps = min(self.total_steps, options.max_steps)
         self.position = Position()
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=options.learning_rate(model.config.hidden_size),
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
-        self.best_accuracy = -1.0
-        self._seconds_before = 0.0
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        # accelerate's wrapper unscales float16 gradients; it changes nothing else.
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.best_tau, self._epochs_without_gain = 0.0, 0
+        tracker = None if options.report_to == "none" else accelerator
+        self.log = RunLog(
+            options.cpdir, active=accelerator.is_main_process, total_steps=self.total_steps, tracker=tracker
+        )
+        self._last_save = time.monotonic()
 
     def _lr_factor(self, step: int) -> float:
         """Linear warm-up over the run's first `warmup_ratio`, then linear to zero at its real end."""
@@ -79,10 +74,6 @@ class Trainer:
         if step < warmup:
             return (step + 1) / warmup
         return max(0.0, (self.total_steps - step) / max(1, self.total_steps - warmup))
-
-    def log(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
 
     def initialise(self) -> None:
         """Closed-form start, each process taking its share of the records."""
@@ -99,7 +90,8 @@ class Trainer:
             total = self.accelerator.reduce(getattr(equations, name).to(self.accelerator.device, dtype))
             setattr(equations, name, total.cpu().double())
         start_from(self.draft, equations.solve())
-        self.log(f"closed-form start from {equations.positions:,} positions in {time.monotonic() - started:.1f} s")
+        seconds = time.monotonic() - started
+        self.log.say(f"closed-form start from {equations.positions:,} positions per process in {seconds:.1f} s")
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take the run up where `folder` left it."""
@@ -107,50 +99,51 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.position = Position(state["step"], state["epoch"], state["batch"])
-        self.best_accuracy, self._seconds_before = saved["best_accuracy"], saved["seconds"]
+        self.best_tau, self._epochs_without_gain = saved["best_tau"], saved["epochs_without_gain"]
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.log.start_at(self.position.step, saved["seconds"])
         if self.accelerator.is_main_process:
-            self._drop_metrics_after(self.position.step)
             # The run may have been killed between the checkpoint and its pointers.
             checkpoint.point(self.options.cpdir, checkpoint.LAST, folder.name)
             if saved["is_best"]:
                 checkpoint.point(self.options.cpdir, checkpoint.BEST, folder.name)
-        self.log(f"resuming from {folder} (step {self.position.step} of {self.total_steps})")
+        self.log.say(f"resuming from {folder} (step {self.position.step} of {self.total_steps})")
 
-    def _drop_metrics_after(self, step: int) -> None:
-        path = self.options.cpdir / METRICS
-        if not path.is_file():
-            return
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        temporary = path.with_name(f".{METRICS}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-
-    def fit(self) -> Validation | None:
-        """Train to the end; returns the last validation."""
-        model = self.accelerator.prepare_model(self.draft)
-        result = None
-        started = time.monotonic() - self._seconds_before
+    def fit(self) -> None:
+        """Train to the end: the last epoch, ``--max_steps``, or `patience` epochs without a better τ."""
+        model = self.accelerator.prepare_model(UnrolledDraft(self.draft))
         if self.position.step == 0:
-            if self.accelerator.is_main_process:
-                self._drop_metrics_after(-1)  # of a run killed before its first checkpoint
-            result = self._validate(model, started, "before training")
-        is_main = self.accelerator.is_main_process
-        bar = progress_bar(self.total_steps, "step", initial=self.position.step, disable=not is_main)
-        with bar:
-            for epoch in range(self.position.epoch, self.options.num_epochs):
-                for group in self._groups(epoch):
-                    sums = self._step(model, group)
-                    self.position = Position(self.position.step + 1, epoch, self.position.batch + 1)
-                    self._record_step(sums, started, bar)
-                self.position = Position(self.position.step, epoch + 1, 0)
-                last = epoch + 1 == self.options.num_epochs
-                checked = None
-                if last or (epoch + 1) % self.options.eval_freq == 0:
-                    checked = result = self._validate(model, started, f"epoch {epoch + 1}")
-                if last or (epoch + 1) % self.options.save_freq == 0:
-                    self._save(checked, time.monotonic() - started)
-        return result
+            self.log.start_at(0, 0.0)  # takes back what a run wrote that was killed before its first checkpoint
+            self._validate(model, "before training")
+        for epoch in range(self.position.epoch, self.options.num_epochs):
+            if self.position.step >= self.total_steps or self._out_of_patience():
+                break
+            for group in self._groups(epoch):
+                result, save_now = self._step(model, group)
+                self.position = Position(self.position.step + 1, epoch, self.position.batch + 1)
+                self.log.step(self.position.step, epoch, result)
+                if save_now:
+                    self._save(None)
+                if self.position.step >= self.total_steps:
+                    break
+            self._end_epoch(model, epoch)
+        self.log.close()
+
+    def _end_epoch(self, model: torch.nn.Module, epoch: int) -> None:
+        options = self.options
+        self.position = Position(self.position.step, epoch + 1, 0)
+        last = epoch + 1 == options.num_epochs or self.position.step >= self.total_steps
+        checked = None
+        if last or (epoch + 1) % options.eval_freq == 0:
+            checked = self._validate(model, f"epoch {epoch + 1}")
+        if last or (epoch + 1) % options.save_freq == 0 or self._out_of_patience():
+            self._save(checked)
+        if self._out_of_patience() and not last:
+            self.log.say(f"stopping: no better τ for {options.patience} validations")
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.options.patience) and self._epochs_without_gain >= self.options.patience
 
     def _groups(self, epoch: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of every global batch left in the epoch."""
@@ -174,95 +167,116 @@ class Trainer:
                 yield group
                 group = []
 
-    def _step(self, model: torch.nn.Module, group: list[Batch]) -> StepSums:
-        """One optimizer step over this process's micro-batches: the gradient of the whole global batch."""
+    def _step(self, model: torch.nn.Module, group: list[Batch]) -> tuple[StepResult, bool]:
+        """One optimizer step over this process's micro-batches: the gradient of the whole global batch.
+
+        Also whether it is time to save, which the main process decides for all.
+        """
         accelerator, options = self.accelerator, self.options
-        own = sum(int(batch.supervised.sum()) for batch in group)
-        total = accelerator.reduce(torch.tensor(float(own), device=accelerator.device)).item()
+        # Positions that count, per unrolled step, over all micro-batches and processes.
+        valid = [chain_supervision(batch.supervised, options.ttt_steps) for batch in group]
+        counts = torch.stack([v.flatten(1).sum(1) for v in valid]).sum(0).to(accelerator.device, torch.float32)
+        counts = accelerator.reduce(counts)
         sums = torch.zeros(3, device=accelerator.device)
-        for number, cpu_batch in enumerate(group):
-            batch = cpu_batch.to(accelerator.device, self.head.dtype)
-            last = number + 1 == len(group)
-            with accelerator.no_sync(model) if not last else torch.enable_grad():
-                with accelerator.autocast():
-                    predicted = model(batch.tokens, batch.features)
-                predicted, targets = predicted[batch.supervised], batch.targets[batch.supervised]
-                head = head_loss(predicted, targets, self.head)
-                features = smooth_l1(predicted, targets).sum()
-                loss = options.vloss_weight * features + options.ploss_weight * head.token_loss
-                # DDP averages over processes; the sum over the global batch is wanted, per supervised position.
-                accelerator.backward(loss * (self.processes / max(total, 1.0)))
-            sums += torch.stack([features.detach().float(), head.token_loss.detach().float(), head.correct.float()])
+        for number, (cpu_batch, cpu_valid) in enumerate(zip(group, valid, strict=True)):
+            batch, own = cpu_batch.to(accelerator.device, self.head.dtype), cpu_valid.to(accelerator.device)
+            with accelerator.no_sync(model) if number + 1 < len(group) else torch.enable_grad():
+                features, tokens, correct = self._losses(model, batch, own)
+                token_loss = (tokens / counts.clamp_min(1)).mean()
+                feature_loss = features / counts[0].clamp_min(1)
+                loss = options.vloss_weight * feature_loss + options.ploss_weight * token_loss
+                # DDP averages over processes; the sum over the global batch is wanted.
+                accelerator.backward(loss * self.processes)
+            sums += torch.stack([feature_loss.detach().float(), token_loss.detach().float(), correct.float()])
+        save_now = accelerator.is_main_process and self._save_is_due()
+        flag = torch.tensor([float(save_now)], device=accelerator.device)
+        feature_loss, token_loss, correct, save = accelerator.reduce(torch.cat([sums, flag])).tolist()
+        self._check_finite(feature_loss + token_loss, group)
         if options.grad_clip:
             accelerator.clip_grad_norm_(model.parameters(), options.grad_clip)
+        lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        features, tokens, correct = accelerator.reduce(sums).tolist()
-        if not math.isfinite(features + tokens):
-            raise WorkError(
-                f"The loss is not finite at step {self.position.step + 1} (features {features}, tokens {tokens}). "
-                f"Lower --lr (it is {self.optimizer.param_groups[0]['lr']:.2e}); the last checkpoint is whole."
-            )
-        return StepSums(total, features, tokens, correct)
-
-    def _record_step(self, sums: StepSums, started: float, bar: tqdm) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        count = max(sums.supervised, 1.0)
-        feature_loss, token_loss = sums.feature_loss / count, sums.token_loss / count
-        loss = self.options.vloss_weight * feature_loss + self.options.ploss_weight * token_loss
-        seconds = time.monotonic() - started
-        self._write_metrics(
-            step=self.position.step,
-            epoch=self.position.epoch,
-            loss=loss,
+        self.optimizer.zero_grad()
+        result = StepResult(
+            loss=options.vloss_weight * feature_loss + options.ploss_weight * token_loss,
             feature_loss=feature_loss,
             token_loss=token_loss,
-            accuracy=sums.correct / count,
-            supervised_tokens=int(sums.supervised),
-            lr=self.scheduler.get_last_lr()[0],
-            seconds=round(seconds, 3),
+            accuracy=correct / max(float(counts[0]), 1.0),
+            supervised_tokens=int(counts[0]),
+            lr=lr,
         )
-        bar.set_postfix_str(f"epoch {self.position.epoch + 1}, loss {loss:.3f}, accuracy {sums.correct / count:.3f}")
-        bar.update()
+        return result, bool(save)
 
-    def _write_metrics(self, **values: Any) -> None:
-        with (self.options.cpdir / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+    def _losses(
+        self, model: torch.nn.Module, batch: Batch, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums over a micro-batch: the feature loss of step 1, the token loss ``[steps]``, step 1's agreements.
 
-    def _validate(self, model: torch.nn.Module, started: float, when: str) -> Validation | None:
+        The feature loss belongs to step 1 alone: later steps are judged by their tokens (EAGLE-3, arXiv 2503.01840).
+        """
+        with self.accelerator.autocast():
+            predicted = model(batch.tokens, batch.features, self.options.ttt_steps)
+        chosen = batch.supervised
+        predicted, targets = predicted[:, chosen], batch.targets[chosen]
+        loss = TOKEN_LOSSES[self.options.token_loss]
+        head = head_loss(predicted, targets, self.head, valid[:, chosen], loss=loss)
+        return smooth_l1(predicted[0], targets).sum(), head.token_loss, head.agrees[0].sum()
+
+    def _check_finite(self, loss: float, group: list[Batch]) -> None:
+        """Raises: WorkError before a broken gradient reaches the weights."""
+        if math.isfinite(loss):
+            return
+        records = sorted({number for batch in group for number in batch.conversations.tolist()})
+        shown = ", ".join(map(str, records[:16])) + (", ..." if len(records) > 16 else "")
+        raise WorkError(
+            f"The loss is not finite at step {self.position.step + 1}, in a batch of the conversations {shown} (on "
+            f"process {self.accelerator.process_index}; other processes have others). The weights were not touched and "
+            f"the last checkpoint is whole. Lower --lr (it is {self.scheduler.get_last_lr()[0]:.2e}); in float16 try "
+            "--mixed_precision=bf16; if it happens at step 1, check these conversations' features."
+        )
+
+    def _save_is_due(self) -> bool:
+        every = self.options.save_interval()
+        if every is None:
+            return False
+        steps, seconds = every
+        if steps:
+            return (self.position.step + 1) % steps == 0
+        return time.monotonic() - self._last_save >= seconds
+
+    def _validate(self, model: torch.nn.Module, when: str) -> Validation | None:
         if not len(self.validation_set):
             return None
         own = range(self.accelerator.process_index, len(self.validation_set), self.processes)
         keys = [[(0, index) for index in own[at : at + self.options.bs]] for at in range(0, len(own), self.options.bs)]
         loader = DataLoader(self.validation_set, batch_sampler=keys, collate_fn=collate)
         result = validate(self.accelerator, model, self.head, loader)
-        self.log(
-            f"{when:>16}: validation accuracy {result.accuracy:.3f}, feature loss {result.feature_loss:.4f}, "
-            f"token loss {result.token_loss:.3f} over {result.positions:,} positions"
-        )
-        if self.accelerator.is_main_process:
-            seconds = round(time.monotonic() - started, 3)
-            self._write_metrics(step=self.position.step, epoch=self.position.epoch, seconds=seconds, **result.metrics())
+        self.log.validation(self.position.step, self.position.epoch, when, result)
         return result
 
-    def _save(self, result: Validation | None, seconds: float) -> None:
+    def _save(self, result: Validation | None) -> None:
         # Without validation records the newest is taken for the best.
-        is_best = result.accuracy > self.best_accuracy if result else not len(self.validation_set)
-        if is_best and result:
-            self.best_accuracy = result.accuracy
+        tau = result.tau[-1] if result else None
+        is_best = tau > self.best_tau if tau is not None else not len(self.validation_set)
+        if tau is not None:
+            self.best_tau = max(self.best_tau, tau)
+            self._epochs_without_gain = 0 if is_best else self._epochs_without_gain + 1
         if self.accelerator.is_main_process:
-            optimizer = {
+            scaler = self.accelerator.scaler
+            resume = {
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
-                "best_accuracy": self.best_accuracy,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "best_tau": self.best_tau,
+                "epochs_without_gain": self._epochs_without_gain,
                 "is_best": is_best,
-                "seconds": seconds,
+                "seconds": self.log.seconds,
             }
             cpdir, metrics = self.options.cpdir, result.metrics() if result else {}
-            folder = checkpoint.save(cpdir, self.draft, optimizer, self.position, self.run, metrics)
+            folder = checkpoint.save(cpdir, self.draft, resume, self.position, self.run, metrics)
             if is_best:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)
             checkpoint.prune(cpdir, self.options.keep)
+        self._last_save = time.monotonic()
         self.accelerator.wait_for_everyone()

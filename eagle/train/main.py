@@ -11,6 +11,7 @@ interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,25 +20,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from eagle.cli import RequestError, existing_path, locked, provenance, run, write_json
-from eagle.draft import DraftModel, describe
+from eagle.cli import HelpFormatter, RequestError, existing_path, locked, provenance, run, write_json
+from eagle.draft import DraftModel, describe, load_trained_state, read_draft_state
 from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
 from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.dataset import FeatureDataset, split_store
 from eagle.train.loop import Trainer
-from eagle.train.options import FREE_ON_RESUME, INITS, TrainOptions
+from eagle.train.losses import TOKEN_LOSSES
+from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
+from eagle.train.validate import DEPTH
 
 RUN = "train_options.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     defaults = {field: value.default for field, value in TrainOptions.__dataclass_fields__.items()}
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("--recipe", choices=RECIPES)
+    chosen = recipe.parse_known_args(argv)[0].recipe
+    defaults |= RECIPES.get(chosen, {})
     parser = argparse.ArgumentParser(
         prog="eagle.train.main",
         description="Step 4: train the draft on a store of features.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
 
     def add(name: str, kind: type, text: str, **more: object) -> None:
@@ -54,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=defaults["gradient_accumulation_steps"], help="micro-batches per optimizer step",
     )  # fmt: skip
     add("num_epochs", int, "passes over the training records")
+    add("max_steps", int, "end after so many optimizer steps")
     add("max_len", int, "cut records to this many tokens")
     add("lr", float, "peak learning rate (default: 1e-3 at hidden size 576, falling as 1/width)")
     add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
@@ -63,16 +71,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("grad_clip", float, "clip the gradient's norm to this; 0 does not")
     add("vloss_weight", float, "weight of the feature loss (SmoothL1)")
     add("ploss_weight", float, "weight of the token loss (soft cross-entropy)")
+    add("token_loss", str, "the token loss", choices=tuple(TOKEN_LOSSES))
+    add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")
     add("noise", float, "half-width of the uniform noise on the features")
-    add("init", str, "how the draft starts: the best linear draft, or random weights", choices=INITS)
+    add("init", str, f"how the draft starts: {' (the best linear draft) or '.join(INITS)}, or the folder of any draft")
     add("init_positions", int, "at most this many supervised positions for the closed-form start")
     add("val_ratio", float, "share of the conversations held out for validation")
     add("eval_freq", int, "validate every so many epochs, and at the end")
     add("save_freq", int, "save every so many epochs, and at the end")
+    add("save_every", str, "also save every so many steps ('500') or minutes ('30m')")
+    add("patience", int, "stop after so many validations without a better τ; 0 does not")
+    add("report_to", str, "also log to this tracker", choices=TRACKERS)
     add("keep", int, "keep the newest so many checkpoints (best and last always)")
     add("num_workers", int, "data-loader processes per device")
     add("seed", int, "seed of split, order, noise and random initialisation")
-    return parser.parse_args(argv)
+    parser.add_argument("--recipe", choices=RECIPES, help="eagle1: the published hyperparameters as defaults")
+    args = parser.parse_args(argv)
+    del args.recipe  # it has done its work
+    return args
 
 
 def check_cpdir(options: TrainOptions) -> None:
@@ -86,6 +102,21 @@ def check_cpdir(options: TrainOptions) -> None:
         raise RequestError(
             f"--cpdir {cpdir} is not empty ({', '.join(found)}, ...) and holds no training run. Name a new folder."
         )
+
+
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    """Raises: RequestError for a tracker that is not installed, or a precision this device does not have."""
+    tracker = None if options.report_to == "none" else options.report_to
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
+    try:
+        accelerator = Accelerator(log_with=tracker, project_dir=str(options.cpdir) if tracker else None)
+    except ValueError as error:
+        raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
+    if tracker:
+        settings = {k: v for k, v in options.to_json().items() if isinstance(v, (int, float, str, bool))}
+        accelerator.init_trackers("eagle", config=settings)
+    return accelerator
 
 
 def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
@@ -140,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     options = TrainOptions(**vars(parse_args(argv)))
     existing_path(options.tmpdir, "--tmpdir", "folder")
     check_cpdir(options)
-    accelerator = Accelerator()
+    accelerator = make_accelerator(options)
     set_seed(options.seed)
     trainer = build(options, accelerator)
     options.cpdir.mkdir(parents=True, exist_ok=True)
@@ -155,24 +186,30 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         checkpoint.check_same_run(options.cpdir, saved[1]["run"], trainer.run)
     if accelerator.is_main_process:
         write_json(options.cpdir / RUN, {"options": options.to_json(), "made_by": provenance()})
-    trainer.log(
+    trainer.log.say(
         f"{len(trainer.train_set):,} training and {len(trainer.validation_set):,} validation records; a draft of "
         f"{describe(trainer.draft)['trainable'] / 1e6:.1f} M weights; {trainer.total_steps:,} steps of "
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
     for folder in trainer.train_set.store.unfinished():
-        trainer.log(f"note: data generation into {folder} has not finished; training on what is there")
+        trainer.log.say(f"note: data generation into {folder} has not finished; training on what is there")
     if saved:
         trainer.resume(*saved)
     elif options.init == "closed_form":
         trainer.initialise()
-    result = trainer.fit()
+    elif options.init != "random":
+        source = checkpoint.resolve_pointer(Path(options.init))
+        state = read_draft_state(Weights(source, flag="--init"))
+        for name in ("embed_tokens.weight", "lm_head.weight"):
+            state.pop(name, None)  # the base model's are used
+        load_trained_state(trainer.draft, state, f"--init {source}")
+    trainer.fit()
     best = checkpoint.resolve_pointer(options.cpdir / checkpoint.BEST)
-    summary = f", validation accuracy {trainer.best_accuracy:.3f}" if trainer.best_accuracy >= 0 else ""
-    trainer.log(f"done: {options.cpdir / checkpoint.BEST} is {best.name}{summary}")
+    summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""
+    trainer.log.say(f"done: {options.cpdir / checkpoint.BEST} is {best.name}{summary}")
     accelerator.end_training()
-    return 0 if result is not None or not len(trainer.validation_set) or saved else 1
+    return 0
 
 
 if __name__ == "__main__":

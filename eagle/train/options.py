@@ -6,8 +6,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eagle.cli import RequestError
+from eagle.train.losses import TOKEN_LOSSES
 
 INITS = ("closed_form", "random")
+TRACKERS = ("none", "tensorboard", "wandb", "swanlab")
+
+#: Named sets of defaults; a flag given beside ``--recipe`` wins over it.
+RECIPES: dict[str, dict[str, object]] = {
+    # arXiv 2401.15077, section 4.1 and the public training script
+    "eagle1": {
+        "lr": 3e-5,
+        "num_epochs": 20,
+        "ploss_weight": 0.1,
+        "init": "random",
+        "ttt_steps": 1,
+        "token_loss": "soft_cross_entropy",
+    }
+}
 
 #: Learning rate that trains a draft of hidden size 576 well from 0.1 to 100 million tokens. Larger drafts need less,
 #: in inverse proportion to their width.
@@ -25,6 +40,9 @@ class TrainOptions:
     bs: int = 4
     gradient_accumulation_steps: int = 1
     num_epochs: int = 5
+    max_steps: int | None = None
+    ttt_steps: int = 1
+    token_loss: str = "soft_cross_entropy"
     max_len: int = 2048
     lr: float | None = None
     warmup_ratio: float = 0.05
@@ -40,17 +58,28 @@ class TrainOptions:
     val_ratio: float = 0.05
     eval_freq: int = 1
     save_freq: int = 1
+    save_every: str | None = None
+    patience: int = 0
+    report_to: str = "none"
     keep: int = 3
     num_workers: int = 0
     seed: int = 42
 
     def __post_init__(self) -> None:
         for name in (
-            "bs", "gradient_accumulation_steps", "num_epochs", "eval_freq", "save_freq", "keep", "init_positions"
+            "bs", "gradient_accumulation_steps", "num_epochs", "eval_freq", "save_freq", "keep", "init_positions",
+            "ttt_steps",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "num_workers", "grad_clip"):
+        if self.max_steps is not None and self.max_steps < 1:
+            raise RequestError(f"--max_steps {self.max_steps}: expected 1 or more.")
+        if self.token_loss not in TOKEN_LOSSES:
+            raise RequestError(f"--token_loss {self.token_loss}: expected one of {', '.join(TOKEN_LOSSES)}.")
+        if self.report_to not in TRACKERS:
+            raise RequestError(f"--report_to {self.report_to}: expected one of {', '.join(TRACKERS)}.")
+        self.save_interval()
+        for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "num_workers", "grad_clip", "patience"):
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 0 or more.")
         for name in ("warmup_ratio", "val_ratio", "beta1", "beta2"):
@@ -62,8 +91,23 @@ class TrainOptions:
             raise RequestError(f"--max_len {self.max_len}: expected 3 tokens or more.")
         if self.vloss_weight == self.ploss_weight == 0:
             raise RequestError("--vloss_weight 0 --ploss_weight 0: nothing would be trained; set one above 0.")
-        if self.init not in INITS:
-            raise RequestError(f"--init {self.init}: expected one of {', '.join(INITS)}.")
+        if self.init not in INITS and not Path(self.init).exists():
+            raise RequestError(
+                f"--init {self.init}: expected {' or '.join(INITS)}, or the folder of a draft to start from; there is "
+                "no such folder."
+            )
+
+    def save_interval(self) -> tuple[int, float] | None:
+        """``--save_every`` as (steps, seconds), one of them 0: '500' is steps, '30m' minutes.
+
+        Raises: RequestError.
+        """
+        if self.save_every is None:
+            return None
+        number, minutes = self.save_every.removesuffix("m"), self.save_every.endswith("m")
+        if not (number.isascii() and number.isdigit() and int(number)):
+            raise RequestError(f"--save_every {self.save_every}: expected steps ('500') or minutes ('30m').")
+        return (0, 60.0 * int(number)) if minutes else (int(number), 0.0)
 
     def learning_rate(self, hidden_size: int) -> float:
         """``--lr``, or the default for a draft of that width."""
@@ -74,4 +118,15 @@ class TrainOptions:
 
 
 #: Options that may change when a run is resumed: they do not touch what is computed.
-FREE_ON_RESUME = ("tmpdir", "cpdir", "basepath", "configpath", "num_workers", "keep", "save_freq", "eval_freq")
+FREE_ON_RESUME = (
+    "tmpdir",
+    "cpdir",
+    "basepath",
+    "configpath",
+    "num_workers",
+    "keep",
+    "save_freq",
+    "save_every",
+    "eval_freq",
+    "report_to",
+)

@@ -26,7 +26,7 @@ def linear_example(model: DraftModel, fc: torch.Tensor, seed: int, noise: float 
     targets = model.inputs(tokens, features) @ fc.T + noise * torch.randn(120, 32, generator=generator)
     supervised = torch.arange(120) % 2 == 0
     targets[~supervised] = 1e6  # must not be looked at
-    return Example(tokens, features, targets, supervised)
+    return Example(tokens, features, targets, supervised, conversation=seed)
 
 
 def test_finds_the_linear_map(model):

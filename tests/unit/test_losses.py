@@ -3,77 +3,100 @@
 import pytest
 import torch
 
-from eagle.train.losses import head_loss, smooth_l1, soft_cross_entropy
+from eagle.train.losses import TOKEN_LOSSES, acceptance, head_loss, smooth_l1, soft_cross_entropy, top_k_distillation
 
-N, H, V = 13, 6, 50
+STEPS, N, H, V = 3, 13, 6, 50
 
 
 @pytest.fixture
 def tensors():
     generator = torch.Generator().manual_seed(0)
-    draft, target = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
-    return draft.requires_grad_(), target, torch.randn(V, H, generator=generator, dtype=torch.float64)
+    draft = torch.randn(STEPS, N, H, generator=generator, dtype=torch.float64).requires_grad_()
+    target = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    valid = torch.rand(STEPS, N, generator=generator) < 0.7
+    return draft, target, torch.randn(V, H, generator=generator, dtype=torch.float64), valid
+
+
+def plain_loss(draft, target, head, valid, loss):
+    """Per step, with all logits at once."""
+    values = [loss(draft[step] @ head.T, (target @ head.T).softmax(-1)) for step in range(len(draft))]
+    return (torch.stack(values) * valid).sum(-1)
 
 
 @pytest.mark.parametrize("block", [1, 4, 13, 100])
-def test_equals_the_plain_formula(tensors, block):
-    draft, target, head = tensors
-    result = head_loss(draft, target, head, block=block)
-    plain = soft_cross_entropy(draft @ head.T, target @ head.T).sum()
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_equals_the_plain_formula(tensors, block, name):
+    draft, target, head, valid = tensors
+    loss, weights = TOKEN_LOSSES[name], torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+    result = head_loss(draft, target, head, valid, loss=loss, block=block, top_3=True)
+    plain = plain_loss(draft, target, head, valid, loss)
     torch.testing.assert_close(result.token_loss, plain)
-    (gradient,) = torch.autograd.grad(result.token_loss * 3, draft)
-    (expected,) = torch.autograd.grad(plain * 3, draft)
+    (gradient,) = torch.autograd.grad(result.token_loss @ weights, draft)
+    (expected,) = torch.autograd.grad(plain @ weights, draft)
     torch.testing.assert_close(gradient, expected)
-    agree = ((draft @ head.T).argmax(-1) == (target @ head.T).argmax(-1)).sum()
-    assert result.correct == agree
+    logits, chosen = draft @ head.T, (target @ head.T).argmax(-1)
+    assert torch.equal(result.agrees, logits.argmax(-1) == chosen)
+    assert torch.equal(result.in_top_3, (logits.topk(3).indices == chosen[:, None]).any(-1))
+    assert 0 < result.agrees.sum() < result.in_top_3.sum() < STEPS * N
 
 
-def test_gradcheck(tensors):
-    draft, target, head = tensors
-    assert torch.autograd.gradcheck(lambda d: head_loss(d, target, head, block=5).token_loss, (draft,))
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_gradcheck(tensors, name):
+    draft, target, head, valid = tensors
+    loss = TOKEN_LOSSES[name]
+    assert torch.autograd.gradcheck(
+        lambda d: head_loss(d, target, head, valid, loss=loss, block=5).token_loss, (draft,)
+    )
 
 
 def test_float32_to_rounding(tensors):
-    draft, target, head = (tensor.detach().float() for tensor in tensors)
+    draft, target, head = (tensor.detach().float() for tensor in tensors[:3])
     draft.requires_grad_()
     value = head_loss(draft, target, head, block=3).token_loss
-    plain = soft_cross_entropy(draft @ head.T, target @ head.T).sum()
+    plain = plain_loss(draft, target, head, torch.ones(STEPS, N), soft_cross_entropy)
     torch.testing.assert_close(value, plain)
-    torch.testing.assert_close(torch.autograd.grad(value, draft), torch.autograd.grad(plain, draft))
-
-
-def test_any_per_position_loss_goes_through(tensors):
-    draft, target, head = tensors
-
-    def squared(own, other):
-        return (own - other).square().mean(-1)
-
-    value = head_loss(draft, target, head, squared, block=4).token_loss
-    plain = squared(draft @ head.T, target @ head.T).sum()
-    torch.testing.assert_close(value, plain)
-    torch.testing.assert_close(torch.autograd.grad(value, draft), torch.autograd.grad(plain, draft))
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), draft), torch.autograd.grad(plain.sum(), draft))
 
 
 def test_without_positions(tensors):
-    draft, target, head = tensors
-    result = head_loss(draft[:0], target[:0], head)
-    assert result.token_loss.item() == 0 and int(result.correct) == 0
-    (gradient,) = torch.autograd.grad(result.token_loss, draft)
+    draft, target, head, _ = tensors
+    result = head_loss(draft[:, :0], target[:0], head)
+    assert not result.token_loss.detach().any() and result.agrees.shape == (STEPS, 0)
+    (gradient,) = torch.autograd.grad(result.token_loss.sum(), draft)
     assert not gradient.any()
 
 
 def test_without_gradient(tensors):
-    draft, target, head = tensors
+    draft, target, head, _ = tensors
     with torch.no_grad():
         assert not head_loss(draft, target, head).token_loss.requires_grad
 
 
-def test_perfect_draft_has_the_targets_entropy_and_full_agreement(tensors):
-    _, target, head = tensors
-    result = head_loss(target, target, head)
-    distribution = torch.distributions.Categorical(logits=target @ head.T)
-    torch.testing.assert_close(result.token_loss, distribution.entropy().sum())
-    assert int(result.correct) == N
+def test_perfect_draft(tensors):
+    """The cross-entropy is the target's entropy, every token agrees, and -log α is zero."""
+    _, target, head, _ = tensors
+    result = head_loss(target[None], target, head)
+    probabilities = (target @ head.T).softmax(-1)
+    torch.testing.assert_close(result.token_loss[0], torch.distributions.Categorical(probabilities).entropy().sum())
+    assert result.agrees.all()
+    torch.testing.assert_close(acceptance(target @ head.T, probabilities), torch.zeros(N, dtype=torch.float64))
+
+
+def test_acceptance_is_the_overlap():
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    target = torch.tensor([[0.2, 0.2, 0.6]])
+    torch.testing.assert_close(acceptance(logits, target).exp(), 1 / torch.tensor([0.2 + 0.2 + 0.25]))
+
+
+def test_top_k_looks_at_ten_tokens():
+    generator = torch.Generator().manual_seed(1)
+    logits, target = torch.randn(1, 40, generator=generator), torch.randn(1, 40, generator=generator).softmax(-1)
+    order = target[0].argsort(descending=True)
+    before = top_k_distillation(logits, target)
+    target[0, order[10:]] = target[0, order[10:]].flip(0) * 0.5  # the tail does not matter
+    torch.testing.assert_close(top_k_distillation(logits, target), before)
+    target[0, order[0]] *= 2
+    assert not torch.allclose(top_k_distillation(logits, target), before)
 
 
 def test_smooth_l1_is_a_mean_over_the_feature():

@@ -1,0 +1,128 @@
+"""The parallel unrolling computes what drafting one chain after another would."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from eagle.draft import DraftModel
+from eagle.model_config import load_config
+from eagle.target import Weights, read_embedding, read_head
+from eagle.train.dataset import Batch
+from eagle.train.unroll import UnrolledDraft, chain_mask, chain_supervision
+from eagle.train.validate import DEPTH, chain_counts, validate
+from tests.tiny import make_target
+
+STEPS, LENGTH = 5, 12
+
+
+@pytest.fixture(params=[("llama", False), ("qwen2", True)], scope="module")
+def models(request, tmp_path_factory):
+    family, tied = request.param
+    target = make_target(tmp_path_factory.mktemp("target"), family, tied=tied)
+    config, weights = load_config(target), Weights(target)
+    torch.manual_seed(2)
+    draft = DraftModel(config.draft(), read_embedding(weights, config))
+    for parameter in draft.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return draft.eval(), read_head(weights, config)
+
+
+def chain(
+    draft: DraftModel, tokens: torch.Tensor, features: torch.Tensor, start: int, steps: int
+) -> list[torch.Tensor]:
+    """Draft `steps` features from position `start` the slow way: re-read everything for every step."""
+    own: list[torch.Tensor] = []
+    for step in range(steps):
+        end = start + step + 1
+        known = torch.cat([features[: start + 1], *[feature[None] for feature in own]])
+        own.append(draft(tokens[None, :end], known[None])[0, -1])
+    return own
+
+
+def test_equals_sequential_drafting(models):
+    draft, head = models
+    torch.manual_seed(3)
+    tokens, features = torch.randint(400, (2, LENGTH)), torch.randn(2, LENGTH, 32)
+    with torch.no_grad():
+        parallel = UnrolledDraft(draft)(tokens, features, STEPS)
+        for row in range(2):
+            for start in range(LENGTH):
+                steps = min(STEPS, LENGTH - start)
+                for step, expected in enumerate(chain(draft, tokens[row], features[row], start, steps)):
+                    found = parallel[step, row, start + step]
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+                    assert (head @ found).argmax() == (head @ expected).argmax()
+
+
+def test_one_step_is_the_plain_draft(models):
+    draft, _ = models
+    tokens, features = torch.randint(400, (2, LENGTH)), torch.randn(2, LENGTH, 32)
+    assert torch.equal(UnrolledDraft(draft)(tokens, features)[0], draft(tokens, features))
+
+
+def test_later_steps_train_the_weights_but_not_through_their_inputs(models):
+    draft, _ = models
+    tokens, features = torch.randint(400, (1, 6)), torch.randn(1, 6, 32, requires_grad=True)
+    UnrolledDraft(draft)(tokens, features, 2)[1, 0, 3].sum().backward()
+    # It read its own feature of position 2, through which no gradient flows; the keys of f[0..2] it looked at stay.
+    assert features.grad[0, :3].abs().sum(-1).gt(0).tolist() == [True, True, True]
+    assert not features.grad[0, 3:].any()
+    assert draft.fc.weight.grad.abs().sum() > 0
+
+
+def test_mask_by_hand():
+    # three positions, second step: the first step's keys up to t - 1, and the own key
+    assert chain_mask(3, 2, torch.device("cpu")).int().tolist() == [
+        [0, 0, 0, 1, 0, 0],
+        [1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_supervision_needs_the_whole_chain_in_a_reply():
+    levels = chain_supervision(torch.tensor([[False, True, True, True, False, True, True]]), 3).int().tolist()
+    assert levels == [[[0, 1, 1, 1, 0, 1, 1]], [[0, 0, 1, 1, 0, 0, 1]], [[0, 0, 0, 1, 0, 0, 0]]]
+
+
+def test_counts_by_hand():
+    valid = chain_supervision(torch.tensor([[True, True, True, True]]), 2)
+    agrees = torch.tensor([[[True, False, True, True]], [[False, True, True, True]]])
+    positions, agreed, whole = chain_counts(agrees, valid)
+    assert positions.tolist() == [4, 3]
+    assert agreed.tolist() == [3, 3]
+    # of the chains from 0, 1, 2 the one from 1 broke at its first token
+    assert whole.tolist() == [3, 2]
+
+
+def test_validation_equals_counting_chains_one_by_one(models):
+    draft, head = models
+    torch.manual_seed(4)
+    tokens, features = torch.randint(400, (1, LENGTH)), torch.randn(1, LENGTH, 32)
+    targets = torch.randn(1, LENGTH, 32)
+    with torch.no_grad():  # make the draft right about half of the time
+        parallel = UnrolledDraft(draft)(tokens, features, DEPTH)
+        targets[0, ::2] = parallel[0, 0, ::2]
+        targets[0, 3] = parallel[2, 0, 3]
+    supervised = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2])
+    batch = Batch(tokens, features, targets, supervised, torch.tensor([0]))
+    result = validate(Accelerator(), UnrolledDraft(draft), head, [batch])
+
+    lengths: dict[int, list[int]] = {depth: [] for depth in range(1, DEPTH + 1)}
+    agreement: dict[int, list[bool]] = {depth: [] for depth in range(DEPTH)}
+    for start in range(2, 10):
+        steps = min(DEPTH, 10 - start)
+        with torch.no_grad():
+            drafted = chain(draft, tokens[0], features[0], start, steps)
+        agree = [
+            bool((head @ own).argmax() == (head @ targets[0, start + step]).argmax())
+            for step, own in enumerate(drafted)
+        ]
+        for depth in range(steps):
+            agreement[depth].append(agree[depth])
+            lengths[depth + 1].append(all(agree[: depth + 1]))
+    mean = {depth: sum(values) / len(values) for depth, values in lengths.items()}
+    assert result.alpha == pytest.approx([sum(v) / len(v) for v in agreement.values()])
+    assert result.tau == pytest.approx([1 + sum(mean[d] for d in range(1, k + 1)) for k in range(1, DEPTH + 1)])
+    assert result.positions == 8 and 0 < result.alpha[0] < 1
