@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 #: The releases each layout is known to load in; docs/vllm.md says how that is known.
@@ -9,6 +10,9 @@ VERSIONS = {
     "v1": "vLLM 0.9 and newer (run on 0.32.0; the loaders of 0.9 to 0.31 were read)",
     "v0": "vLLM 0.6.4 to 0.8.5, V0 engine (run on 0.8.5; the loaders of 0.6.4 and 0.7.3 were read)",
 }
+
+#: `eagle.verify_vllm --write-note` puts its measurement in this line's place.
+_ACCEPTANCE = "Acceptance in vLLM: "
 
 _SERVE = {
     "v1": """\
@@ -61,5 +65,15 @@ Serve it:
 {serve}
 The output is the target's own; the draft only makes it come faster. Loads in {VERSIONS[layout]}.
 
-{known} Acceptance in vLLM: not measured yet.
+{known}
+
+{_ACCEPTANCE}not measured yet.
 """
+
+
+def note_with_acceptance(note: str, measured: str) -> str:
+    """The note with what it says about acceptance replaced; a note that says nothing about it gets a paragraph more."""
+    line = f"{_ACCEPTANCE}{measured}"
+    if _ACCEPTANCE not in note:
+        return f"{note.rstrip()}\n\n{line}\n"
+    return re.sub(rf"{re.escape(_ACCEPTANCE)}.*", lambda _: line, note, count=1)

@@ -1,0 +1,94 @@
+"""Prompts to measure with: the default set that ships, or a user's file in one of three shapes.
+
+{"question_id": 1, "category": "code", "turns": ["..."]}     MT-bench, one JSON object a line (or an array)
+{"id": "a", "conversations": [{"from": "human", ...}]}       ShareGPT: the first human turn
+any other suffix than .json and .jsonl                       one prompt a line
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle.cli import RequestError, existing_path
+from eagle.conversation import ROLES
+from eagle.records import RecordFile
+
+DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "default.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a user says. turns: the user's side only, at least one. category: empty where the file names none."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def load_prompts(path: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of a file; of the default set where `path` is None.
+
+    ShareGPT records in which no human speaks are passed over.
+
+    Raises: FileNotFoundError; RequestError for a file without prompts or in an unknown shape.
+    """
+    if limit is not None and limit < 1:
+        raise RequestError(f"--num_prompts {limit}: at least one prompt is needed.")
+    file = DEFAULT_PROMPTS if path is None else existing_path(path, "--prompts", "file")
+    prompts = _from_records(file, limit) if file.suffix in (".json", ".jsonl") else _from_lines(file, limit)
+    if not prompts:
+        raise RequestError(f"--prompts {file} holds no prompts; expected MT-bench, ShareGPT or one prompt a line.")
+    return prompts
+
+
+def _from_lines(file: Path, limit: int | None) -> list[Prompt]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--prompts {file} is not UTF-8 text ({error}).") from error
+    prompts = [Prompt(str(number), "", (line,)) for number, line in enumerate(lines, start=1) if line]
+    return prompts[:limit]
+
+
+def _from_records(file: Path, limit: int | None) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    records = RecordFile(file, flag="--prompts")
+    for number in range(len(records)):
+        if limit is not None and len(prompts) == limit:
+            break
+        try:
+            record = records[number]
+        except ValueError as error:
+            raise RequestError(f"--prompts {file}: record {number} is not valid JSON ({error}).") from error
+        prompt = _from_record(record, number)
+        if prompt is None:
+            raise RequestError(
+                f"--prompts {file}: record {number} (counting from 0) has neither 'turns' (MT-bench, a list of texts) "
+                "nor 'conversations' (ShareGPT)."
+            )
+        if prompt.turns:
+            prompts.append(prompt)
+    return prompts
+
+
+def _from_record(record: Any, number: int) -> Prompt | None:
+    """The prompt of a record, without turns where no human speaks; None for an unknown shape."""
+    if not isinstance(record, dict):
+        return None
+    name = str(record.get("question_id", record.get("id", number)))
+    category = str(record.get("category", ""))
+    turns = record.get("turns")
+    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+        return Prompt(name, category, tuple(turns))
+    turns = record.get("conversations", record.get("conversation"))
+    if not isinstance(turns, list):
+        return None
+    human = (
+        turn.get("value", turn.get("content"))
+        for turn in turns
+        if isinstance(turn, dict) and ROLES.get(str(turn.get("from", turn.get("role"))).lower()) == "user"
+    )
+    first = next((text for text in human if isinstance(text, str) and text.strip()), None)
+    return Prompt(name, category, () if first is None else (first,))
