@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -79,3 +80,18 @@ def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, s
         threads = max(1, (os.cpu_count() or 1) // workers)
         return {} if workers == 1 else {"OMP_NUM_THREADS": str(threads)}
     return {VISIBILITY_VARIABLE[kind]: ",".join(map(str, cards))}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to, so that a clock tells the truth."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors on the card took so far, or on the CPU the process."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

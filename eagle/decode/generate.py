@@ -1,0 +1,143 @@
+"""The loop: draft a tree, verify it with the target in one pass, keep what the target chose.
+
+                     prompt                    the draft row i is (embed(x[i+1]), f[i])
+    target rows  x[0] ... x[P-1]               -> f[0] ... f[P-1], and x[P] from the last one
+    draft rows   (x[1], f[0]) ... (x[P], f[P-1])   -> the drafted nodes behind x[P]
+    target rows  x[P] and the drafted nodes    -> their features, the path that was right, and one token more
+    draft rows   for that path, with the target's features; and so on
+
+Neither side ever computes a row of the true sequence twice, and ``lm_head`` sees only rows whose logits are used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from eagle.decode.accept import follow, settle
+from eagle.decode.drafter import DraftRunner, DynamicDrafter, Proposal, StaticDrafter
+from eagle.decode.pair import Target
+from eagle.decode.sampling import Sampling, draw
+from eagle.device import synchronize
+from eagle.draft import DraftModel
+
+Drafter = StaticDrafter | DynamicDrafter
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One verification.
+
+    accepted: drafted tokens that the target chose too. tried: depths at which it had drafted tokens to choose from on
+    its way, `accepted` or one more. order: the ranks (see `Tree`) of the accepted nodes. Seconds of either side.
+    """
+
+    accepted: int
+    tried: int
+    order: tuple[int, ...]
+    draft_seconds: float
+    target_seconds: float
+
+
+@dataclass(slots=True)
+class Generation:
+    """What came behind one prompt. tokens: up to a stop token, that included. seconds: all of it, prefill included."""
+
+    tokens: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: list[int], limit: int, stop: Collection[int]) -> bool:
+        """Append tokens up to the limit or a stop token. Returns whether there is more to come."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in stop or len(self.tokens) == limit:
+                return False
+        return True
+
+
+class SpeculativeDecoder:
+    """A target with a draft. One sequence at a time; the random generator goes on from one to the next."""
+
+    def __init__(self, target: Target, draft: DraftModel, drafter: Drafter, sampling: Sampling) -> None:
+        self.target, self.draft, self.drafter, self.sampling = target, draft, drafter, sampling
+        self.generator = sampling.generator(target.device)
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], max_new_tokens: int, stop: Collection[int] = ()) -> Generation:
+        """Continue the prompt's tokens by up to `max_new_tokens`, or to the first token in `stop`."""
+        target, device, result = self.target, self.target.device, Generation()
+        started = last = time.perf_counter()
+
+        def elapsed() -> float:
+            nonlocal last
+            synchronize(device)
+            before, last = last, time.perf_counter()
+            return last - before
+
+        rows = len(prompt) + max_new_tokens
+        cache = target.new_cache(rows + self.drafter.nodes + 1)
+        draft = DraftRunner(self.draft, target.head, rows + self.drafter.nodes + self.drafter.rows + 1)
+        ids = torch.tensor(prompt, device=device)
+        features = target.features(ids, cache)
+        cache.keep(list(range(len(prompt))))
+        root = self._choose(target.logits(features[-1:]))
+        more = result.add(root.tolist(), max_new_tokens, stop)
+        result.prefill_seconds = elapsed()
+        tokens = torch.cat((ids[1:], root))
+        while more:
+            predicted = draft.advance(tokens, features)
+            proposal = self.drafter.propose(root, predicted, draft, self.generator)
+            draft_seconds = elapsed()
+            tree = proposal.tree
+            features = target.features(proposal.tokens, cache, (tree.depths, tree.ancestors))
+            choices = self.choices(target.logits(features), proposal)
+            verdict = follow(proposal.tokens, tree, choices)
+            cache.keep(verdict.path)
+            more = result.add(verdict.tokens, max_new_tokens, stop)
+            nodes = torch.tensor(verdict.path, device=device)
+            tokens, features = choices[nodes], features[nodes]
+            root = tokens[-1:]
+            accepted = len(verdict.order)
+            result.steps.append(Step(accepted, verdict.tried, verdict.order, draft_seconds, elapsed()))
+        result.seconds = time.perf_counter() - started
+        return result
+
+    def choices(self, logits: torch.Tensor, proposal: Proposal) -> torch.Tensor:
+        """The target's token ``[N+1]`` behind each node, from its logits ``[N+1, V]``; see `eagle.decode.accept`."""
+        if proposal.q is None:
+            return self._choose(logits)
+        p = self.sampling.distribution(logits)
+        choices = draw(p, self.generator).squeeze(1)
+        candidates = torch.where(proposal.children < 0, -1, proposal.tokens[proposal.children])
+        choices[proposal.parent_nodes] = settle(p[proposal.parent_nodes], proposal.q, candidates, self.generator)
+        return choices
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.sampling.greedy:
+            return logits.argmax(-1)
+        return draw(self.sampling.distribution(logits), self.generator).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate_alone(
+    target: Target, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: Collection[int] = ()
+) -> Generation:
+    """The target without a draft, one token a pass: what speculation is measured against."""
+    started, result, generator = time.perf_counter(), Generation(), sampling.generator(target.device)
+    cache = target.new_cache(len(prompt) + max_new_tokens)
+    tokens, more = torch.tensor(prompt, device=target.device), True
+    while more:
+        features = target.features(tokens, cache)
+        cache.keep(list(range(len(tokens))))
+        logits = target.logits(features[-1:])
+        tokens = logits.argmax(-1) if sampling.greedy else draw(sampling.distribution(logits), generator).squeeze(1)
+        more = result.add(tokens.tolist(), max_new_tokens, stop)
+        if not result.prefill_seconds:
+            result.prefill_seconds = time.perf_counter() - started
+    result.seconds = time.perf_counter() - started
+    return result
