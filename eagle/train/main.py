@@ -3,15 +3,16 @@
     accelerate launch -m --mixed_precision=bf16 eagle.train.main --tmpdir ./features --cpdir ./checkpoints \\
         --configpath configs/llama_2_chat_7B_config.json --basepath ./llama-2-7b-chat --bs 4
 
-Also ``python -m eagle.train.main ...`` and ``accelerate launch --cpu --num_processes 2 -m ...``. Writes
-``CPDIR/state_<step>/`` with ``best`` and ``last`` pointing at one of them; the same command continues an
-interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
+Also ``python -m eagle.train.main ...``; several processes on a CPU are ``torchrun --nproc_per_node 2 -m
+eagle.train.main ...``. Writes ``CPDIR/state_<step>/`` with ``best`` and ``last`` pointing at one of them; the same
+command continues an interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from eagle import device
 from eagle.cli import HelpFormatter, RequestError, existing_path, locked, provenance, run, write_json
 from eagle.draft import DraftModel, describe, load_trained_state, read_draft_state
 from eagle.features import FeatureStore
@@ -110,7 +112,9 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
     try:
-        accelerator = Accelerator(log_with=tracker, project_dir=str(options.cpdir) if tracker else None)
+        # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
+        on_cpu = device.choose_kind() == "cpu"
+        accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=str(options.cpdir) if tracker else None)
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
     if tracker:
@@ -192,6 +196,11 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
+    if _launched_for_several():
+        trainer.log.say(
+            "note: accelerate launch --cpu starts one process, whatever --num_processes says; for more: torchrun "
+            "--nproc_per_node N -m eagle.train.main ..."
+        )
     for folder in trainer.train_set.store.unfinished():
         trainer.log.say(f"note: data generation into {folder} has not finished; training on what is there")
     if saved:
@@ -210,6 +219,11 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
     trainer.log.say(f"done: {options.cpdir / checkpoint.BEST} is {best.name}{summary}")
     accelerator.end_training()
     return 0
+
+
+def _launched_for_several() -> bool:
+    """Whether ``accelerate launch --cpu`` was asked for several processes: it names an address to meet at."""
+    return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class RunLog:
 
     def __init__(self, cpdir: Path, *, active: bool, total_steps: int, tracker: Any = None) -> None:
         self.path, self.active, self.tracker = cpdir / METRICS, active, tracker
-        self._bar = progress_bar(total_steps, "step", disable=not active)
+        # The delay keeps the bar out of the way of a refusal.
+        self._bar = progress_bar(total_steps, "step", disable=not active, delay=0.01)
         self._started, self._first_step, self._tokens = time.monotonic(), 0, 0
         self._tau: float | None = None
         self._seconds_before = 0.0
@@ -70,7 +71,8 @@ class RunLog:
         rate = self._tokens / max(self.seconds - self._seconds_before, 1e-9)
         tau = f", τ {self._tau:.2f}" if self._tau else ""
         self._bar.set_postfix_str(
-            f"loss {result.loss:.3f}, accuracy {result.accuracy:.3f}{tau}, {rate:,.0f} supervised tokens/s"
+            f"loss {result.loss:.3f}, accuracy {result.accuracy:.3f}{tau}, {rate:,.0f} supervised tokens/s",
+            refresh=False,
         )
         self._bar.update()
 
