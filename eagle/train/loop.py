@@ -21,6 +21,7 @@ from eagle.train.closed_form import NormalEquations, start_from
 from eagle.train.dataset import Batch, FeatureDataset, collate, epoch_batches, micro_batches, shift
 from eagle.train.losses import TOKEN_LOSSES, head_loss, smooth_l1
 from eagle.train.options import TrainOptions
+from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
 from eagle.train.unroll import UnrolledDraft, chain_supervision
 from eagle.train.validate import Validation, validate
@@ -278,5 +279,6 @@ class Trainer:
             if is_best:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)
             checkpoint.prune(cpdir, self.options.keep)
+            draw_run(cpdir)
         self._last_save = time.monotonic()
         self.accelerator.wait_for_everyone()
