@@ -1,0 +1,77 @@
+"""How these tests call the toolkit: as a user types it (a process of its own), or `main` in this process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from eagle.cli import run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: One thread a process: tiny matrices gain nothing from more, and results repeat bit for bit.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+#: What stands behind the launchers' names, so that they are this interpreter's whatever PATH says.
+LAUNCHERS = {"accelerate launch": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command_line(*words: object) -> list[str]:
+    """What was typed, with this interpreter in front of ``allocation.py ...`` and ``-m module ...``."""
+    first, *rest = map(str, words)
+    if first in LAUNCHERS:
+        return [sys.executable, "-m", LAUNCHERS[first], *rest]
+    return [sys.executable, first, *rest]
+
+
+def command(*words: object, code: int = 0, **environment: str) -> Answer:
+    """Run a command in the checkout and expect exit code `code`."""
+    result = subprocess.run(
+        command_line(*words),
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return Answer(result.returncode, result.stdout, result.stderr)
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    """Start a command in the checkout and do not wait for it."""
+    return subprocess.Popen(
+        command_line(*words),
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ask(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *words: object) -> Answer:
+    """Call a script's `main` in this process the way its last lines do."""
+    capsys.readouterr()
+    try:
+        code = run(lambda: main([str(word) for word in words]))
+    except SystemExit as error:  # argparse
+        code = int(error.code or 0)
+    said = capsys.readouterr()
+    return Answer(code, said.out, said.err)

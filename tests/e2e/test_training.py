@@ -1,0 +1,120 @@
+"""Training runs against each other: however a global batch is dealt out, and wherever a run was killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle.draft import load_draft
+from eagle.train.checkpoint import resolve_pointer, states
+from tests.e2e.commands import command
+
+#: Sums over a global batch in another order differ in the last bits of float32; three epochs of AdamW, which divides by
+#: the gradient's size, make more of them. Runs that only share the seed differ by 0.1 and more.
+TOLERANCE = {"rtol": 0.0, "atol": 2e-3}
+
+#: Runs training and kills the process, without warning, at the moment its first argument names.
+KILLER = """
+import os, signal, sys
+from eagle.train import checkpoint, loop, main
+
+where, count = sys.argv[1], int(sys.argv[2])
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if where == "step":
+    step = loop.Trainer._step
+    loop.Trainer._step = lambda self, *rest: die() if self.position.step == count else step(self, *rest)
+elif where == "saving":
+    write_json = checkpoint.write_json
+    checkpoint.write_json = lambda path, content: die() if content.get("step") == count else write_json(path, content)
+elif where == "pointing":
+    point = checkpoint.point
+    checkpoint.point = lambda folder, pointer, name: die() if name == f"state_{count}" else point(folder, pointer, name)
+main.main(sys.argv[3:])
+"""
+
+
+def options(store: Path, target: Path, cpdir: Path, *more: object) -> list[object]:
+    return ["--tmpdir", store, "--basepath", target, "--cpdir", cpdir, "--num_epochs", 3, *more]
+
+
+def weights(cpdir: Path) -> dict[str, torch.Tensor]:
+    return load_file(resolve_pointer(cpdir / "last") / "model.safetensors")
+
+
+def steps_of(cpdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (cpdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path, llama: Path) -> Path:
+    """One process, four sequences a step, no mixed precision."""
+    cpdir = tmp_path_factory.mktemp("training") / "undisturbed"
+    command("-m", "eagle.train.main", *options(store, llama, cpdir, "--bs", 4))
+    return cpdir
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "eagle.train.main", "--bs", 2],
+        ["-m", "eagle.train.main", "--bs", 2, "--gradient_accumulation_steps", 2],
+    ],
+    ids=["two processes", "gradient accumulation"],
+)
+def test_a_global_batch_may_be_dealt_out_in_any_way(
+    launch: list[object], undisturbed: Path, store: Path, llama: Path, tmp_path: Path
+) -> None:
+    command(*launch, *options(store, llama, tmp_path / "run"))
+    ours, theirs = steps_of(tmp_path / "run"), steps_of(undisturbed)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, expected in zip(ours, theirs, strict=True):
+        for key in ("loss", "feature_loss", "token_loss", "val_token_loss"):
+            assert line.get(key) == pytest.approx(expected.get(key), abs=2e-3), (key, line["step"])
+        assert line.get("supervised_tokens") == expected.get("supervised_tokens")
+        assert line.get("val_positions") == expected.get("val_positions")
+    for name, tensor in weights(undisturbed).items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, **TOLERANCE, msg=name)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    undisturbed: Path, store: Path, llama: Path, tmp_path: Path
+) -> None:
+    """Killed before the first checkpoint, between two, while one is written, and before it is pointed at."""
+    run = options(store, llama, tmp_path / "run", "--bs", 4)
+    epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
+    for where, at in (("step", 3), ("step", epoch + 4), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
+        command("-c", KILLER, where, at, *run, code=-signal.SIGKILL)
+        for state in states(tmp_path / "run"):
+            load_draft(state)
+    assert [state.name for state in states(tmp_path / "run")] == [f"state_{epoch}", f"state_{2 * epoch}"]
+    assert "resuming from" in command("-m", "eagle.train.main", *run).out
+
+    assert steps_of(tmp_path / "run") == steps_of(undisturbed)
+    for state in states(undisturbed):
+        expected = load_file(state / "model.safetensors")
+        found = load_file(tmp_path / "run" / state.name / "model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for pointer in ("best", "last"):
+        assert resolve_pointer(tmp_path / "run" / pointer).name == resolve_pointer(undisturbed / pointer).name
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_accelerate_says_when_it_starts_fewer_processes_than_asked(store: Path, llama: Path, tmp_path: Path) -> None:
+    run = options(store, llama, tmp_path / "run", "--num_epochs", 1)
+    answer = command("accelerate launch", "--cpu", "--num_processes", 2, "-m", "eagle.train.main", *run)
+    assert "note: accelerate launch --cpu starts one process" in answer.out
+
+
+def test_without_validation_the_newest_checkpoint_is_the_best(store: Path, llama: Path, tmp_path: Path) -> None:
+    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--val_ratio", 0, "--keep", 1))
+    newest = states(tmp_path / "run")
+    assert len(newest) == 1
+    assert resolve_pointer(tmp_path / "run" / "best") == resolve_pointer(tmp_path / "run" / "last") == newest[0]
