@@ -329,6 +329,9 @@ def load_encoder(model_path: str | Path, config: ModelConfig, chat_template: str
     own = tokenizer.chat_template
     if isinstance(own, dict):  # several named templates: the default is the chat one
         own = own.get("default")
+    beside = Path(model_path) / "chat_template.jinja"
+    if not own and beside.is_file():  # transformers before 4.51 does not look for it
+        own = beside.read_text(encoding="utf-8")
     if chat_template is None and own:
         return Encoder(tokenizer, own, "the tokenizer's own")
     name = chat_template or _family_template(model_path, config)

@@ -8,6 +8,25 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 export TOKENIZERS_PARALLELISM=false
 
+# make_environment FOLDER REQUIREMENTS: a virtual environment with these packages, made once per requirements file.
+make_environment() {
+    local folder="$1" requirements="$2" base wanted
+    wanted="$(cat requirements.txt "$requirements")"
+    if [ "$(cat "$folder/installed.txt" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    base="$(command -v python3 || command -v python)"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: $base is $("$base" --version); Python 3.10 or newer is needed." >&2
+        exit 2
+    }
+    echo "Making $folder with $requirements ..."
+    rm -rf "$folder"
+    "$base" -m venv "$folder"
+    "$folder/bin/python" -m pip install -q -r "$requirements"
+    printf '%s\n' "$wanted" >"$folder/installed.txt"
+}
+
 if [ "${EAGLE_ENV:-}" = current ]; then
     PYTHON="$(command -v python3 || command -v python)"
     for package in torch transformers accelerate safetensors numpy tqdm jinja2; do
@@ -23,17 +42,6 @@ elif [ -n "${EAGLE_ENV:-}" ]; then
     echo "error: EAGLE_ENV=$EAGLE_ENV; expected 'current', or leave it unset for an environment of its own." >&2
     exit 2
 else
+    make_environment "$root/.venv" requirements-dev.txt
     PYTHON="$root/.venv/bin/python"
-    wanted="$(cat requirements.txt requirements-dev.txt)"
-    if [ "$(cat .venv/installed.txt 2>/dev/null)" != "$wanted" ]; then
-        base="$(command -v python3 || command -v python)"
-        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-            echo "error: $base is $("$base" --version); Python 3.10 or newer is needed." >&2
-            exit 2
-        }
-        echo "Making .venv with requirements-dev.txt ..."
-        "$base" -m venv .venv
-        "$PYTHON" -m pip install -q -r requirements-dev.txt
-        printf '%s\n' "$wanted" >.venv/installed.txt
-    fi
 fi

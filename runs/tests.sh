@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All tests, on a machine with only a CPU:
 #
-#   bash runs/tests.sh                             makes its own environments in .venv and .venv-vllm
+#   bash runs/tests.sh                             makes its own environments in .venv, .venv-older and .venv-vllm
 #   EAGLE_ENV=current bash runs/tests.sh           uses the packages that are there
 #   SKIP_VLLM=1 bash runs/tests.sh                 leaves out the tests that install and run a real vLLM
+#   SKIP_OLDER=1 bash runs/tests.sh                leaves out the second run of the unit tests on older packages
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -12,6 +13,11 @@ if "$PYTHON" -c "import ruff" 2>/dev/null; then
     "$PYTHON" -m ruff format --check .
 fi
 "$PYTHON" -m pytest tests/unit tests/e2e
+
+if [ "${SKIP_OLDER:-}" != 1 ] && [ "${EAGLE_ENV:-}" != current ]; then
+    make_environment .venv-older requirements-older.txt
+    .venv-older/bin/python -m pytest -q tests/unit
+fi
 
 if [ "${SKIP_VLLM:-}" != 1 ]; then
     bash runs/vllm_environment.sh .venv-vllm

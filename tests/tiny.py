@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -95,6 +96,9 @@ def make_target(
         "initializer_range": 0.2,  # large enough that the random model's choices are not all alike
         **config,
     }
+    if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in sizes:
+        scaling = sizes.pop("rope_parameters")
+        sizes |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     if family == "llama":
         model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**sizes))
         tokenizer = word_piece_tokenizer()
