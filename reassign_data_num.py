@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eagle.cli import existing_path, locked, run
+from eagle.cli import existing_path, run
 from eagle.reshard import reshard
 
 
@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     existing_path(args.old_folder, "--old_folder", "folder")
     if args.new_folder.exists():
         existing_path(args.new_folder, "--new_folder", "folder")
-    args.new_folder.mkdir(parents=True, exist_ok=True)
-    with locked(args.new_folder, "--new_folder"):
-        parts = reshard(args.old_folder, args.new_folder, args.tp)
+    parts = reshard(args.old_folder, args.new_folder, args.tp)
     total = sum(part.tokens for part in parts)
     for number, part in enumerate(parts):
         share = part.tokens / total

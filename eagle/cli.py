@@ -58,6 +58,8 @@ def _report(error: Exception, code: int) -> int:
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         return code  # every process of the machine refuses the same request; one says so
     message = str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own words, without a fix
+        message = f"{error.filename}: {error.strerror}. Check this path, and what you may do there."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = f"The disk is full ({message}). What was finished is kept; free some space and run again."
     # A child's last words come as several lines; only our own prose is wrapped.

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from eagle.classic_dumps import ClassicFolder
-from eagle.cli import RequestError, fsync_folder, read_json, write_json
+from eagle.cli import RequestError, fsync_folder, locked, read_json, write_json
 from eagle.features import (
     DONE,
     FORMAT_VERSION,
@@ -58,34 +58,43 @@ def reshard(old: Path, new: Path, parts: int) -> list[Part]:
     """
     if parts < 1:
         raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
-    new.mkdir(parents=True, exist_ok=True)
     in_place = old.resolve() == new.resolve()
     if not in_place and old.resolve() in new.resolve().parents:
         raise RequestError(
             f"--new_folder {new} lies inside --old_folder {old}, which would then hold every record twice. Name a "
             "folder beside it, or the old one itself to reshard in place."
         )
-    finished = _finish_interrupted(new)
-    if in_place and finished and len(finished) == parts:
-        return finished
-    shutil.rmtree(new / BUILDING, ignore_errors=True)
+    store = None
+    if not new.is_dir():
+        store = _open(old, parts)  # a wrong request makes no folder
+        new.mkdir(parents=True)
+    with locked(new, "--new_folder"):
+        finished = _finish_interrupted(new)
+        if in_place and finished and len(finished) == parts:
+            return finished
+        shutil.rmtree(new / BUILDING, ignore_errors=True)
+        store = store or _open(old, parts)
+        present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
+        if not in_place and present:
+            done = _made_before(store, new, parts)
+            if done is None:
+                raise RequestError(
+                    f"--new_folder {new} is not empty ({', '.join(present[:3])}, ...). Name a new folder, or the old "
+                    "one to reshard in place."
+                )
+            return done
+        summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
+        (new / BUILDING).rename(new / DELETING)
+        fsync_folder(new)
+        _finish_interrupted(new)
+    return summary
+
+
+def _open(old: Path, parts: int) -> FeatureStore:
     store = FeatureStore(old, "--old_folder")
-    present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
-    if not in_place and present:
-        done = _made_before(store, new, parts)
-        if done is None:
-            raise RequestError(
-                f"--new_folder {new} is not empty ({', '.join(present[:3])}, ...). Name a new folder, or the old one "
-                "to reshard in place."
-            )
-        return done
     if len(store) < parts:
         raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
-    summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
-    (new / BUILDING).rename(new / DELETING)
-    fsync_folder(new)
-    _finish_interrupted(new)
-    return summary
+    return store
 
 
 def _made_before(store: FeatureStore, new: Path, parts: int) -> list[Part] | None:

@@ -151,6 +151,13 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     tied = target.tie_word_embeddings
     head = model.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
+    if options.init not in INITS and not checkpoint.states(options.cpdir):
+        source = checkpoint.resolve_pointer(Path(options.init))
+        state = read_draft_state(Weights(source, flag="--init"))
+        for name in ("embed_tokens.weight", "lm_head.weight"):
+            state.pop(name, None)  # the base model's are used
+        load_trained_state(model, state, f"--init {source}")
+
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {
         "target": identity,
@@ -207,12 +214,6 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         trainer.resume(*saved)
     elif options.init == "closed_form":
         trainer.initialise()
-    elif options.init != "random":
-        source = checkpoint.resolve_pointer(Path(options.init))
-        state = read_draft_state(Weights(source, flag="--init"))
-        for name in ("embed_tokens.weight", "lm_head.weight"):
-            state.pop(name, None)  # the base model's are used
-        load_trained_state(trainer.draft, state, f"--init {source}")
     trainer.fit()
     best = checkpoint.resolve_pointer(options.cpdir / checkpoint.BEST)
     summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""
