@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from eagle.features import FeatureStore, Record
+from eagle.features import FeatureStore
+from eagle.shard import Record
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
 BUCKET = 16

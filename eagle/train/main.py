@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("num_epochs", int, "passes over the training records")
     add("max_steps", int, "end after so many optimizer steps")
     add("max_len", int, "cut records to this many tokens")
-    add("lr", float, "peak learning rate (default: 1e-3 at hidden size 576, falling as 1/width)")
+    add("lr", float, "peak learning rate (default: 5e-4 at hidden size 576, falling as 1/width)")
     add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
     add("weight_decay", float, "AdamW's weight decay")
     add("beta1", float, "AdamW's first beta")

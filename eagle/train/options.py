@@ -24,9 +24,9 @@ RECIPES: dict[str, dict[str, object]] = {
     }
 }
 
-#: Learning rate that trains a draft of hidden size 576 well from 0.1 to 100 million tokens. Larger drafts need less,
+#: The default learning rate belongs to this width. Larger drafts need less,
 #: in inverse proportion to their width.
-REFERENCE_LR, REFERENCE_WIDTH = 1e-3, 576
+REFERENCE_LR, REFERENCE_WIDTH = 5e-4, 576
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class TrainOptions:
     token_loss: str = "soft_cross_entropy"
     max_len: int = 2048
     lr: float | None = None
-    warmup_ratio: float = 0.05
+    warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
