@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from eagle.cli import HelpFormatter, locked, run
+from eagle.cli import HelpFormatter, WorkError, locked, run
 from eagle.conversation import BUILT_IN_TEMPLATES, Tally
 from eagle.job import GenerationRequest, claim_outdir, finish, parse_indices, resolve
 from eagle.launch import run_workers
@@ -66,12 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     with locked(request.outdir, "--outdir"):
         run_workers(job)
         manifest = finish(job)
+    report = [f"  {line}" for line in Tally.from_json(manifest).lines()]
+    if not manifest["records"]:
+        raise WorkError("\n".join([f"None of the {job.conversations:,} conversations can be used:", *report]))
     print(
         f"{request.outdir}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
         f"{manifest['supervised_tokens']:,} supervised"
     )
-    for line in Tally.from_json(manifest).lines():
-        print(f"  {line}")
+    print("".join(f"{line}\n" for line in report), end="")
     return 0
 
 

@@ -118,7 +118,8 @@ def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
-        options |= {"file": _LogLines(), "mininterval": 30, "maxinterval": 30, "ncols": 120}
+        words = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        options |= {"file": _LogLines(), "mininterval": 30, "maxinterval": 30, "bar_format": words}
     return tqdm(total=total, unit=unit, **{"mininterval": 0.5, **options})
 
 
