@@ -230,8 +230,8 @@ def measured_text(report: dict[str, Any]) -> str:
     per_position = ", ".join(f"{rate:.2f}" for rate in report["accepted_per_position"])
     return (
         f"τ {report['tau']:.2f} with {report['num_speculative_tokens']} speculative tokens, greedy; accepted by "
-        f"position {per_position} (vLLM {report['vllm']}, {report['device']}, {report['dtype']}, {report['prompts']} prompts, "
-        f"{datetime.date.today().isoformat()})."
+        f"position {per_position} (vLLM {report['vllm']}, {report['device']}, {report['dtype']}, "
+        f"{report['prompts']} prompts, {datetime.date.today().isoformat()})."
     )
 
 

@@ -1,0 +1,72 @@
+"""What the draft inside a real vLLM engine saw and answered, for the parity test.
+
+The child is ``python -m tests.vllm.captured ASKED.json ANSWERED.json``. It runs one engine in its own process, looks
+over the draft model's shoulder while a prompt is prefilled and a chain is drafted, and saves tokens, positions,
+features and logits of those forward passes, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.vllm_engine import EngineRequest, serve
+from tests.vllm.engines import run_child
+
+
+def capture(request: EngineRequest, folder: Path) -> dict[str, torch.Tensor]:
+    """tokens, positions ``[R]``, features ``[R, H]``, logits ``[R, V]`` of the first chain of the only prompt.
+
+    Rows: one for each prompt token, then one for each further draft step, whose feature is the draft's own.
+    """
+    file = folder / "captured.pt"
+    run_child("tests.vllm.captured", folder, {"request": dataclasses.asdict(request), "file": str(file)})
+    return torch.load(file, weights_only=True)
+
+
+def record_forward(passes: list[dict[str, torch.Tensor]]) -> None:
+    """Make vLLM's draft class append a copy of what goes in and comes out of every pass to `passes`."""
+    from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
+
+    forward = EagleLlamaForCausalLM.forward
+
+    def recorded(self: Any, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
+        # Copied before the pass: the engine reuses its buffers.
+        seen = {"tokens": input_ids.clone(), "positions": positions.clone(), "features": hidden_states.clone()}
+        answer = forward(self, input_ids, positions, hidden_states, inputs_embeds)
+        passes.append(seen | {"logits": self.compute_logits(answer[0]).clone()})
+        return answer
+
+    EagleLlamaForCausalLM.forward = recorded
+
+
+def first_chain(passes: list[dict[str, torch.Tensor]], prompt: list[int], depth: int) -> dict[str, torch.Tensor]:
+    """The pass that prefills the prompt and the ``depth - 1`` single rows after it as one sequence, without padding."""
+    shifted = torch.tensor(prompt[1:])
+    start = next(
+        at for at, seen in enumerate(passes) if torch.equal(seen["tokens"][: len(shifted)].cpu().long(), shifted)
+    )
+    lengths = [len(prompt)] + [1] * (depth - 1)
+    chain = list(zip(passes[start : start + depth], lengths, strict=True))
+    return {name: torch.cat([seen[name][:length].cpu() for seen, length in chain]) for name in passes[start]}
+
+
+def main(argv: list[str]) -> int:
+    asked, answered = (Path(argument) for argument in argv)
+    content = json.loads(asked.read_text(encoding="utf-8"))
+    request = EngineRequest(**content["request"])
+    passes: list[dict[str, torch.Tensor]] = []
+    record_forward(passes)
+    serve(request)
+    torch.save(first_chain(passes, request.prompts[0], request.num_speculative_tokens), content["file"])
+    answered.write_text("{}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""The command for users: on an oracle pair, and on a draft that vLLM does not load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eagle import verify_vllm
+from eagle.cli import run
+from eagle.export import export
+from tests.oracle import Shape, write_pair
+from tests.vllm.test_oracle import edit_config
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("verify")
+    target, draft = write_pair(root, Shape("qwen2", kv_heads=2))
+    return target, export(target, draft, root / "export", "v1")["v1"]
+
+
+def test_an_oracle_pair(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, draft = pair
+    report = tmp_path / "report.json"
+    arguments = ["--num_prompts", "3", "--max_new_tokens", "32", "--num_speculative_tokens", "2", "--dtype", "float32"]
+    arguments += ["--output", str(report), "--write-note"]
+    code = run(lambda: verify_vllm.main(["--base-path", str(base), "--draft-path", str(draft), *arguments]))
+    shown = capsys.readouterr()
+    print("\n" + shown.out)
+    assert code == 0, shown.err
+    assert "identical with and without the draft" in shown.out
+    found = json.loads(report.read_text())
+    assert found["loaded"] and found["identical"]
+    assert len(found["accepted_per_position"]) == 2
+    assert found["tau"] > 2
+    assert found["made_by"]["argv"]
+    assert f"Acceptance in vLLM: τ {found['tau']:.2f}" in (draft / "README.md").read_text()
+
+
+def test_a_draft_that_does_not_load(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, draft = pair
+    broken = Path(shutil.copytree(draft, tmp_path / "broken"))
+    edit_config(broken, lambda config: config.update(architectures=["NoSuchForCausalLM"]))
+    code = run(lambda: verify_vllm.main(["--base-path", str(base), "--draft-path", str(broken), "--num_prompts", "1"]))
+    shown = capsys.readouterr()
+    print("\n" + shown.err)
+    assert code == 1
+    assert f"vLLM did not run with the draft {broken}" in shown.err
+    assert "NoSuchForCausalLM" in shown.err
+    assert len(shown.err.splitlines()) < 12
