@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -95,3 +97,16 @@ def peak_memory(device: torch.device) -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe(device: torch.device) -> str:
+    """The hardware's name, for reports."""
+    if device.type != "cpu":
+        return f"{device.type} {getattr(torch, device.type).get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux: the architecture has to do
+    return f"cpu {name}, {torch.get_num_threads()} threads"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.cli import RequestError, existing_path
-from eagle.conversation import ROLES
+from eagle.cli import RequestError, existing_path, read_json
+from eagle.conversation import ROLES, Encoder, Message
+from eagle.model_config import ModelConfig
 from eagle.records import RecordFile
 
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "default.jsonl"
@@ -92,3 +93,24 @@ def _from_record(record: Any, number: int) -> Prompt | None:
     )
     first = next((text for text in human if isinstance(text, str) and text.strip()), None)
     return Prompt(name, category, () if first is None else (first,))
+
+
+def encode_messages(messages: list[Message], encoder: Encoder) -> list[int]:
+    """Token ids of a conversation in the chat template, ready for the reply."""
+    text = encoder.render(messages, add_generation_prompt=True)
+    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_first_turn(prompt: Prompt, encoder: Encoder) -> list[int]:
+    """Token ids of a prompt's first turn, ready for the reply."""
+    return encode_messages([{"role": "user", "content": prompt.turns[0]}], encoder)
+
+
+def stop_tokens(base: Path, config: ModelConfig, encoder: Encoder) -> list[int]:
+    """Every id that ends a reply: config.json's, generation_config.json's and the tokenizer's."""
+    generation = base / "generation_config.json"
+    named = [config.eos_token_id, encoder.tokenizer.eos_token_id]
+    if generation.is_file():
+        named.append(read_json(generation, "a generation config").get("eos_token_id"))
+    flat = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
+    return sorted({token for token in flat if token is not None})

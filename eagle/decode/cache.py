@@ -83,6 +83,8 @@ class DraftCache:
         """Everything remembered so far belongs to the true sequence."""
         self.length = self._end
 
-    def forget(self) -> None:
-        """Drop the drafted rows."""
+    def forget(self, length: int | None = None) -> None:
+        """Drop the drafted rows; with a length, the true ones from there on too."""
+        if length is not None:
+            self.length = length
         self._end = self.length

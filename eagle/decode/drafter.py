@@ -14,7 +14,16 @@ from torch.nn import functional
 from eagle.cli import RequestError
 from eagle.decode.cache import DraftCache
 from eagle.decode.sampling import Sampling, draw
-from eagle.decode.tree import Ranks, StaticTree, Tree, ancestor_mask, static_tree
+from eagle.decode.tree import (
+    EAGLE1_PATHS,
+    Ranks,
+    StaticTree,
+    Tree,
+    ancestor_mask,
+    by_promise,
+    chain_paths,
+    static_tree,
+)
 from eagle.draft import DraftModel
 
 
@@ -39,9 +48,7 @@ class DraftRunner:
         self.cache.keep()
         return predicted[-1:]
 
-    def extend(
-        self, tokens: torch.Tensor, features: torch.Tensor, depth: int, visible: torch.Tensor
-    ) -> torch.Tensor:
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor, depth: int, visible: torch.Tensor) -> torch.Tensor:
         """Predicted features ``[W, H]`` behind drafted nodes of one depth (the root's children have depth 1).
 
         tokens: ``[W]``. features: ``[W, H]``, predicted behind their parents. visible: ``[W, rows of drafted nodes]``.
@@ -93,14 +100,13 @@ class StaticDrafter:
         return len(self.shape.tree) - 1
 
     @property
+    def depth(self) -> int:
+        return len(self.shape.levels)
+
+    @property
     def rows(self) -> int:
         """Draft rows that a proposal needs beyond the true sequence's."""
         return len(self.shape.parent_nodes) - 1
-
-    def passes(self, nodes: int) -> int:
-        """Forward passes of the draft for the tree's first `nodes` nodes."""
-        tree = self.shape.tree
-        return int(tree.depths[tree.order <= nodes].max())
 
     def propose(
         self, root: torch.Tensor, predicted: torch.Tensor, draft: DraftRunner, generator: torch.Generator
@@ -148,9 +154,6 @@ class DynamicDrafter:
     @property
     def rows(self) -> int:
         return (self.depth - 1) * self.top_k
-
-    def passes(self, nodes: int) -> int:
-        return self.depth
 
     def propose(
         self, root: torch.Tensor, predicted: torch.Tensor, draft: DraftRunner, generator: torch.Generator
@@ -200,3 +203,49 @@ def log_best(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     """Log-probabilities (never above 0) and tokens ``[W, count]`` of the likeliest."""
     values, tokens = logits.topk(count, dim=-1)
     return (values.float() - logits.float().logsumexp(-1, keepdim=True)).clamp_(max=0), tokens
+
+
+Drafter = StaticDrafter | DynamicDrafter
+
+MODES = ("chain", "tree", "dynamic_tree")
+
+_DEFAULT_NODES = {"chain": 5, "tree": len(EAGLE1_PATHS), "dynamic_tree": 59}
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOptions:
+    """What is drafted at each step. nodes: drafted tokens, None for the mode's usual number. Depth and top-k are the
+    dynamic tree's."""
+
+    mode: str = "chain"
+    nodes: int | None = None
+    tree_depth: int = 6
+    tree_top_k: int = 10
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise RequestError(f"--mode {self.mode}: expected one of {', '.join(MODES)}.")
+        for flag, value in (
+            ("num_draft_tokens", self.count),
+            ("tree_depth", self.tree_depth),
+            ("tree_top_k", self.tree_top_k),
+        ):
+            if value < 1:
+                raise RequestError(f"--{flag} {value}: expected 1 or more.")
+        if self.mode == "tree" and self.count > len(EAGLE1_PATHS):
+            raise RequestError(
+                f"--num_draft_tokens {self.count}: the static tree (EAGLE-1's) has {len(EAGLE1_PATHS)} nodes. Ask for "
+                "fewer, or use --mode dynamic_tree."
+            )
+
+    @property
+    def count(self) -> int:
+        return _DEFAULT_NODES[self.mode] if self.nodes is None else self.nodes
+
+    def drafter(self, device: torch.device, sampling: Sampling, nodes: int | None = None) -> Drafter:
+        """nodes: only the tree's first so many."""
+        count = self.count if nodes is None else nodes
+        if self.mode == "dynamic_tree":
+            return DynamicDrafter(count, self.tree_depth, self.tree_top_k)
+        paths = chain_paths(count) if self.mode == "chain" else by_promise(EAGLE1_PATHS)[:count]
+        return StaticDrafter(tuple(paths), device, sampling)

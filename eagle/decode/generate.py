@@ -18,13 +18,11 @@ from dataclasses import dataclass, field
 import torch
 
 from eagle.decode.accept import follow, settle
-from eagle.decode.drafter import DraftRunner, DynamicDrafter, Proposal, StaticDrafter
+from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.pair import Target
 from eagle.decode.sampling import Sampling, draw
 from eagle.device import synchronize
 from eagle.draft import DraftModel
-
-Drafter = StaticDrafter | DynamicDrafter
 
 
 @dataclass(frozen=True, slots=True)

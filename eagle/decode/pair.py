@@ -132,8 +132,8 @@ def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path) -> None:
         mine, its = getattr(draft, name), getattr(target, name)
         if mine != its:
             warn(
-                f"{folder}/config.json has {name} {mine}, the base model {its}. It is measured as it is, and vLLM would "
-                "run it so too; expect few accepted tokens."
+                f"{folder}/config.json has {name} {mine}, the base model {its}. It is measured as it is, as vLLM would "
+                "run it; expect few accepted tokens."
             )
 
 

@@ -1,0 +1,56 @@
+"""Prompts answered with the draft and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from eagle.conversation import Encoder, Message
+from eagle.decode.generate import Generation
+from eagle.prompts import Prompt, encode_messages
+
+#: Continues token ids by at most so many new ones.
+Generate = Callable[[list[int], int], Generation]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One turn, answered. turn: counted from 1. alone: the target's answer without the draft, None if not asked for."""
+
+    prompt: str
+    category: str
+    turn: int
+    prompt_tokens: int
+    drafted: Generation
+    alone: Generation | None
+
+    def identical(self) -> bool | None:
+        return None if self.alone is None else self.alone.tokens == self.drafted.tokens
+
+
+def answer(
+    prompt: Prompt,
+    encoder: Encoder,
+    drafted: Generate,
+    alone: Generate | None,
+    max_new_tokens: int,
+    max_length: int,
+    num_turns: int,
+    stop: Collection[int],
+) -> Iterator[Reply]:
+    """The replies to the first `num_turns` turns, with the model's own answers in the history.
+
+    Ends before a turn for which the model's length leaves no room.
+    """
+    messages: list[Message] = []
+    for number, turn in enumerate(prompt.turns[:num_turns], start=1):
+        messages.append({"role": "user", "content": turn})
+        ids = encode_messages(messages, encoder)
+        room = min(max_new_tokens, max_length - len(ids))
+        if room < 1:
+            return
+        mine = drafted(ids, room)
+        reply = Reply(prompt.id, prompt.category, number, len(ids), mine, alone(ids, room) if alone else None)
+        yield reply
+        spoken = [token for token in mine.tokens if token not in stop]
+        messages.append({"role": "assistant", "content": encoder.tokenizer.decode(spoken, skip_special_tokens=True)})
