@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from eagle.cli import existing_path, run
-from eagle.reshard import reshard
+from eagle.reshard import preview, reshard
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,6 +21,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--old_folder", type=Path, required=True, help="the store to read")
     parser.add_argument("--new_folder", type=Path, required=True, help="a new or empty folder, or the old one")
     parser.add_argument("--tp", type=int, required=True, help="how many folders to make")
+    parser.add_argument(
+        "--skip_damaged", action="store_true", help="leave out damaged files and records; in place they are deleted"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what every folder would get and change nothing")
     return parser.parse_args(argv)
 
 
@@ -29,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     existing_path(args.old_folder, "--old_folder", "folder")
     if args.new_folder.exists():
         existing_path(args.new_folder, "--new_folder", "folder")
-    parts = reshard(args.old_folder, args.new_folder, args.tp)
+    if args.dry_run:
+        parts, rewritten = preview(args.old_folder, args.tp, leave_out_damaged=args.skip_damaged)
+        print(f"would rewrite {rewritten / 1e6:,.1f} MB and link or copy the other files as they are")
+    else:
+        parts = reshard(args.old_folder, args.new_folder, args.tp, leave_out_damaged=args.skip_damaged)
     total = sum(part.tokens for part in parts)
     for number, part in enumerate(parts):
         share = part.tokens / total

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eagle.cli import RequestError, WorkError
-from eagle.features import Record
+from eagle.shard import Record
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
 _KEYS = ("input_ids", "loss_mask", "hidden_state")
@@ -31,7 +31,7 @@ class ClassicFolder:
         shapes = [_load(file)["hidden_state"] for file in files]
         self.lengths = np.array([len(hidden) for hidden in shapes], dtype=np.int64)
         self.hidden_size = int(shapes[0].shape[1])
-        self.dtype_code = _DTYPE_CODES.get(shapes[0].dtype, str(shapes[0].dtype))
+        self.dtype_code = self.stored_code = _DTYPE_CODES.get(shapes[0].dtype, str(shapes[0].dtype))
         for file, hidden in zip(files, shapes, strict=True):
             if hidden.shape[1] != self.hidden_size or hidden.dtype != shapes[0].dtype:
                 raise RequestError(
@@ -41,6 +41,12 @@ class ClassicFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def leave_out(self, positions: list[int]) -> None:
+        """Forget these records; the ones behind them move up."""
+        self.files = np.delete(np.array(self.files, dtype=object), positions).tolist()
+        self.conversations = np.delete(self.conversations, positions)
+        self.lengths = np.delete(self.lengths, positions)
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Raises: WorkError for a dump that is damaged."""
@@ -54,13 +60,27 @@ class ClassicFolder:
         )
 
 
-def find_classic_dumps(root: Path) -> list[ClassicFolder]:
-    """One source for every folder below `root` that holds dumps, in a fixed order."""
+def find_classic_dumps(root: Path, damage: list[str] | None = None) -> list[ClassicFolder]:
+    """One source for every folder below `root` that holds dumps, in a fixed order.
+
+    damage: where given, dumps that cannot be read are left out, and what is wrong with them is added to it.
+
+    Raises: WorkError for a damaged dump otherwise.
+    """
     folders: dict[Path, list[Path]] = {}
     for file in root.rglob("data_*.ckpt"):
-        if _DUMP_NAME.fullmatch(file.name):
+        if _DUMP_NAME.fullmatch(file.name) and (damage is None or _is_whole(file, damage)):
             folders.setdefault(file.parent, []).append(file)
     return [ClassicFolder(folder, sorted(folders[folder], key=_number)) for folder in sorted(folders)]
+
+
+def _is_whole(file: Path, damage: list[str]) -> bool:
+    try:
+        _load(file)
+    except WorkError as error:
+        damage.append(str(error))
+        return False
+    return True
 
 
 def _number(file: Path) -> int:

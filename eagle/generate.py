@@ -24,10 +24,11 @@ import torch
 from eagle import device
 from eagle.cli import WorkError, run, write_json
 from eagle.conversation import Dropped, Encoded, Encoder, Tally, clean_record, load_encoder
-from eagle.features import DONE, MANIFEST, Record, ShardWriter, drop_after_gap, last_progress, read_manifest
+from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.job import worker_share
 from eagle.model_config import load_config
 from eagle.records import RecordFile
+from eagle.shard import Record, ShardWriter, drop_after_gap, last_progress
 from eagle.target import load_trunk, parse_dtype
 
 #: Conversations encoded and sorted together. A shard ends only between windows.

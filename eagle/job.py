@@ -17,9 +17,10 @@ import numpy as np
 from eagle import device
 from eagle.cli import RequestError, existing_path, provenance, write_json
 from eagle.conversation import Tally, load_encoder
-from eagle.features import DONE, FORMAT_VERSION, MANIFEST, read_manifest
+from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
+from eagle.shard import FORMAT_VERSION
 from eagle.target import Weights, dtype_name, fingerprint, parse_dtype
 
 

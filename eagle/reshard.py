@@ -23,19 +23,9 @@ import numpy as np
 
 from eagle.classic_dumps import ClassicFolder
 from eagle.cli import RequestError, fsync_folder, locked, read_json, write_json
-from eagle.features import (
-    DONE,
-    FORMAT_VERSION,
-    INTERRUPTED_RESHARD,
-    LOG,
-    MANIFEST,
-    FeatureStore,
-    RecordSource,
-    Shard,
-    ShardWriter,
-    cut_evenly,
-    write_shard,
-)
+from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
+from eagle.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter, write_shard
+from eagle.verify_store import skip_damaged
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
 PLAN = "plan.json"
@@ -49,10 +39,11 @@ class Part:
     tokens: int
 
 
-def reshard(old: Path, new: Path, parts: int) -> list[Part]:
+def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False) -> list[Part]:
     """Write the records below `old` as ``new/0`` .. ``new/<parts-1>``; `new` may be `old`.
 
-    Returns what every folder holds. Picks up an interrupted run.
+    Returns what every folder holds. Picks up an interrupted run. leave_out_damaged: what is damaged does not come
+    along; otherwise it raises WorkError.
 
     Raises: RequestError (nothing to reshard, `new` holds something else, fewer records than parts).
     """
@@ -66,14 +57,14 @@ def reshard(old: Path, new: Path, parts: int) -> list[Part]:
         )
     store = None
     if not new.is_dir():
-        store = _open(old, parts)  # a wrong request makes no folder
+        store = _open(old, parts, leave_out_damaged)  # a wrong request makes no folder
         new.mkdir(parents=True)
     with locked(new, "--new_folder"):
         finished = _finish_interrupted(new)
         if in_place and finished and len(finished) == parts:
             return finished
         shutil.rmtree(new / BUILDING, ignore_errors=True)
-        store = store or _open(old, parts)
+        store = store or _open(old, parts, leave_out_damaged)
         present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
         if not in_place and present:
             done = _made_before(store, new, parts)
@@ -90,8 +81,39 @@ def reshard(old: Path, new: Path, parts: int) -> list[Part]:
     return summary
 
 
-def _open(old: Path, parts: int) -> FeatureStore:
-    store = FeatureStore(old, "--old_folder")
+def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[list[Part], int]:
+    """What `reshard` would give every folder, and how many bytes of features it would rewrite; changes nothing.
+
+    Raises: RequestError as `reshard` does.
+    """
+    if parts < 1:
+        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
+    layout = Layout(_open(old, parts, leave_out_damaged), parts)
+    rewritten = 0
+    for first, last in layout.stretches:
+        for source, start, end in _pieces(layout.sources, first, last):
+            if not _is_linked(source, start, end):
+                size = sum(file.stat().st_size for file in _files_of(source))
+                rewritten += round(size * source.lengths[start:end].sum() / source.lengths.sum())
+    return layout.summary, rewritten
+
+
+class Layout:
+    """Which records go where.
+
+    sources: every file of the store, in the order in which they are dealt out. stretches: the records first..last of
+    their concatenation that each part gets. summary: what these hold.
+    """
+
+    def __init__(self, store: FeatureStore, parts: int) -> None:
+        self.sources = sorted(store.sources, key=lambda source: _natural(source.path))
+        lengths = np.concatenate([source.lengths for source in self.sources])
+        self.stretches = list(pairwise(cut_evenly(lengths, parts)))
+        self.summary = [Part(last - first, int(lengths[first:last].sum())) for first, last in self.stretches]
+
+
+def _open(old: Path, parts: int, leave_out_damaged: bool) -> FeatureStore:
+    store = skip_damaged(old, "--old_folder") if leave_out_damaged else FeatureStore(old, "--old_folder")
     if len(store) < parts:
         raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
     return store
@@ -111,18 +133,14 @@ def _made_before(store: FeatureStore, new: Path, parts: int) -> list[Part] | Non
 
 def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]) -> list[Part]:
     manifest = _merged_manifest(store)
-    sources = sorted(store.sources, key=lambda source: _natural(source.path))
-    lengths = np.concatenate([source.lengths for source in sources])
-    cuts = cut_evenly(lengths, parts)
-    summary = []
-    for part, (first, last) in enumerate(pairwise(cuts)):
-        folder = staging / str(part)
+    layout = Layout(store, parts)
+    summary = layout.summary
+    for number, (part, (first, last)) in enumerate(zip(summary, layout.stretches, strict=True)):
+        folder = staging / str(number)
         folder.mkdir(parents=True)
-        for source, start, end in _pieces(sources, first, last):
+        for source, start, end in _pieces(layout.sources, first, last):
             _place(source, start, end, folder)
-        tokens = int(lengths[first:last].sum())
-        summary.append(Part(last - first, tokens))
-        write_json(folder / DONE, {"records": last - first, "tokens": tokens, "dropped": {}, "repaired": {}})
+        write_json(folder / DONE, {"records": part.records, "tokens": part.tokens, "dropped": {}, "repaired": {}})
     manifest |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
     write_json(staging / MANIFEST, manifest)
     plan = {
@@ -151,10 +169,10 @@ def _pieces(sources: list[RecordSource], first: int, last: int) -> Iterator[tupl
 def _place(source: RecordSource, start: int, end: int, folder: Path) -> None:
     target = folder / f"shard-{sum(1 for _ in folder.glob('shard-*')):05d}.safetensors"
     if isinstance(source, Shard):
-        if (start, end) == (0, len(source)):
+        if _is_linked(source, start, end):
             _link(source.path, target)
         else:
-            write_shard(target, [source.read(position) for position in range(start, end)])
+            write_shard(target, [source.stored(position) for position in range(start, end)])
         return
     writer = ShardWriter(folder)
     for position in range(start, end):
@@ -162,6 +180,15 @@ def _place(source: RecordSource, start: int, end: int, folder: Path) -> None:
         if writer.is_full:
             writer.close_shard()
     writer.close_shard()
+
+
+def _is_linked(source: RecordSource, start: int, end: int) -> bool:
+    """Whether these records are a whole file that need not be rewritten."""
+    return isinstance(source, Shard) and source.is_whole and (start, end) == (0, len(source))
+
+
+def _files_of(source: RecordSource) -> list[Path]:
+    return source.files if isinstance(source, ClassicFolder) else [source.path]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -175,11 +202,11 @@ def _link(source: Path, target: Path) -> None:
 
 def _store_files(store: FeatureStore) -> list[Path]:
     """Every file that belongs to the store; anything else in its folders is the user's and stays."""
-    files = list(store.manifests)
+    files = [*store.manifests, *store.damaged_files]
     for manifest in store.manifests:
         files += [path for name in (DONE, LOG) for path in manifest.parent.glob(f"*/{name}")]
     for source in store.sources:
-        files += source.files if isinstance(source, ClassicFolder) else [source.path]
+        files += _files_of(source)
     return sorted({file for file in files if file.exists()})
 
 

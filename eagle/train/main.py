@@ -33,6 +33,7 @@ from eagle.train.loop import Trainer
 from eagle.train.losses import TOKEN_LOSSES
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
 from eagle.train.validate import DEPTH
+from eagle.verify_store import skip_damaged
 
 RUN = "train_options.json"
 
@@ -87,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("keep", int, "keep the newest so many checkpoints (best and last always)")
     add("num_workers", int, "data-loader processes per device")
     add("seed", int, "seed of split, order, noise and random initialisation")
+    parser.add_argument("--skip_damaged", action="store_true", help="leave out what is damaged in the store")
     parser.add_argument("--recipe", choices=RECIPES, help="eagle1: the published hyperparameters as defaults")
     args = parser.parse_args(argv)
     del args.recipe  # it has done its work
@@ -133,7 +135,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     config = draft_config_for(target, options.configpath)
     weights = Weights(options.basepath, flag="--basepath")
     identity = fingerprint(options.basepath)
-    store = FeatureStore(options.tmpdir)
+    store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
     store.check_target(identity, options.basepath)
     if store.hidden_size != config.hidden_size:
         raise RequestError(

@@ -64,6 +64,7 @@ class TrainOptions:
     keep: int = 3
     num_workers: int = 0
     seed: int = 42
+    skip_damaged: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,6 +124,7 @@ FREE_ON_RESUME = (
     "cpdir",
     "basepath",
     "configpath",
+    "skip_damaged",
     "num_workers",
     "keep",
     "save_freq",

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.features import FeatureStore, Record, write_shard
+from eagle.features import FeatureStore
+from eagle.shard import Record, write_shard
 from eagle.train.dataset import (
     FeatureDataset,
     collate,

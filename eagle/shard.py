@@ -1,0 +1,316 @@
+"""One file of a store: many records back to back in plain safetensors, written whole or not at all.
+
+    hidden_state [N, H] store dtype    features, N the tokens of all its records
+    scale        [N]    float32        only where the store dtype is int8 or float8: see `eagle.store_dtype`
+    input_ids    [N]    int32
+    loss_mask    [N]    uint8          unshifted
+    offsets      [R+1]  int64          record r is the rows offsets[r]:offsets[r+1]
+    conversation [R]    int64          the index of the conversation in the data file
+    crc32        [R]    int64          over the record's ids, mask, features and scales, as they are stored
+
+A shard is written under a temporary name, synced and renamed, so a reader never sees a part of one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from eagle.cli import RequestError, WorkError, fsync_folder
+from eagle.store_dtype import SAME, Packed, pack
+from eagle.tensor_file import write_tensors
+
+#: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features.
+FORMAT_VERSION, SCALED_VERSION = 1, 2
+#: A shard is closed once it holds this much. Large enough that 68k conversations are a few thousand files,
+#: small enough that a killed worker loses minutes, not hours.
+SHARD_BYTES = 128 << 20
+
+#: What says where the records lie and whose they are; a checksum over it stands in the shard's metadata.
+_INDEX = ("offsets", "conversation", "crc32")
+_DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation's features.
+
+    input_ids: ``[T]`` int32. loss_mask: ``[T]`` uint8, unshifted. hidden_state: ``[T, H]``, row t is the target's
+    last hidden state after its final norm at token t. conversation: its index in the data file.
+    """
+
+    conversation: int
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    hidden_state: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def crc32(self) -> int:
+        """A checksum over everything the record holds."""
+        return self.stored().crc32()
+
+    def stored(self, store_dtype: str = SAME) -> StoredRecord:
+        """This record as a shard of that store dtype holds it."""
+        features = pack(self.hidden_state, store_dtype)
+        return StoredRecord(self.conversation, self.input_ids, self.loss_mask, features)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as it lies on disk: its features perhaps scaled. Copied between shards without a change."""
+
+    conversation: int
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    features: Packed
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def nbytes(self) -> int:
+        return self.input_ids.nbytes + self.loss_mask.nbytes + self.features.nbytes
+
+    def crc32(self) -> int:
+        """A checksum over everything the record holds, as it is stored."""
+        tensors = (self.input_ids, self.loss_mask, *self.features.tensors())
+        return _crc32(*(tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors))
+
+    def read(self) -> Record:
+        """The record with its features in the dtype the target computed them in."""
+        return Record(self.conversation, self.input_ids, self.loss_mask, self.features.unpack())
+
+
+class ShardWriter:
+    """Appends records to the numbered shards of one folder.
+
+    Every finished shard carries `progress`, the caller's own JSON string, as it was when the shard was closed:
+    a resumed writer reads it back with `last_progress`. The caller decides when a shard may be closed, since
+    only it knows where its work can be taken up again.
+
+    Raises: OSError (disk full, read-only); what was finished before stays whole.
+    """
+
+    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES, store_dtype: str = SAME) -> None:
+        self.folder = folder
+        self.shard_bytes, self.store_dtype = shard_bytes, store_dtype
+        self._records: list[StoredRecord] = []
+        self._bytes = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".shard-*.tmp"):
+            leftover.unlink()
+        self._next = len(shard_paths(folder))
+
+    def add(self, record: Record | StoredRecord) -> None:
+        stored = record.stored(self.store_dtype) if isinstance(record, Record) else record
+        self._records.append(stored)
+        self._bytes += stored.features.nbytes
+
+    @property
+    def is_full(self) -> bool:
+        return self._bytes >= self.shard_bytes
+
+    def close_shard(self, progress: str = "{}") -> None:
+        """Write the records gathered so far as one shard; none gathered, none written."""
+        if not self._records:
+            return
+        path = self.folder / shard_name(self._next)
+        write_shard(path, self._records, progress)
+        self._next += 1
+        self._records, self._bytes = [], 0
+
+
+def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress: str = "{}") -> None:
+    """Write `records` as one finished shard at `path`."""
+    stored = [record.stored() if isinstance(record, Record) else record for record in records]
+    features = [record.features for record in stored]
+    scaled, stored_dtype = features[0].scale is not None, features[0].values.dtype
+    tensors = {
+        # As bytes: not every torch can concatenate float8.
+        "hidden_state": torch.cat([packed.values.view(torch.uint8) for packed in features]).view(stored_dtype),
+        "input_ids": torch.cat([record.input_ids for record in stored]),
+        "loss_mask": torch.cat([record.loss_mask for record in stored]),
+        "offsets": torch.from_numpy(np.cumsum([0, *map(len, stored)], dtype=np.int64)),
+        "conversation": torch.tensor([record.conversation for record in stored], dtype=torch.int64),
+        "crc32": torch.tensor([record.crc32() for record in stored], dtype=torch.int64),
+    }
+    index = [tensors[name].numpy() for name in _INDEX]
+    metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(_crc32(*index))}
+    if scaled:
+        tensors["scale"] = torch.cat([packed.scale for packed in features if packed.scale is not None])
+        metadata |= {"format": str(SCALED_VERSION), "dtype": str(features[0].dtype).removeprefix("torch.")}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_tensors(temporary, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise WorkError(
+            f"Could not write {path} ({sum(t.nbytes for t in tensors.values()) / 1e6:,.0f} MB, "
+            f"{free / 1e6:,.0f} MB free): {error}. Every shard finished before is kept; make room and run the "
+            "same command again to continue."
+        ) from error
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def _crc32(*arrays: np.ndarray) -> int:
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(array, crc)
+    return crc
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def is_shard_name(name: str) -> bool:
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The finished shards of one folder, in order."""
+    return sorted(path for path in folder.glob("shard-*.safetensors") if is_shard_name(path.name))
+
+
+def drop_after_gap(folder: Path) -> None:
+    """Delete the shards behind a missing one. A worker writes them in order, so it redoes everything from there."""
+    for number, path in enumerate(shard_paths(folder)):
+        if path.name != shard_name(number):
+            path.unlink()
+
+
+def last_progress(folder: Path) -> str | None:
+    """The `progress` string of the newest finished shard, None where there is none."""
+    paths = shard_paths(folder)
+    if not paths:
+        return None
+    with _open_shard(paths[-1]) as file:
+        return file.metadata()["progress"]
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WorkError(
+            f"{path} is damaged: {error}. Restore it from a copy, or delete it and run data generation again: it "
+            "redoes what is missing. --skip_damaged goes on without it."
+        ) from error
+    version = (file.metadata() or {}).get("format")
+    if version not in (str(FORMAT_VERSION), str(SCALED_VERSION)):
+        raise RequestError(
+            f"{path} has store format {version!r}; this version reads the formats {FORMAT_VERSION} and "
+            f"{SCALED_VERSION}."
+        )
+    return file
+
+
+class RecordSource(Protocol):
+    """Something that holds records by position: a `Shard` or a folder of classic dumps."""
+
+    path: Path
+    conversations: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+    def read(self, position: int, *, features: bool = True) -> Record: ...
+    def leave_out(self, positions: list[int]) -> None: ...
+
+
+class Shard:
+    """One finished shard, memory-mapped: a record is read when it is asked for, the index is kept.
+
+    stored_code, dtype_code: how safetensors calls the dtype its features are stored and read in.
+
+    Raises: WorkError for a damaged file, RequestError for one of another format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        with _open_shard(path) as file:
+            self.offsets = file.get_tensor("offsets").numpy()
+            self.conversations = file.get_tensor("conversation").numpy()
+            self._crc32 = file.get_tensor("crc32").numpy()
+            hidden = file.get_slice("hidden_state")
+            rows, self.hidden_size = hidden.get_shape()
+            self.stored_code = hidden.get_dtype()
+            metadata = file.metadata()
+        name, index_crc32 = metadata.get("dtype"), metadata.get("index_crc32")
+        self.scaled_from = getattr(torch, name) if name else None
+        self.dtype_code = _DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
+        self.lengths = np.diff(self.offsets)
+        self._kept = np.arange(len(self.conversations))
+        whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1 and self.offsets[-1] == rows
+        if index_crc32 is not None:  # shards of an earlier version have none
+            whole &= _crc32(self.offsets, self.conversations, self._crc32) == int(index_crc32)
+        if not whole:
+            raise WorkError(
+                f"{path} is damaged: its index does not fit its {rows:,} rows. Restore it from a copy, or delete it "
+                "and run data generation again. --skip_damaged goes on without it."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A data-loader worker opens its own mapping; handles do not travel between processes.
+        return {**self.__dict__, "_file": None}
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it still has every record of its file."""
+        return len(self._kept) == len(self.offsets) - 1
+
+    def leave_out(self, positions: list[int]) -> None:
+        """Forget these records; the ones behind them move up."""
+        self._kept, self.conversations, self.lengths = (
+            np.delete(array, positions) for array in (self._kept, self.conversations, self.lengths)
+        )
+
+    def read(self, position: int, *, features: bool = True) -> Record:
+        """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.
+
+        Raises: WorkError where the checksum does not match.
+        """
+        return self.stored(position, features=features).read()
+
+    def stored(self, position: int, *, features: bool = True) -> StoredRecord:
+        """The same record as it lies on disk."""
+        if self._file is None:
+            self._file = _open_shard(self.path)
+        number = int(self._kept[position])
+        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        last = end if features else start
+        values = self._file.get_slice("hidden_state")[start:last]
+        scale = self._file.get_slice("scale")[start:last] if self.scaled_from else None
+        record = StoredRecord(
+            int(self.conversations[position]),
+            self._file.get_slice("input_ids")[start:end],
+            self._file.get_slice("loss_mask")[start:end],
+            Packed(values, scale, self.scaled_from or values.dtype),
+        )
+        if features and record.crc32() != int(self._crc32[number]):
+            raise WorkError(
+                f"{self.path} is damaged: the checksum of record {number} (conversation {record.conversation}) "
+                "does not match. Restore the file from a copy, or delete it and run data generation again. "
+                "--skip_damaged goes on without that record."
+            )
+        return record
