@@ -10,6 +10,7 @@ checked against what that generation of vLLM expects (`eagle.export_check`) befo
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from dataclasses import dataclass
 from importlib import metadata
@@ -62,10 +63,17 @@ def choose_layouts(layout: str) -> tuple[str, ...]:
     if layout in LAYOUTS:
         return (layout,)
     version = installed_vllm() if layout == "auto" else None
-    if version is None:
+    known = release(version) if version is not None else None
+    if known is None:
         return LAYOUTS
-    major, minor = (int(part) for part in version.split(".")[:2])
-    return ("v1",) if (major, minor) >= (0, 9) else ("v0",)
+    return ("v1",) if known >= (0, 9) else ("v0",)
+
+
+def release(version: str) -> tuple[int, int] | None:
+    """Major and minor of a vLLM version; None for a build that does not know its own (0.1.dev1+g1a2b3c)."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    numbers = (int(match[1]), int(match[2])) if match else (0, 0)
+    return numbers if numbers > (0, 1) else None
 
 
 def read_draft(path: Path, weight_name: str | None, target: ModelConfig) -> Draft:
@@ -231,21 +239,27 @@ def export(
     output = output_path or draft_path.parent / f"{draft_path.resolve().name}-vllm"
     layouts = choose_layouts(layout)
     folders = {name: output / name if len(layouts) > 1 else output for name in layouts}
-    for folder in {output, *folders.values()}:
+    for folder in dict.fromkeys((output, *folders.values())):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RequestError(f"--output-path {folder} exists and is not an empty folder. Name another or delete it.")
     skipped: list[str] = []
-    for name, folder in list(folders.items()):
-        try:
-            export_layout(draft, name, base_path, base, target, folder)
-        except RequestError as error:
-            # Both were asked for and only one cannot be had: give the other, and say so.
-            if len(layouts) == 1:
-                raise
-            skipped.append(f"{name}: {error}")
-            del folders[name]
-    if not folders:
-        raise WorkError("No layout could be written. " + " ".join(skipped))
+    is_new = not output.exists()
+    try:
+        for name, folder in list(folders.items()):
+            try:
+                export_layout(draft, name, base_path, base, target, folder)
+            except RequestError as error:
+                # Both were asked for and only one cannot be had: give the other, and say so.
+                if len(layouts) == 1:
+                    raise
+                skipped.append(f"{name}: {error}")
+                del folders[name]
+        if not folders:
+            raise WorkError("No layout could be written. " + " ".join(skipped))
+    except BaseException:
+        for leftover in (output,) if is_new else folders.values():
+            shutil.rmtree(leftover, ignore_errors=True)
+        raise
     for line in skipped:
         print(f"not written, {line}")
     return folders

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.cli import RequestError, existing_path, read_json
-from eagle.conversation import ROLES, Encoder, Message
+from eagle.conversation import ROLES, Dropped, Encoder, Message
 from eagle.model_config import ModelConfig
 from eagle.records import RecordFile
 
@@ -102,8 +102,11 @@ def encode_messages(messages: list[Message], encoder: Encoder) -> list[int]:
 
 
 def encode_first_turn(prompt: Prompt, encoder: Encoder) -> list[int]:
-    """Token ids of a prompt's first turn, ready for the reply."""
-    return encode_messages([{"role": "user", "content": prompt.turns[0]}], encoder)
+    """Token ids of a prompt's first turn, ready for the reply. Raises: RequestError where the template refuses it."""
+    try:
+        return encode_messages([{"role": "user", "content": prompt.turns[0]}], encoder)
+    except Dropped as error:
+        raise RequestError(f"Prompt {prompt.id}: {error} (template: {encoder.template_name}).") from error
 
 
 def stop_tokens(base: Path, config: ModelConfig, encoder: Encoder) -> list[int]:

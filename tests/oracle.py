@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny import VOCAB, byte_level_tokenizer
+from tests.tiny import VOCAB, byte_level_tokenizer, word_piece_tokenizer
 
 #: Its embedding is zero.
 FIRST_TOKEN = 0
@@ -126,12 +126,13 @@ def write_pair(folder: Path, shape: Shape) -> tuple[Path, Path]:
     target, draft = folder / "target", folder / "draft"
     tensors = target_tensors(shape)
     write_model(target, config_of(shape), tensors)
-    byte_level_tokenizer().save_pretrained(target)
+    tokenizer = byte_level_tokenizer() if shape.family == "qwen2" else word_piece_tokenizer()
+    tokenizer.save_pretrained(target)
     write_model(draft, config_of(shape) | {"num_hidden_layers": 1}, draft_tensors(shape, tensors))
     return target, draft
 
 
-def random_prompts(count: int = 8, length: int = 48, seed: int = 1) -> list[list[int]]:
+def random_prompts(count: int = 8, length: int = 128, seed: int = 1) -> list[list[int]]:
     """Token ids of prompts: random tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (count, length), generator=generator)

@@ -36,7 +36,7 @@ def test_the_output_is_the_targets_own_and_every_position_is_accepted(tmp_path: 
 
 
 def test_the_models_own_dtype_is_accepted_as_well(tmp_path: Path) -> None:
-    """vLLM's rounding in bfloat16 may change the output when several tokens are verified at once: only τ is looked at."""
+    """Rounding in bfloat16 may change the output when several tokens are verified at once: only τ is looked at."""
     report = verify(tmp_path, "bfloat16", 3)
     print(f"\nquickstart, bfloat16: tau {report['tau']:.3f}, identical: {report['identical']}")
     assert report["tau"] > 1

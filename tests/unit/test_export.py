@@ -1,0 +1,520 @@
+"""Step 5: both layouts, every rule of the self-check, drafts made elsewhere, and that inputs stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert_eagle_ckpt_to_vllm_compatible as convert
+from eagle import export as export_module
+from eagle.cli import RequestError, WorkError, run
+from eagle.draft import DraftModel, load_draft, save_draft
+from eagle.export import choose_layouts, export
+from eagle.export_check import check_export
+from eagle.export_note import note_with_acceptance
+from eagle.model_config import load_config
+from eagle.target import Weights, read_embedding, read_head
+from tests.tiny import make_target
+
+LAYER = {
+    "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.k_proj.weight",
+    "layers.0.self_attn.v_proj.weight",
+    "layers.0.self_attn.o_proj.weight",
+    "layers.0.mlp.gate_proj.weight",
+    "layers.0.mlp.up_proj.weight",
+    "layers.0.mlp.down_proj.weight",
+    "layers.0.post_attention_layernorm.weight",
+    "fc.weight",
+}
+BIASES = {f"layers.0.self_attn.{name}_proj.bias" for name in "qkv"}
+
+
+def make_draft(folder: Path, base: Path) -> Path:
+    """A random draft of `base` in our own checkpoint layout."""
+    target = load_config(base)
+    torch.manual_seed(3)
+    model = DraftModel(target.draft(), read_embedding(Weights(base), target))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    save_draft(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen2", "qwen2-tied"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model and a draft of it."""
+    family, _, tied = request.param.partition("-")
+    root = tmp_path_factory.mktemp(request.param)
+    base = make_target(root / "base", family, tied=bool(tied))
+    return base, make_draft(root / "draft", base)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("qwen")
+    base = make_target(root / "base", "qwen2")
+    return base, make_draft(root / "draft", base)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("llama")
+    base = make_target(root / "base")
+    return base, make_draft(root / "draft", base)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def expected_layer(base: Path) -> set[str]:
+    return LAYER | BIASES if load_config(base).family == "qwen2" else LAYER
+
+
+# --- the layouts
+
+
+def test_v1_is_a_plain_llama_with_the_layer_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, draft = pair
+    folder = export(base, draft, tmp_path / "out", "v1")["v1"]
+    config, tensors = read(folder)
+    target = load_config(base)
+    assert set(tensors) == expected_layer(base)
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert config["num_hidden_layers"] == 1
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == target.rope_theta
+    assert config.get("qkv_bias", False) is (target.family == "qwen2")
+    assert config["tie_word_embeddings"] is False
+    assert "layer_types" not in config
+    for key in ("max_position_embeddings", "rms_norm_eps", "head_dim", "bos_token_id", "eos_token_id", "vocab_size"):
+        assert config[key] == getattr(target, key), key
+
+
+def test_v0_is_nested_with_the_targets_embedding_and_head(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, draft = pair
+    folder = export(base, draft, tmp_path / "out", "v0")["v0"]
+    config, tensors = read(folder)
+    target, weights = load_config(base), Weights(base)
+    assert set(tensors) == expected_layer(base) | {"embed_tokens.weight", "lm_head.weight"}
+    assert (config["model_type"], config["architectures"]) == ("eagle", ["EAGLEModel"])
+    assert set(config) == {"model_type", "architectures", "model", "torch_dtype"}
+    assert config["model"]["model_type"] == target.family
+    assert config["model"]["num_hidden_layers"] == 1
+    assert torch.equal(tensors["lm_head.weight"], read_head(weights, target))
+    assert torch.equal(tensors["embed_tokens.weight"], read_embedding(weights, target))
+
+
+@pytest.mark.parametrize("layout", ["v1", "v0"])
+def test_the_tensors_are_the_drafts_own_in_the_targets_dtype(
+    pair: tuple[Path, Path], tmp_path: Path, layout: str
+) -> None:
+    base, draft = pair
+    folder = export(base, draft, tmp_path / "out", layout)[layout]
+    trained = load_file(draft / "model.safetensors")
+    dtype = read_embedding(Weights(base), load_config(base)).dtype
+    for name in expected_layer(base):
+        tensor = read(folder)[1][name]
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, trained[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("layout", ["v1", "v0"])
+def test_an_export_loads_as_the_same_draft(pair: tuple[Path, Path], tmp_path: Path, layout: str) -> None:
+    base, draft = pair
+    embedding = read_embedding(Weights(base), load_config(base))
+    again = load_draft(export(base, draft, tmp_path / "out", layout)[layout], embedding)
+    tokens, features = torch.randint(0, 400, (1, 9)), torch.randn(1, 9, 32)
+    with torch.inference_mode():
+        assert torch.equal(again(tokens, features), load_draft(draft)(tokens, features))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_follows_the_base_model(tmp_path: Path, dtype: str) -> None:
+    base = make_target(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"torch_dtype": dtype}
+    config.pop("dtype", None)
+    (base / "config.json").write_text(json.dumps(config))
+    folder = export(base, make_draft(tmp_path / "draft", base), tmp_path / "out", "v1")["v1"]
+    config, tensors = read(folder)
+    assert config["torch_dtype"] == dtype
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("0.8.5", ("v0",)),
+        ("0.8.5.post1+cpu", ("v0",)),
+        ("0.9.0", ("v1",)),
+        ("0.11.0rc2", ("v1",)),
+        ("0.32.0", ("v1",)),
+        ("1.0.0", ("v1",)),
+        ("dev", ("v1", "v0")),
+        ("0.1.dev1+g1a2b3c", ("v1", "v0")),
+        (None, ("v1", "v0")),
+    ],
+)
+def test_auto_follows_the_installed_vllm(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, expected: tuple[str, ...]
+) -> None:
+    def installed(name: str) -> str:
+        if name != "vllm" or version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    assert choose_layouts("auto") == expected
+    assert choose_layouts("both") == ("v1", "v0")
+    assert choose_layouts("v0") == ("v0",)
+
+
+def test_both_layouts_go_into_subfolders_beside_the_draft(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = llama
+    draft = make_draft(tmp_path / "run", base)
+    folders = export(base, draft, layout="both")
+    assert folders == {name: tmp_path / "run-vllm" / name for name in ("v1", "v0")}
+
+
+# --- the self-check
+
+Change = Callable[[dict, dict[str, torch.Tensor]], object]
+
+
+def set_in_config(**values: object) -> Change:
+    return lambda config, _: config.get("model", config).update(values)
+
+
+def outer(**values: object) -> Change:
+    return lambda config, _: config.update(values)
+
+
+def drop(name: str) -> Change:
+    return lambda _, tensors: tensors.pop(name)
+
+
+def add(name: str, *shape: int) -> Change:
+    return lambda _, tensors: tensors.update({name: torch.zeros(shape)})
+
+
+def change(name: str, to: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda _, tensors: tensors.update({name: to(tensors[name])})
+
+
+def lose_theta_in_parameters(config: dict, _: dict) -> None:
+    config.get("model", config)["rope_parameters"].pop("rope_theta")
+
+
+def move_both_thetas(config: dict, _: dict) -> None:
+    plain = config.get("model", config)
+    plain["rope_theta"] = plain["rope_parameters"]["rope_theta"] = 777.0
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = float("nan")
+    return tensor
+
+
+NORM, Q, Q_BIAS = (
+    "layers.0.post_attention_layernorm.weight",
+    "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.q_proj.bias",
+)
+BOTH = ("v1", "v0")
+
+#: What is broken, in which layouts, and what the message says. The base model is a Qwen2 with every bias.
+CORRUPTIONS: list[tuple[tuple[str, ...], Change, str]] = [
+    (("v1",), set_in_config(architectures=["EagleLlamaForCausalLM"]), "architectures"),
+    (("v1",), set_in_config(architectures=None), "architectures"),
+    (("v1",), set_in_config(model_type="qwen2"), "model_type"),
+    (("v0",), outer(architectures=["LlamaForCausalLM"]), "a v0 config is nested"),
+    (("v0",), outer(model_type="llama"), "a v0 config is nested"),
+    (("v0",), lambda config, _: config.pop("model"), "cannot be read back"),
+    (BOTH, set_in_config(model_type="gpt2"), "cannot be read back"),
+    (BOTH, set_in_config(layer_types=["full_attention"]), "layer_types"),
+    (BOTH, set_in_config(num_hidden_layers=2), "num_hidden_layers"),
+    (BOTH, set_in_config(rope_theta=777.0), "rope_theta"),
+    (BOTH, set_in_config(rope_theta=None), "rope_theta"),
+    (BOTH, set_in_config(rope_parameters=None), "rope_parameters"),
+    (BOTH, lose_theta_in_parameters, "rope_parameters"),
+    (BOTH, move_both_thetas, "rope_theta"),
+    (BOTH, set_in_config(hidden_size=64, head_dim=8), "hidden_size"),
+    (BOTH, set_in_config(intermediate_size=65), "intermediate_size"),
+    (BOTH, set_in_config(num_attention_heads=8), "num_attention_heads"),
+    (BOTH, set_in_config(num_key_value_heads=4), "num_key_value_heads"),
+    (BOTH, set_in_config(head_dim=16), "head_dim"),
+    (BOTH, set_in_config(vocab_size=1), "vocab_size"),
+    (BOTH, set_in_config(rms_norm_eps=0.5), "rms_norm_eps"),
+    (BOTH, set_in_config(max_position_embeddings=128), "max_position_embeddings"),
+    (BOTH, set_in_config(rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters=None), "rope_scaling"),
+    (BOTH, set_in_config(hidden_act="gelu"), "hidden_act"),
+    (("v1",), set_in_config(qkv_bias=False), "not declared but among the tensors"),
+    (("v1",), set_in_config(attention_bias=True), "attention_bias and o_proj.bias"),
+    (("v1",), set_in_config(mlp_bias=True), "mlp_bias"),
+    (BOTH, drop(Q_BIAS), "declared but not among the tensors"),
+    (BOTH, drop(NORM), f"{NORM} is missing"),
+    (("v0",), drop("lm_head.weight"), "lm_head.weight is missing"),
+    (("v0",), drop("embed_tokens.weight"), "embed_tokens.weight is missing"),
+    (BOTH, add("norm.weight", 32), "norm.weight is extra"),
+    (("v1",), add("lm_head.weight", 4, 4), "lm_head.weight must not be in a v1 draft"),
+    (("v1",), add("embed_tokens.weight", 4, 4), "embed_tokens.weight must not be in a v1 draft"),
+    (("v1",), add("fc.bias", 32), "fc.bias must not be in a v1 draft"),
+    (BOTH, change("fc.weight", lambda t: t.t()), "fc.weight is [64, 32]"),
+    (BOTH, change(Q, torch.Tensor.half), f"{Q} is [32, 32] torch.float16"),
+    (BOTH, change(Q, torch.Tensor.half), "different dtypes"),
+    (BOTH, change(Q, with_nan), f"{Q} holds NaN"),
+    (BOTH, change(Q_BIAS, lambda t: t / 0), f"{Q_BIAS} holds NaN"),
+    (BOTH, change("fc.weight", lambda t: t + 1), "fc.weight did not come back"),
+    (("v0",), change("lm_head.weight", lambda t: t.flip(0)), "lm_head.weight is not the target's"),
+]
+CASES = [
+    pytest.param(layout, corruption, message, id=f"{layout}-{number}-{message}")
+    for number, (layouts, corruption, message) in enumerate(CORRUPTIONS)
+    for layout in layouts
+]
+
+
+def corrupt(folder: Path, corruption: Change) -> None:
+    config, tensors = read(folder)
+    corruption(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("layout", "corruption", "message"), CASES)
+def test_every_rule_of_the_self_check_holds_and_leaves_nothing(
+    qwen: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    corruption: Change,
+    message: str,
+) -> None:
+    """The files are damaged between being written and being read back."""
+
+    def corrupted_first(folder: Path, *rest: object) -> None:
+        corrupt(folder, corruption)
+        check_export(folder, *rest)
+
+    monkeypatch.setattr(export_module, "check_export", corrupted_first)
+    with pytest.raises(WorkError) as raised:
+        export(*qwen, tmp_path / "out", layout)
+    assert message in str(raised.value)
+    assert f"self-check of the {layout} export" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failed_second_layout_takes_the_first_with_it(
+    qwen: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    def fail_v0(folder: Path, layout: str, *rest: object) -> None:
+        if layout == "v0":
+            raise WorkError("v0 is damaged")
+
+    monkeypatch.setattr(export_module, "check_export", fail_v0)
+    if exists:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(WorkError, match="v0 is damaged"):
+        export(*qwen, tmp_path / "out", "both")
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "out"] if exists else [])
+
+
+# --- a bias on fc
+
+
+def with_fc_bias(draft: Path, folder: Path, value: float) -> Path:
+    config, tensors = read(draft)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors | {"fc.bias": torch.full((32,), value)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_trained_fc_bias_is_refused_in_v1(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, draft = llama
+    biased = with_fc_bias(draft, tmp_path / "biased", 0.5)
+    with pytest.raises(RequestError, match=r"trained fc\.bias.*--layout v0"):
+        export(base, biased, tmp_path / "out", "v1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_fc_bias_is_declared_in_v0(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, draft = llama
+    biased = with_fc_bias(draft, tmp_path / "biased", 0.5)
+    config, tensors = read(export(base, biased, tmp_path / "out", "v0")["v0"])
+    assert config["eagle_fc_bias"] is True
+    assert tensors["fc.bias"].tolist() == [0.5] * 32
+
+
+def test_a_zero_fc_bias_is_dropped_in_v1(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, draft = llama
+    biased = with_fc_bias(draft, tmp_path / "biased", 0.0)
+    assert "fc.bias" not in read(export(base, biased, tmp_path / "out", "v1")["v1"])[1]
+
+
+def test_both_with_a_trained_fc_bias_gives_v0_and_says_so(
+    llama: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, draft = llama
+    folders = export(base, with_fc_bias(draft, tmp_path / "biased", 0.5), tmp_path / "out", "both")
+    assert set(folders) == {"v0"}
+    assert "not written, v1" in capsys.readouterr().out
+
+
+# --- drafts and base models made elsewhere
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["file-found", "file-given"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_public_drafts_convert(qwen: tuple[Path, Path], tmp_path: Path, suffix: str, prefix: str, given: bool) -> None:
+    """Some carry rotary buffers, some the lm_head, some a prefix."""
+    base, draft = qwen
+    config, tensors = read(draft)
+    head = read_head(Weights(base), load_config(base))
+    foreign = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    foreign |= {f"{prefix}layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": head.clone()}
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    name = ("draft." if given else "pytorch_model." if suffix == "bin" else "model.") + suffix
+    torch.save(foreign, folder / name) if suffix == "bin" else save_file(foreign, folder / name)
+    weight_name = name if given else None
+    for layout in BOTH:
+        converted = export(base, folder, tmp_path / layout, layout, draft_weight_name=weight_name)[layout]
+        ours = export(base, draft, tmp_path / f"{layout}-ours", layout)[layout]
+        assert hashes(converted)["model.safetensors"] == hashes(ours)["model.safetensors"]
+        assert read(converted)[0] == read(ours)[0]
+
+
+@pytest.mark.parametrize("shards", ["1GB", "50KB"], ids=["one-file", "sharded"])
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+@pytest.mark.parametrize("given", [False, True], ids=["file-found", "file-given"])
+def test_base_models_in_every_file_layout(tmp_path: Path, layout: str, shards: str, given: bool) -> None:
+    base = make_target(tmp_path / "base", layout=layout, max_shard_size=shards)
+    names = sorted(path.name for path in base.iterdir())
+    name = next(n for n in names if n.endswith((".index.json", ".bin", ".safetensors")) and "-of-" not in n)
+    assert name.endswith(".index.json") is (shards == "50KB")
+    draft = make_draft(tmp_path / "draft", base)
+    folder = export(base, draft, tmp_path / "out", "v0", base_weight_name=name if given else None)["v0"]
+    assert torch.equal(read(folder)[1]["lm_head.weight"], read_head(Weights(base), load_config(base)))
+
+
+def test_a_file_name_that_is_not_there_is_answered_with_those_that_are(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, draft = llama
+    with pytest.raises(FileNotFoundError, match=r"--draft-path.*pytorch_model.*model\.safetensors"):
+        export(base, draft, tmp_path / "out", "v1", draft_weight_name="pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"--base-path.*nothing\.bin.*model\.safetensors"):
+        export(base, draft, tmp_path / "out", "v1", base_weight_name="nothing.bin")
+
+
+def test_a_draft_of_another_model_is_refused(llama: tuple[Path, Path], qwen: tuple[Path, Path], tmp_path: Path) -> None:
+    other = make_target(tmp_path / "wider", hidden=64)
+    with pytest.raises(RequestError, match="trained for another model"):
+        export(other, llama[1], tmp_path / "out", "v1")
+    config, tensors = read(llama[1])
+    tensors.pop("embed_tokens.weight")
+    tensors["layers.0.mlp.up_proj.weight"] = torch.zeros(3, 32)
+    save_draft_as(tmp_path / "bent", config, tensors)
+    with pytest.raises(RequestError, match=r"up_proj\.weight is \[3, 32\], expected \[64, 32\]"):
+        export(llama[0], tmp_path / "bent", tmp_path / "out", "v1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["fc.weight", NORM])
+def test_an_incomplete_draft_is_refused(llama: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    config, tensors = read(llama[1])
+    tensors.pop(name)
+    save_draft_as(tmp_path / "partial", config, tensors)
+    with pytest.raises(RequestError, match=f"{name} is missing"):
+        export(llama[0], tmp_path / "partial", tmp_path / "out", "v1")
+
+
+def save_draft_as(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+
+
+# --- safety, the note, the command
+
+
+def test_a_full_output_folder_is_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    with pytest.raises(RequestError, match="not an empty folder"):
+        export(*llama, tmp_path / "out", "v1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_an_empty_output_folder_is_used(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert sorted(path.name for path in export(*llama, tmp_path / "out", "v1")["v1"].iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_inputs_stay_as_they_are(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    before = [hashes(folder) for folder in pair]
+    export(*pair, tmp_path / "out", "both")
+    assert [hashes(folder) for folder in pair] == before
+
+
+@pytest.mark.parametrize("layout", ["v1", "v0"])
+def test_the_note_serves_the_real_paths(llama: tuple[Path, Path], tmp_path: Path, layout: str) -> None:
+    base, draft = llama
+    folder = export(base, draft, tmp_path / "out", layout)[layout]
+    note = (folder / "README.md").read_text(encoding="utf-8")
+    serve = next(line for line in note.splitlines() if "--speculative-config" in line).strip()
+    config = json.loads(serve.partition("'")[2].rstrip("'"))
+    assert config["model"] == str(folder.resolve())
+    assert config.get("method") == ("eagle" if layout == "v1" else None)
+    assert config["num_speculative_tokens"] == 3
+    assert f"vllm serve {base.resolve()} \\" in note
+    assert f'model="{base.resolve()}"' in note
+    assert "Acceptance in vLLM: not measured yet." in note
+
+
+def test_a_measured_acceptance_takes_its_place_in_the_note_again_and_again(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    note = (export(*llama, tmp_path / "out", "v1")["v1"] / "README.md").read_text(encoding="utf-8")
+    first = note_with_acceptance(note, r"τ 2.00 \1 (now).")
+    assert first == note.replace("not measured yet.", r"τ 2.00 \1 (now).")
+    assert note_with_acceptance(first, "not measured yet.") == note
+    assert note_with_acceptance("# Mine\n", "τ 2.") == "# Mine\n\nAcceptance in vLLM: τ 2.\n"
+
+
+def test_the_documented_command(qwen: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, draft = qwen
+    arguments = ["--base-path", base, "--draft-path", draft, "--base-weight-name", "model.safetensors"]
+    arguments += ["--draft-weight-name", "model.safetensors", "--output-path", tmp_path / "out", "--layout", "both"]
+    assert run(lambda: convert.main([str(argument) for argument in arguments])) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2
+    assert all("checked" in line for line in shown)
+    assert run(lambda: convert.main([str(argument) for argument in arguments])) == 2
+    assert f"--output-path {tmp_path / 'out'} exists" in capsys.readouterr().err

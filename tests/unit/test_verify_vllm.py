@@ -1,0 +1,231 @@
+"""`eagle.verify_vllm` without a vLLM: refusals, the report, the verdict, an engine's last words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle import verify_vllm, vllm_engine
+from eagle.cli import RequestError, run
+from eagle.conversation import load_encoder
+from eagle.export import export
+from eagle.model_config import load_config
+from eagle.prompts import Prompt, encode_first_turn
+from eagle.vllm_engine import EngineError, EngineRequest, EngineResult, last_words, read_counters
+from tests.oracle import Shape, write_pair
+
+RESULT = EngineResult(
+    outputs=[[5, 6, 7, 8], [9, 10]],
+    seconds=2.0,
+    drafts=4,
+    drafted=12,
+    accepted=6,
+    accepted_per_position=[3, 2, 1],
+    dtype="float32",
+    device="cpu",
+    vllm="0.32.0",
+    torch="2.13.0",
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("verify")
+    target, draft = write_pair(root, Shape())
+    export(target, draft, root / "export", "both")
+    return target, root / "export"
+
+
+def call(base: Path, draft: Path, *arguments: object) -> int:
+    argv = ["--base-path", base, "--draft-path", draft, "--num_prompts", 2, *arguments]
+    return run(lambda: verify_vllm.main([str(argument) for argument in argv]))
+
+
+def engines(monkeypatch: pytest.MonkeyPatch, with_draft: EngineResult, without: EngineResult) -> list[EngineRequest]:
+    """Answer in the engines' place; the requests they got."""
+    asked: list[EngineRequest] = []
+
+    def answer(request: EngineRequest) -> EngineResult:
+        asked.append(request)
+        return without if request.draft is None else with_draft
+
+    monkeypatch.setattr(verify_vllm, "installed_vllm", lambda: "0.32.0")
+    monkeypatch.setattr(verify_vllm, "run_engine", answer)
+    return asked
+
+
+def test_a_missing_vllm_is_said_at_once(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify_vllm, "installed_vllm", lambda: None)
+    assert call(*pair) == 2
+    assert "vLLM is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(verify_vllm, "installed_vllm", lambda: "0.8.5")
+    assert call(*pair) == 2
+    assert "0.9 or newer" in capsys.readouterr().err
+
+
+def test_both_engines_get_the_same_tokens_and_all_is_reported(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = engines(monkeypatch, RESULT, dataclasses.replace(RESULT, seconds=3.0))
+    assert call(*pair, "--output", tmp_path / "report.json") == 0
+    first, second = asked
+    assert first.draft == str(pair[1].resolve() / "v1")  # found in an export of both layouts
+    assert dataclasses.replace(first, draft=None) == second
+    assert all(prompt for prompt in first.prompts)
+    assert first.stop_token_ids == [2]
+    shown = capsys.readouterr().out
+    assert "loaded    yes, by vLLM 0.32.0" in shown
+    assert "identical with and without the draft (6 tokens)" in shown
+    assert "1: 0.750  2: 0.500  3: 0.250   (6 of 12 drafted tokens, 0.500)" in shown
+    assert "tau       2.500" in shown
+    assert "3.0 tokens/s with the draft, 2.0 without: ratio 1.50" in shown
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tau"] == 2.5
+    assert report["accepted_per_position"] == [0.75, 0.5, 0.25]
+    assert "made_by" in report
+    assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()  # nobody asked for it
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
+def test_a_difference_is_shown_and_counts_in_float32(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str, code: int
+) -> None:
+    drafted = dataclasses.replace(RESULT, dtype=dtype)
+    engines(monkeypatch, drafted, dataclasses.replace(drafted, outputs=[[5, 6, 7, 8], [9, 11]]))
+    assert call(*pair) == code
+    shown = capsys.readouterr()
+    assert "differs in 1 of 2 replies, first in prompt 2 (writing), token 1 of the reply (from 0)" in shown.out
+    assert ("rounding differs" in shown.out) is (dtype == "bfloat16")
+    assert bool(shown.err) is bool(code)
+
+
+def test_nothing_accepted_is_a_failure(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = dataclasses.replace(RESULT, accepted=0, accepted_per_position=[0, 0, 0])
+    engines(monkeypatch, nothing, RESULT)
+    assert call(*pair, "--write-note") == 1
+    assert "None of 12 drafted tokens was accepted" in capsys.readouterr().err
+    assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()
+
+
+def test_an_engine_that_does_not_start_is_reported(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    engines(monkeypatch, RESULT, RESULT)
+
+    def fail(request: EngineRequest) -> EngineResult:
+        raise EngineError("vLLM did not run. Its last words:\n  ValueError: why")
+
+    monkeypatch.setattr(verify_vllm, "run_engine", fail)
+    assert call(*pair, "--output", tmp_path / "report.json") == 1
+    assert "ValueError: why" in capsys.readouterr().err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["loaded"] is False
+    assert "ValueError: why" in report["reason"]
+
+
+def test_the_note_gets_the_measurement_when_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    engines(monkeypatch, RESULT, RESULT)
+    note = pair[1] / "v1" / "README.md"
+    before = note.read_text(encoding="utf-8")
+    assert call(*pair, "--write-note") == 0
+    measured = note.read_text(encoding="utf-8")
+    assert (
+        "Acceptance in vLLM: τ 2.50 with 3 speculative tokens, greedy; accepted by position 0.75, 0.50, 0.25"
+        in measured
+    )
+    note.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_speculative_tokens", 0], "--num_speculative_tokens 0"),
+        (["--max_new_tokens", -1], "--max_new_tokens -1"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--max_new_tokens", 2000], "base model has 1024"),
+    ],
+)
+def test_wrong_numbers_are_refused(
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[object],
+    message: str,
+) -> None:
+    assert engines(monkeypatch, RESULT, RESULT) == []
+    assert call(*pair, *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_folders_that_are_no_export_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no config\.json"):
+        verify_vllm.resolve_export(tmp_path)
+    with pytest.raises(RequestError, match="layout v0"):
+        verify_vllm.resolve_export(pair[1] / "v0")
+
+
+def test_prompts_are_in_the_template_and_ready_for_the_reply(pair: tuple[Path, Path]) -> None:
+    encoder = load_encoder(pair[0], load_config(pair[0]))
+    text = encoder.tokenizer.decode(encode_first_turn(Prompt("1", "", ("hello", "never asked")), encoder))
+    assert "USER: hello ASSISTANT:" in text
+    assert "never asked" not in text
+
+
+def test_differences_where_one_reply_is_longer() -> None:
+    found = verify_vllm.differences([[1, 2, 3], [4]], [[1, 2], [4]])
+    assert found == [verify_vllm.Difference(0, 2, [3], [])]
+
+
+def test_an_engine_is_a_child_whose_end_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a vLLM the child dies at its import; the parent says so and lives."""
+    stub = tmp_path / "vllm.py"
+    stub.write_text("raise ImportError('libcuda.so.1 is missing')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EngineError, match=r"exit code 1.*\n.*libcuda\.so\.1 is missing"):
+        vllm_engine.run_engine(EngineRequest("base", [[1]], "draft"))
+
+
+def test_last_words_are_the_cause_and_the_end() -> None:
+    log = """\
+(EngineCore pid=1) WARNING 11-24 10:38:44 [base.py:380] ValueError: only a warning
+(EngineCore pid=1) ERROR 11-24 10:38:45 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=1) ERROR 11-24 10:38:45 [core.py:9]   File "x.py", line 3, in load
+(EngineCore pid=1) ERROR 11-24 10:38:45 [core.py:9] ValueError: There is no module named 'lm_head'
+Traceback (most recent call last):
+  File "y.py", line 4, in <module>
+RuntimeError: Engine core initialization failed. See root cause above.
+"""
+    assert last_words(log).splitlines() == [
+        "  ValueError: There is no module named 'lm_head'",
+        "  RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert last_words("Killed\n") == "  Killed"
+    assert last_words("") == "  (none)"
+    assert len(last_words("ValueError: " + "x" * 10_000)) < 300
+
+
+def test_counters_are_read_by_name_and_summed_over_engines() -> None:
+    @dataclasses.dataclass
+    class Counter:
+        name: str
+        value: int
+
+    @dataclasses.dataclass
+    class Vector:
+        name: str
+        values: list[int]
+
+    class Engine:
+        def get_metrics(self) -> list[object]:
+            prefix = "vllm:spec_decode_num_"
+            engines = [Counter(f"{prefix}drafts", 3), Counter(f"{prefix}drafts", 4), Counter("vllm:other", 9)]
+            return [*engines, Vector(f"{prefix}accepted_tokens_per_pos", [2, 1])]
+
+    assert read_counters(Engine()) == {"drafts": 7, "accepted_tokens_per_pos.0": 2, "accepted_tokens_per_pos.1": 1}
