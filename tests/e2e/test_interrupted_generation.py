@@ -1,0 +1,163 @@
+"""Data generation that is killed, interrupted or fails: nothing survives it, nothing is lost, a rerun finishes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import allocation
+from eagle.features import FeatureStore
+from eagle.shard import shard_paths
+from tests.e2e.commands import ask, command, start
+from tests.tiny import conversations, make_target, write_sharegpt
+
+CONVERSATIONS = 900
+WORKERS = 2
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the workers through /proc")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """A job of two workers with four shards each, one conversation at a time so that there is time to interrupt it."""
+    work = tmp_path_factory.mktemp("job")
+    target = make_target(work / "target", tied=True, hidden=16, layers=1)
+    data = write_sharegpt(work / "data.json", conversations(CONVERSATIONS, turns=2))
+    return [
+        "allocation.py", "--model_name", target, "--data_path", data, "--npu_indices", "0,1", "--dtype", "float32",
+        "--shard_mb", 1, "--batch_tokens", 1,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a job that nothing happened to: four shards a worker."""
+    outdir = tmp_path_factory.mktemp("undisturbed") / "store"
+    command(*job, "--outdir", outdir)
+    assert all(len(shard_paths(outdir / str(worker))) == 4 for worker in range(WORKERS))
+    return outdir
+
+
+def contents(store: Path) -> list[tuple[int, int]]:
+    """What distinguishes every record: its conversation, and a checksum of everything it holds."""
+    return [(record.conversation, record.crc32()) for record in FeatureStore(store)]
+
+
+def workers_of(outdir: Path) -> list[int]:
+    """The worker processes of a job that are alive, found by their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if b"eagle.generate" in words and str(outdir).encode() in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Raises AssertionError when it does not come about, or when `process` ends before it does."""
+    for _ in range(6000):
+        if condition():
+            return
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def shards(outdir: Path) -> int:
+    return sum(len(shard_paths(outdir / str(worker))) for worker in range(WORKERS))
+
+
+def test_a_killed_job_is_continued(job: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    outdir = tmp_path / "store"
+    moments = random.Random(0)
+    for reached in (1, 5):
+        process = start(*job, "--outdir", outdir)
+        wait_until(lambda reached=reached: shards(outdir) >= reached, process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not workers_of(outdir))
+    found = contents(outdir)
+    assert len(found) < CONVERSATIONS, "the last kill came too late to matter"
+    assert set(found) <= set(contents(undisturbed))
+    command(*job, "--outdir", outdir)
+    assert contents(outdir) == contents(undisturbed)
+    assert not list(outdir.rglob("*.tmp"))
+
+
+def test_a_worker_that_dies_ends_the_job(job: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    outdir = tmp_path / "store"
+    shutil.copytree(undisturbed, outdir)
+    for worker in range(WORKERS):
+        for path in shard_paths(outdir / str(worker))[1:]:
+            path.unlink()
+        (outdir / str(worker) / "worker.log").write_text("words of an earlier run\n")
+    process = start(*job, "--outdir", outdir)
+    wait_until(lambda: shards(outdir) > WORKERS, process)
+    victim = workers_of(outdir)[0]
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    said = err[err.index("error: ") :]
+    assert "was killed by SIGKILL (out of memory?)" in said
+    assert "(it said nothing)" in said, "what an earlier run said is not what this one died of"
+    assert "run the same command again to continue" in said
+    assert "Traceback" not in err
+    assert not workers_of(outdir)
+
+
+def test_ctrl_c_ends_every_worker_and_a_second_job_is_refused(
+    job: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outdir = tmp_path / "store"
+    process = start(*job, "--outdir", outdir)
+    wait_until(lambda: shards(outdir) >= 1, process)
+    assert len(workers_of(outdir)) == WORKERS
+    second = ask(allocation.main, capsys, *job[1:], "--outdir", outdir)
+    assert second.code == 2
+    assert "is in use by another running job" in " ".join(second.err.split())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert not workers_of(outdir)
+
+
+def test_a_failing_target_shows_the_workers_last_words(tmp_path: Path, data: Path) -> None:
+    """A target whose features overflow in float16."""
+    target = make_target(tmp_path / "target", tied=True)
+    weights = load_file(target / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 1e6)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    answer = command(
+        "allocation.py", "--outdir", tmp_path / "store", "--model_name", target, "--data_path", data,
+        "--dtype", "float16", code=1,
+    )  # fmt: skip
+    assert answer.err.count("error: worker 0 (cards 0) exited with code 1") == 1
+    assert "are not finite in float16" in answer.err
+    assert "use --dtype bfloat16 or float32" in " ".join(answer.err.split())
+    assert "Traceback" not in answer.err
+
+
+def test_a_deleted_shard_is_made_again(job: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    """What the message about a damaged file tells people to do, on a finished store."""
+    outdir = tmp_path / "store"
+    shutil.copytree(undisturbed, outdir)
+    shard_paths(outdir / "0")[1].unlink()
+    shard_paths(outdir / "1")[3].unlink()
+    command(*job, "--outdir", outdir)
+    assert contents(outdir) == contents(undisturbed)
