@@ -109,4 +109,5 @@ def describe(device: torch.device) -> str:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass  # not Linux: the architecture has to do
-    return f"cpu {name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu {name}, {threads} thread{'s' if threads > 1 else ''}"

@@ -22,8 +22,7 @@ def draw_report(report: dict[str, Any], folder: Path) -> Path:
         f'<text x="{_LEFT}" y="32" font-size="18" font-weight="bold">{escape(title)}</text>',
         f'<text x="{_LEFT}" y="52" fill="{_GREY}">{escape(detail)}</text>',
     ]
-    alphas = [rate or 0.0 for rate in report["n_alpha"]]
-    parts.append(_positions(list(zip(report["accepted_per_position"], alphas, strict=True)), top=70))
+    parts.append(_positions(list(zip(report["accepted_per_position"], report["n_alpha"], strict=True)), top=70))
     bottom = 70 + _HEIGHT + 60
     ratios = {name: row for name, row in report["categories"].items() if row["speedup"]}
     if ratios:
@@ -40,8 +39,8 @@ def draw_report(report: dict[str, Any], folder: Path) -> Path:
     return picture
 
 
-def _positions(columns: Sequence[tuple[float, float]], top: float) -> str:
-    """Two bars a position: accepted there, and n-α."""
+def _positions(columns: Sequence[tuple[float, float | None]], top: float) -> str:
+    """Two bars a position: accepted there, and n-α (None where no step got there)."""
     bottom, right = top + _HEIGHT, _WIDTH - _RIGHT
     plot = _HEIGHT - 40
     parts = [
@@ -58,6 +57,8 @@ def _positions(columns: Sequence[tuple[float, float]], top: float) -> str:
     for position, pair in enumerate(columns):
         middle = _LEFT + slot * (position + 0.5)
         for side, (value, colour) in enumerate(zip(pair, (_ACCEPTED, _ALPHA), strict=True)):
+            if value is None:
+                continue
             x, height = middle - bar + side * bar, plot * value
             parts.append(
                 f'<rect x="{x:.1f}" y="{bottom - height:.1f}" width="{bar - 2:.1f}" height="{height:.1f}" rx="2" '
@@ -65,7 +66,7 @@ def _positions(columns: Sequence[tuple[float, float]], top: float) -> str:
             )
             parts.append(_text(x + bar / 2 - 1, bottom - height - 4, f"{value:.2f}", "middle"))
         parts.append(_text(middle, bottom + 16, f"{position + 1}", "middle"))
-    parts.append(_text((_LEFT + right) / 2, bottom + 34, "draft token", "middle"))
+    parts.append(_text((_LEFT + right) / 2, bottom + 34, "position of the draft token", "middle"))
     return "".join(parts)
 
 
@@ -80,12 +81,12 @@ def _ratios(rows: dict[str, dict[str, Any]], top: float) -> str:
         width = scale * row["speedup"]
         parts.append(_text(left - 8, y + 12, name if len(name) <= 20 else f"{name[:19]}…", "end"))
         parts.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="16" rx="2" fill="{colour}"/>')
-        parts.append(_text(left + width + 8, y + 12, f"{row['speedup']:.2f}   τ {row['tau']:.2f}", "start"))
+        parts.append(_text(left + width + 8, y + 12, f"{row['speedup']:.2f}×, τ {row['tau']:.2f}", "start"))
     x, end = left + scale, top + 28 + 24 * len(rows)
     parts.append(
         f'<line x1="{x:.1f}" y1="{top + 20}" x2="{x:.1f}" y2="{end}" stroke="#dc2626" stroke-dasharray="4 3"/>'
     )
-    parts.append(_text(x, end + 14, "1", "middle"))
+    parts.append(_text(x, end + 14, "1×", "middle"))
     return "".join(parts)
 
 
