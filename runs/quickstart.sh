@@ -10,9 +10,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 work=quickstart
-conversations="${CONVERSATIONS:-360}" # a few hundred are enough to see it work; the file holds 17,671
-length="${MAX_LENGTH:-384}"
-epochs="${EPOCHS:-2}"
+conversations="${CONVERSATIONS:-400}" # a few hundred are enough to see it work; the file holds 17,671
+length="${MAX_LENGTH:-512}"
+epochs="${EPOCHS:-1}"
 
 step() { printf '\n=== %s  (%d s so far)\n' "$1" "$SECONDS"; }
 
