@@ -5,11 +5,14 @@
 Nothing about a template is guessed. The conversation is rendered twice, once as it is and once with a marker
 in place of every reply; where the markers land tells exactly which characters are replies. The tokenizer's
 offsets carry that over to tokens.
+
+    python -m eagle.conversation show --model_name M --data_path D    what is trained on, see `eagle.mask_viewer`
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle.cli import RequestError
+from eagle.cli import RequestError, run
 from eagle.model_config import ModelConfig
 
 ROLES = {
@@ -159,6 +162,19 @@ class Encoded:
     loss_mask: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """A whole conversation as tokens and as text: `Encoded`, and which characters of `text` every token stands for.
+
+    offsets: ``[T, 2]`` int64, characters ``[start, end)``.
+    """
+
+    text: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    offsets: np.ndarray
+
+
 class Encoder:
     """Tokenises conversations with a chat template and knows which tokens are the assistant's.
 
@@ -247,12 +263,8 @@ class Encoder:
 
         Raises: Dropped where nothing supervised is left.
         """
-        text, spans = self.reply_spans(messages)
-        ids, offsets = self._tokenize(text, spans)
-        mask = np.zeros(len(ids), dtype=np.uint8)
-        starts, ends = offsets[:, 0], offsets[:, 1]
-        for start, end in spans:
-            mask[(starts < end) & (ends > start)] = 1
+        aligned = self.align(messages)
+        ids, mask = aligned.input_ids, aligned.loss_mask
         whole_is_usable = _supervised_positions(mask)
         if len(ids) > max_length:
             ids, mask = ids[:max_length], mask[:max_length]
@@ -262,6 +274,16 @@ class Encoder:
         if not _supervised_positions(mask):
             raise Dropped("reply_too_short")
         return Encoded(ids, mask)
+
+    def align(self, messages: list[Message]) -> Aligned:
+        """Text, tokens and loss mask of a whole conversation. Raises: Dropped."""
+        text, spans = self.reply_spans(messages)
+        ids, offsets = self._tokenize(text, spans)
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        starts, ends = offsets[:, 0], offsets[:, 1]
+        for start, end in spans:
+            mask[(starts < end) & (ends > start)] = 1
+        return Aligned(text, ids, mask, offsets)
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """ids ``[T]`` int32 and character offsets ``[T, 2]`` of `text`.
@@ -354,3 +376,13 @@ def _family_template(model_path: str | Path, config: ModelConfig) -> str:
         return "chatml"
     is_vicuna = "vicuna" in Path(model_path).resolve().name.lower() or config.max_position_embeddings <= 2048
     return "vicuna" if is_vicuna else "llama2"
+
+
+def main(argv: list[str] | None = None) -> int:
+    from eagle.mask_viewer import main as show  # it builds on this module
+
+    return show(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
