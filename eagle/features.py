@@ -111,13 +111,16 @@ class FeatureStore:
         return sorted(range(len(self)), key=self._places.__getitem__)
 
     def _data_digest(self, folder: Path) -> str:
-        """The digest of the data file behind a folder of shards, from the manifest that describes it."""
+        """The digest of the data file behind a folder of shards, from the manifest that describes it.
+
+        Empty for what were classic dumps: every worker numbered its own from 0, so a number may come twice.
+        """
         for holder in (folder, folder.parent):
             path = holder / MANIFEST
             if path in self.manifests or path.is_file():
                 if path not in self.manifests:
                     self.manifests[path] = read_manifest(path)
-                return self.manifests[path]["data"].get("digest") or str(holder)
+                return self.manifests[path]["data"].get("digest") or ""
         return str(folder)
 
     def _check_shapes(self, flag: str) -> None:
