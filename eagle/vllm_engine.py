@@ -9,6 +9,7 @@ that dies takes nobody with it, and its memory is free before the next one start
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -129,7 +130,7 @@ def run_engine(request: EngineRequest) -> EngineResult:
 def last_words(log: str) -> str:
     """Why an engine died: the first error in its log, which is the cause of all others, and the last one.
 
-    Of each the line itself and what explains it; of a log without an error line the end.
+    Of each the line itself and the indented ones that explain it; of a log without an error line the end.
     """
     lines, errors = [], []
     for raw in log.splitlines():
@@ -144,9 +145,8 @@ def last_words(log: str) -> str:
         lines.append(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ...")
     shown: list[str] = []
     for start in dict.fromkeys((errors[0], errors[-1])) if errors else ():
-        paragraph = lines[start : start + 3]
-        until = next((at for at, line in enumerate(paragraph) if line.startswith("Traceback")), len(paragraph))
-        shown += [line for line in paragraph[:until] if line not in shown]
+        explained = itertools.takewhile(lambda line: line.startswith(" "), lines[start + 1 : start + 3])
+        shown += [line for line in (lines[start], *explained) if line not in shown]
     return "\n".join(f"  {line}" for line in shown or lines[-12:]) or "  (none)"
 
 

