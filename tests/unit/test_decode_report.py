@@ -1,0 +1,78 @@
+"""From steps to the numbers of a report."""
+
+import json
+
+import pytest
+
+from eagle.decode.costs import Estimate, fastest
+from eagle.decode.generate import Generation, Step
+from eagle.decode.picture import draw_report
+from eagle.decode.replies import Reply
+from eagle.decode.report import build_report, report_lines
+from eagle.decode.statistics import Acceptance
+
+
+def step(accepted: int, tried: int, order: tuple[int, ...]) -> Step:
+    return Step(accepted, tried, order, draft_seconds=0.01, target_seconds=0.03)
+
+
+CHAIN = [step(0, 1, ()), step(1, 2, (1,)), step(3, 3, (1, 2, 3)), step(2, 3, (1, 2))]
+
+
+def test_acceptance_by_its_definitions():
+    acceptance = Acceptance.of(CHAIN, depth=4)
+    assert acceptance.tau() == 1 + 6 / 4
+    assert acceptance.per_position() == [3 / 4, 2 / 4, 1 / 4, 0.0]
+    assert acceptance.n_alpha() == [3 / 4, 2 / 3, 1 / 2, None]
+    assert [acceptance.tau_of_first(nodes) for nodes in (1, 2, 3, 9)] == [1 + 3 / 4, 1 + 5 / 4, 1 + 6 / 4, 1 + 6 / 4]
+
+
+def test_nothing_decoded():
+    acceptance = Acceptance.of([], depth=2)
+    assert (acceptance.tau(), acceptance.per_position(), acceptance.n_alpha()) == (1.0, [0.0, 0.0], [None, None])
+
+
+def reply(category: str, tokens: list[int], alone: list[int] | None, steps: list[Step]) -> Reply:
+    other = None if alone is None else Generation(alone, [], 0.0, 4.0)
+    return Reply("p", category, 1, 10, Generation(tokens, steps, 0.0, 2.0), other)
+
+
+def full_report(replies: list[Reply], estimates: list[Estimate]) -> dict:
+    report = build_report(replies, 3, greedy=True, estimates=estimates)
+    extra = {"mode": "chain", "num_draft_tokens": 3, "temperature": 0.0, "dtype": "float32", "hardware": "cpu"}
+    return report | extra | {"peak_memory_gb": 1.5, "skipped_prompts": []}
+
+
+ESTIMATES = [Estimate(0, 0.0, 0.02, 1.0), Estimate(1, 0.005, 0.021, 1.75), Estimate(3, 0.015, 0.025, 2.5)]
+
+
+def test_report_and_what_people_see(tmp_path):
+    replies = [reply("code", [1, 2, 3, 4], [1, 2, 3, 4], CHAIN[:2]), reply("maths", [5, 6], [5, 7], CHAIN[2:])]
+    report = full_report(replies, ESTIMATES)
+    assert report["tau"] == 2.5 and report["categories"]["code"]["tau"] == 1.5
+    assert report["tokens_per_s"] == 6 / 4 and report["baseline_tokens_per_s"] == 6 / 8
+    assert report["speedup"] == 2.0
+    assert report["identical_to_target"] is False and report["differing_replies"] == ["p turn 1"]
+    assert report["categories"]["code"]["n_alpha"] == [0.5, 0.0, None]
+    assert report["recommendation"]["num_draft_tokens"] == 1  # 67 tokens/s; K = 3 gives 62, none 50
+    lines = "\n".join(report_lines(report))
+    for expected in ("code", "maths", "all", "0-α 0.750", "differs from the target's own in 1 of 2", "<- fastest"):
+        assert expected in lines
+    json.dumps(report)
+    picture = draw_report(report, tmp_path).read_text(encoding="utf-8")
+    assert "τ = 2.50" in picture and "maths" in picture
+
+
+def test_without_the_target_alone_nothing_is_compared(tmp_path):
+    report = full_report([reply("", [1, 2], None, CHAIN)], [])
+    assert report["speedup"] is None and report["identical_to_target"] is None
+    assert report["recommendation"] is None
+    assert "not compared" in "\n".join(report_lines(report))
+    assert "multiples of the target" not in draw_report(report, tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("nodes, said", [(0, "no speculation is fastest"), (3, "may be faster still")])
+def test_the_ends_of_the_curve_are_explained(nodes, said):
+    slow = [Estimate(one.nodes, one.draft_seconds, 0.001 if one.nodes == nodes else 1.0, one.tau) for one in ESTIMATES]
+    assert fastest(slow).nodes == nodes
+    assert said in "\n".join(report_lines(full_report([reply("", [1, 2], [1, 2], CHAIN)], slow)))
