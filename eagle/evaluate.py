@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     encoder = load_encoder(args.base_path, config, args.chat_template)
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
     target = load_target(args.base_path, dtype, device, spread=args.spread)
-    draft = load_fitting_draft(args.draft_path, target)
+    draft = load_fitting_draft(args.draft_path, args.base_path, target)
     decoder = SpeculativeDecoder(target, draft, drafting.drafter(target.device, sampling), sampling)
     depth, stop = decoder.drafter.depth, stop_tokens(args.base_path, config, encoder)
     replies = decode_all(prompts, encoder, decoder, options, stop)

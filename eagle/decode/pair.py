@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from eagle.cli import RequestError, existing_path
+from eagle.cli import RequestError, existing_path, read_json
 from eagle.decode.cache import TargetCache
-from eagle.draft import DraftModel, load_draft
+from eagle.draft import DraftModel, load_draft, trained_state
 from eagle.model_config import ModelConfig, load_config
-from eagle.target import Weights, load_trunk, read_head
-from eagle.train.checkpoint import resolve_pointer
+from eagle.target import Weights, fingerprint, load_trunk, read_head
+from eagle.train.checkpoint import STATE, resolve_pointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +75,14 @@ def load_target(folder: Path, dtype: torch.dtype, device: torch.device, *, sprea
     """Raises: FileNotFoundError, RequestError."""
     existing_path(folder, "--base-path", "folder")
     config = load_config(folder)
-    weights = Weights(folder, flag="--base-path")
-    stored_head = read_head(weights, config)
+    head = read_head(Weights(folder, flag="--base-path"), config)
     trunk = load_trunk(folder, dtype, device, spread=spread)
-    device = trunk.norm.weight.device
-    embedding = trunk.embed_tokens.weight
-    tied = config.tie_word_embeddings and embedding.device == device
-    return Target(config, trunk, embedding.data if tied else stored_head.to(device, dtype))
+    device, embedding = trunk.norm.weight.device, trunk.embed_tokens.weight
+    shared = config.tie_word_embeddings and embedding.device == device
+    return Target(config, trunk, embedding.data if shared else head.to(device, dtype))
 
 
-def load_fitting_draft(path: Path, target: Target) -> DraftModel:
+def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftModel:
     """The draft in a run, a checkpoint, an export of either layout or a public EAGLE folder, in the target's dtype.
 
     It is built by its own config.json, as vLLM does; a theta that is not the target's is warned about, not mended.
@@ -94,6 +92,7 @@ def load_fitting_draft(path: Path, target: Target) -> DraftModel:
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
     check_fit(load_config(folder), target.config, folder)
+    check_base(folder, base)
     embedding = target.trunk.embed_tokens.weight
     # Its own copy of the embedding, if there is one, is dropped for the target's: the same values, once in memory.
     draft = load_draft(folder, torch.empty(embedding.shape, device="meta"))
@@ -103,6 +102,8 @@ def load_fitting_draft(path: Path, target: Target) -> DraftModel:
             f"{list(embedding.shape)}. This draft was trained for another model."
         )
     draft.embed_tokens = torch.nn.Embedding.from_pretrained(embedding.data.to(target.device), freeze=True)
+    if not all(bool(tensor.isfinite().all()) for tensor in trained_state(draft).values()):
+        raise RequestError(f"--draft-path {folder}: its weights contain NaN or infinity; the training has diverged.")
     draft.requires_grad_(False)
     if draft.fc.bias is not None and bool(draft.fc.bias.any()):
         warn(
@@ -135,6 +136,16 @@ def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path) -> None:
                 f"{folder}/config.json has {name} {mine}, the base model {its}. It is measured as it is, as vLLM would "
                 "run it; expect few accepted tokens."
             )
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Warn where a checkpoint of ours says that it was trained for another model of the same sizes."""
+    state = folder / STATE
+    if not state.is_file():
+        return
+    trained_for = read_json(state, "a checkpoint's state").get("run", {}).get("target")
+    if trained_for not in (None, fingerprint(base)):
+        warn(f"{folder} was trained for other weights than those in {base}; expect few accepted tokens.")
 
 
 def warn(message: str) -> None:

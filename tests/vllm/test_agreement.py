@@ -1,0 +1,82 @@
+"""Our own chain decoding accepts what vLLM accepts: same prompts, K, dtype and greedy decoding."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle.conversation import load_encoder
+from eagle.decode.drafter import StaticDrafter
+from eagle.decode.generate import SpeculativeDecoder
+from eagle.decode.pair import load_fitting_draft, load_target
+from eagle.decode.sampling import Sampling
+from eagle.decode.statistics import Acceptance
+from eagle.decode.tree import chain_paths
+from eagle.export import export
+from eagle.model_config import load_config
+from eagle.prompts import encode_first_turn, load_prompts, stop_tokens
+from eagle.vllm_engine import EngineRequest
+from tests.oracle import Shape, random_prompts, write_pair
+from tests.vllm.engines import ROOT, run_engines
+
+QUICKSTART = Path(os.environ.get("EAGLE_QUICKSTART", ROOT / "quickstart"))
+MODEL, DRAFT = QUICKSTART / "model", QUICKSTART / "draft-vllm" / "v1"
+
+K, NEW = 4, 64
+WITHIN = 0.03
+
+
+def ours(model: Path, draft: Path, prompts: list[list[int]], stop: list[int]) -> tuple[Acceptance, list[list[int]]]:
+    sampling = Sampling()
+    target = load_target(model, torch.float32, torch.device("cpu"))
+    drafter = StaticDrafter(chain_paths(K), target.device, sampling)
+    decoder = SpeculativeDecoder(target, load_fitting_draft(draft, model, target), drafter, sampling)
+    replies = [decoder.generate(prompt, NEW, stop) for prompt in prompts]
+    return Acceptance.of((step for reply in replies for step in reply.steps), K), [reply.tokens for reply in replies]
+
+
+def request(model: Path, draft: Path, prompts: list[list[int]], stop: list[int]) -> EngineRequest:
+    return EngineRequest(
+        model=str(model),
+        draft=str(draft),
+        prompts=prompts,
+        num_speculative_tokens=K,
+        max_new_tokens=NEW,
+        dtype="float32",
+        stop_token_ids=stop,
+    )
+
+
+def compare(name: str, model: Path, draft: Path, prompts: list[list[int]], stop: list[int], folder: Path) -> None:
+    mine, outputs = ours(model, draft, prompts, stop)
+    (theirs,) = run_engines([request(model, draft, prompts, stop)], folder)
+    per_position = [count / theirs.drafts for count in theirs.accepted_per_position]
+    print(f"\n{name}: tau {mine.tau():.4f} ours, {theirs.tau():.4f} vLLM's; drafts {mine.steps}, {theirs.drafts}")
+    print("by position", *(f"{a:.3f}/{b:.3f}" for a, b in zip(mine.per_position(), per_position, strict=True)))
+    print(f"{sum(a == b for a, b in zip(outputs, theirs.outputs, strict=True))} of {len(outputs)} outputs are the same")
+    assert mine.tau() == pytest.approx(theirs.tau(), rel=WITHIN)
+    assert mine.per_position() == pytest.approx(per_position, abs=WITHIN)
+
+
+@pytest.mark.skipif(not (DRAFT / "config.json").is_file(), reason=f"the quickstart has not run: no {DRAFT}/config.json")
+def test_the_quickstarts_draft(tmp_path: Path) -> None:
+    config = load_config(MODEL)
+    encoder = load_encoder(MODEL, config)
+    prompts = [encode_first_turn(prompt, encoder) for prompt in load_prompts(None, 8)]
+    compare("quickstart", MODEL, DRAFT, prompts, stop_tokens(MODEL, config, encoder), tmp_path)
+
+
+def test_an_oracle_that_is_sometimes_wrong(tmp_path: Path) -> None:
+    """Needs no trained draft: an oracle whose ``fc`` was shaken, so that it is neither always nor never right."""
+    model, draft = write_pair(tmp_path, Shape("qwen2", kv_heads=2, tied=True, rope_theta=1e6))
+    file = draft / "model.safetensors"
+    tensors = load_file(file)
+    noise = torch.randn(tensors["fc.weight"].shape, generator=torch.Generator().manual_seed(0))
+    tensors["fc.weight"] += 0.01 * noise
+    save_file(tensors, file)
+    exported = export(model, draft, tmp_path / "v1", "v1")["v1"]
+    compare("shaken oracle", model, exported, random_prompts(), [], tmp_path)
