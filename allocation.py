@@ -17,9 +17,12 @@ from pathlib import Path
 
 from eagle.cli import HelpFormatter, WorkError, locked, run
 from eagle.conversation import BUILT_IN_TEMPLATES, Tally
-from eagle.job import GenerationRequest, claim_outdir, finish, parse_indices, resolve
+from eagle.job import COMPILE_MODES, GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
 from eagle.launch import run_workers
 from eagle.model_config import FAMILIES
+from eagle.plan import dry_run_lines, make_plan
+from eagle.progress import finished
+from eagle.store_dtype import STORE_DTYPES
 from eagle.target import DTYPES
 
 
@@ -50,27 +53,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
     )
+    parser.add_argument(
+        "--store_dtype", default="same", metavar="{" + ",".join(STORE_DTYPES) + "}",
+        help="how the features are stored: same as --dtype, or scaled to one byte a value",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", choices=COMPILE_MODES, default="auto", help="torch.compile the model; auto: if it pays"
+    )
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines that share the job; each runs this command")
+    parser.add_argument("--node_rank", type=int, default=0, help="which of them this is; it writes OUTDIR/node-<rank>/")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what the job takes (disk, time, commands) and write nothing"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    request = GenerationRequest(**{**vars(args), "npu_indices": parse_indices(args.npu_indices)})
+    options = {name: value for name, value in vars(args).items() if name != "dry_run"}
+    request = GenerationRequest(**{**options, "npu_indices": parse_indices(args.npu_indices)})
     if os.environ.get("EAGLE_TARIN_MODE"):
         print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")
     job = resolve(request)
     print(f"{job.conversations:,} conversations, {len(job.groups)} worker(s) on {job.kind}")
     for note in job.notes:
         print(f"  {note}")
+    if args.dry_run:
+        tokens = encode_job(job)
+        plan = make_plan(job, tokens)
+        print("\n".join([*plan.lines(), *dry_run_lines(job, plan, tokens)]))
+        return 0
     claim_outdir(job)
-    with locked(request.outdir, "--outdir"):
+    with locked(request.folder, "--outdir"):
+        if not all(finished(request.folder / str(number)) for number in range(len(job.groups))):
+            plan = make_plan(job, encode_job(job))
+            print("\n".join(f"  {line}" for line in plan.lines()))
+            plan.check_space(request.folder)
         run_workers(job)
         manifest = finish(job)
     report = [f"  {line}" for line in Tally.from_json(manifest).lines()]
     if not manifest["records"]:
         raise WorkError("\n".join([f"None of the {job.conversations:,} conversations can be used:", *report]))
     print(
-        f"{request.outdir}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
+        f"{request.folder}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
         f"{manifest['supervised_tokens']:,} supervised"
     )
     print("".join(f"{line}\n" for line in report), end="")

@@ -21,7 +21,11 @@ from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
 from eagle.shard import FORMAT_VERSION
+from eagle.store_dtype import SAME, check_store_dtype
 from eagle.target import Weights, dtype_name, fingerprint, parse_dtype
+from eagle.tokens import TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
+
+COMPILE_MODES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ class GenerationRequest:
     batch_tokens: int = 4096
     shard_mb: int = 128
     allow_truncated: bool = False
+    store_dtype: str = SAME
+    num_nodes: int = 1
+    node_rank: int = 0
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
         if self.end_num is not None and self.end_num < 1:
@@ -55,7 +63,19 @@ class GenerationRequest:
         if self.model_type not in (None, *FAMILIES):
             raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(FAMILIES)}.")
         parse_dtype(self.dtype)
+        check_store_dtype(self.store_dtype)
+        if self.num_nodes < 1:
+            raise RequestError(f"--num_nodes {self.num_nodes}: expected 1 or more.")
+        if not 0 <= self.node_rank < self.num_nodes:
+            raise RequestError(f"--node_rank {self.node_rank}: expected 0 to {self.num_nodes - 1}, one for every node.")
+        if self.compile not in COMPILE_MODES:
+            raise RequestError(f"--compile {self.compile}: expected one of {', '.join(COMPILE_MODES)}.")
         self.card_groups()
+
+    @property
+    def folder(self) -> Path:
+        """The store of this job: with several nodes each has its own, so that they may share a disk."""
+        return self.outdir / f"node-{self.node_rank}" if self.num_nodes > 1 else self.outdir
 
     def card_groups(self) -> list[tuple[int, ...]]:
         """The cards of each worker process, `used_npus` to a worker."""
@@ -83,7 +103,10 @@ def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A resolved request: the manifest's content, and what the parent needs to start the workers."""
+    """A resolved request: the manifest's content, and what the parent needs to start the workers.
+
+    conversations: how many this node computes.
+    """
 
     request: GenerationRequest
     kind: str
@@ -114,6 +137,8 @@ def resolve(request: GenerationRequest) -> Job:
     records = RecordFile(request.data_path, allow_truncated=request.allow_truncated)
     encoder = load_encoder(model, config, request.chat_template)
     conversations = min(len(records), request.end_num or len(records))
+    if conversations < request.num_nodes:
+        raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
     notes = _notes(request, records, encoder.template_name, config.max_position_embeddings)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -141,11 +166,14 @@ def resolve(request: GenerationRequest) -> Job:
             "allow_truncated": request.allow_truncated,
             "batch_tokens": request.batch_tokens,
             "workers": len(request.card_groups()),
+            "store_dtype": request.store_dtype,
+            "num_nodes": request.num_nodes,
+            "node_rank": request.node_rank,
         },
         "complete": False,
         "made_by": provenance(),
     }
-    return Job(request, kind, conversations, manifest, notes)
+    return Job(request, kind, len(node_share(manifest)), manifest, notes)
 
 
 def _notes(request: GenerationRequest, records: RecordFile, template: str, longest: int) -> list[str]:
@@ -177,7 +205,14 @@ def claim_outdir(job: Job) -> None:
 
     Raises: RequestError for a folder that holds something else, or a job with other options.
     """
-    outdir = job.request.outdir
+    outdir, root = job.request.folder, job.request.outdir
+    if outdir != root and root.is_dir():
+        foreign = sorted(e.name for e in root.iterdir() if not e.name.startswith((".", "node-")))[:3]
+        if foreign:
+            raise RequestError(
+                f"--outdir {root} holds something else than the stores of nodes ({', '.join(foreign)}, ...). Name a "
+                "new or empty folder."
+            )
     if outdir.exists() and not outdir.is_dir():
         raise RequestError(f"--outdir {outdir} is a file; expected a folder to write the store to.")
     path = outdir / MANIFEST
@@ -219,26 +254,49 @@ def _differences(old: dict, new: dict) -> list[str]:
 
 
 def worker_share(manifest: dict, worker: int) -> Sequence[int]:
-    """The conversations (indices into the data file) worker `worker` computes, in its order.
+    """The conversations (indices into the data file) worker `worker` computes, in its order: every so many of its
+    node's, so that which conversations a store holds does not depend on the number of workers.
+    """
+    return node_share(manifest)[worker :: manifest["options"]["workers"]]
 
-    The seed's permutation of the whole file, cut to the number asked for, dealt out in turn: which
-    conversations a store holds does not depend on the number of workers.
+
+def node_share(manifest: dict) -> Sequence[int]:
+    """The conversations one node computes: the seed's permutation of the whole file, cut to the number asked for and
+    dealt out to the nodes in turn.
     """
     options = manifest["options"]
     # RandomState's streams are frozen for good, unlike the newer generators'.
     order = np.random.RandomState(options["seed"]).permutation(manifest["data"]["records"])
-    return order[: options["conversations"]][worker :: options["workers"]].tolist()
+    return order[: options["conversations"]][options["node_rank"] :: options["num_nodes"]].tolist()
+
+
+def encode_job(job: Job) -> Tokens:
+    """The tokens of this node's conversations: encoded in all cores, or as an earlier run left them in the folder.
+
+    Left there for the workers where the folder has been claimed.
+    """
+    path, key = job.request.folder / TOKENS, key_of(job.manifest)
+    tokens = load_tokens(path, key)
+    if tokens is None:
+        options = job.manifest["options"]
+        records = RecordFile(job.request.data_path, allow_truncated=job.request.allow_truncated)
+        encoder = load_encoder(job.request.model_name, load_config(job.request.model_name), options["chat_template"])
+        tokens = encode_all(records, encoder, node_share(job.manifest), options["max_length"])
+        if (job.request.folder / MANIFEST).is_file():
+            save_tokens(path, tokens, key)
+    return tokens
 
 
 def finish(job: Job) -> dict:
     """Add up what the workers did into the manifest and mark it complete. Returns the manifest."""
-    path = job.request.outdir / MANIFEST
+    path = job.request.folder / MANIFEST
     manifest = read_manifest(path)
     total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
     for worker in range(len(job.groups)):
-        done = json.loads((job.request.outdir / str(worker) / DONE).read_text(encoding="utf-8"))
+        done = json.loads((job.request.folder / str(worker) / DONE).read_text(encoding="utf-8"))
         total = {key: total[key] + done[key] for key in total}
         tally.add(Tally.from_json(done))
     manifest |= total | tally.to_json() | {"complete": True}
     write_json(path, manifest)
+    (job.request.folder / TOKENS).unlink(missing_ok=True)
     return manifest

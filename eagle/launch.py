@@ -29,14 +29,14 @@ class WorkerProcess:
         self.cards = job.groups[number]
         self.progress = {"position": 0, "records": 0, "tokens": 0}
         self.starting: dict[str, int] | None = None
-        folder = job.request.outdir / str(number)
+        folder = job.request.folder / str(number)
         folder.mkdir(exist_ok=True)
         self.log = folder / LOG
         self._log_start = self.log.stat().st_size if self.log.is_file() else 0
         self.command = worker_command(job, number)
         environment = {
             **os.environ,
-            **device.worker_environment(job.kind, list(self.cards), len(job.groups)),
+            **worker_variables(job, number),
             # The documentation users follow has them export this before data generation; here it is set for the
             # workers alone, so nobody has to unset it again.
             "EAGLE_TARIN_MODE": "1",
@@ -73,11 +73,17 @@ class WorkerProcess:
         return "\n".join(f"    {line}" for line in lines[-12:]) or "    (it said nothing)"
 
 
-def worker_command(job: Job, number: int) -> list[str]:
-    """The command line of worker `number`; its cards come by environment variable."""
-    command = [sys.executable, "-m", "eagle.generate", "--outdir", str(job.request.outdir.resolve())]
+def worker_variables(job: Job, number: int) -> dict[str, str]:
+    """The environment variables that give worker `number` its cards, or its share of the CPU cores."""
+    return device.worker_environment(job.kind, list(job.groups[number]), len(job.groups))
+
+
+def worker_command(job: Job, number: int, folder: Path | None = None) -> list[str]:
+    """The command line of worker `number`; its cards come by environment variable. folder: another than the job's."""
+    folder = (folder or job.request.folder).resolve()
+    command = [sys.executable, "-m", "eagle.generate", "--outdir", str(folder)]
     command += ["--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
-    return [*command, "--shard_mb", str(job.request.shard_mb)]
+    return [*command, "--shard_mb", str(job.request.shard_mb), "--compile", job.request.compile]
 
 
 def run_workers(job: Job) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import shutil
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,12 +100,18 @@ class ShardWriter:
     a resumed writer reads it back with `last_progress`. The caller decides when a shard may be closed, since
     only it knows where its work can be taken up again.
 
-    Raises: OSError (disk full, read-only); what was finished before stays whole.
+    background: write in a thread, one shard at a time; what goes wrong is raised by the next call or by `wait`.
+
+    Raises: OSError (read-only), WorkError (disk full); what was finished before stays whole.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES, store_dtype: str = SAME) -> None:
+    def __init__(
+        self, folder: Path, *, shard_bytes: int = SHARD_BYTES, store_dtype: str = SAME, background: bool = False
+    ) -> None:
         self.folder = folder
         self.shard_bytes, self.store_dtype = shard_bytes, store_dtype
+        self._pool = ThreadPoolExecutor(1, "writer") if background else None
+        self._writing: Future[None] | None = None
         self._records: list[StoredRecord] = []
         self._bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,10 +132,20 @@ class ShardWriter:
         """Write the records gathered so far as one shard; none gathered, none written."""
         if not self._records:
             return
-        path = self.folder / shard_name(self._next)
-        write_shard(path, self._records, progress)
+        self.wait()
+        path, records = self.folder / shard_name(self._next), self._records
         self._next += 1
         self._records, self._bytes = [], 0
+        if self._pool:
+            self._writing = self._pool.submit(write_shard, path, records, progress)
+        else:
+            write_shard(path, records, progress)
+
+    def wait(self) -> None:
+        """Until every closed shard is on the disk."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
 
 
 def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress: str = "{}") -> None:

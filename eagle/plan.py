@@ -1,0 +1,152 @@
+"""What a data-generation job takes, said before it starts: bytes by worker, whether they fit, how long it may last."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle.cli import WorkError, write_json
+from eagle.features import MANIFEST
+from eagle.job import Job
+from eagle.launch import worker_command, worker_variables
+from eagle.progress import finished, saved_progress
+from eagle.store_dtype import STORE_DTYPES, bytes_per_value
+from eagle.target import parse_dtype
+from eagle.tokens import TOKENS, Tokens, key_of, save_tokens
+
+#: Seconds of computing that a dry run judges the speed by.
+PROBE_SECONDS = 10
+#: What a shard's header takes, at most.
+_HEADER_BYTES = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """What one worker has left to do."""
+
+    records: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is left of the job. free: bytes that the disk of the store has. tokens: of the whole job."""
+
+    workers: list[WorkerPlan]
+    tokens: int
+    free: int
+    shrinkable: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(worker.bytes for worker in self.workers)
+
+    def lines(self) -> list[str]:
+        each = ", ".join(_size(worker.bytes) for worker in self.workers)
+        return [
+            f"{sum(worker.records for worker in self.workers):,} records, "
+            f"{sum(worker.tokens for worker in self.workers):,} tokens to compute",
+            f"{_size(self.bytes)} to write" + (f" (by worker: {each})" if len(self.workers) > 1 else "")
+            + f", {_size(self.free)} free",
+        ]  # fmt: skip
+
+    def check_space(self, folder: Path) -> None:
+        """Raises: WorkError where the disk cannot hold the store."""
+        if self.bytes <= self.free:
+            return
+        smaller = [f"--store_dtype {name} needs {_size(size)}" for name, size in self.shrinkable.items()]
+        raise WorkError(
+            f"{folder} needs {_size(self.bytes)} more, but its disk has {_size(self.free)} free. Nothing was computed. "
+            f"Make room or name another --outdir and run again; {'; '.join([*smaller, ''])}--end_num uses fewer "
+            "conversations."
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def store_bytes(tokens: int, records: int, hidden_size: int, dtype: str, store_dtype: str) -> int:
+    """What shards of that many tokens and records hold: features, scales, ids, mask and index."""
+    scale = 0 if store_dtype == STORE_DTYPES[0] else 4
+    per_token = hidden_size * bytes_per_value(store_dtype, parse_dtype(dtype)) + scale + 4 + 1
+    return tokens * per_token + records * 3 * 8
+
+
+def make_plan(job: Job, tokens: Tokens) -> Plan:
+    """What every worker has left to do."""
+    lengths, workers = tokens.lengths, []
+    options, hidden = job.manifest["options"], job.manifest["target"]["hidden_size"]
+    shrunk = dict.fromkeys(STORE_DTYPES[1:], 0)
+    for number in range(len(job.groups)):
+        folder = job.request.folder / str(number)
+        own = lengths[number :: len(job.groups)]
+        if folder.is_dir():
+            own = own[len(own) if finished(folder) else saved_progress(folder).position :]
+        count, records = int(own.sum()), int((own > 0).sum())
+
+        def size(name: str, count: int = count, records: int = records) -> int:
+            whole = store_bytes(count, records, hidden, job.manifest["dtype"], name)
+            return whole + _HEADER_BYTES * (1 + whole // (job.request.shard_mb << 20)) if records else 0
+
+        workers.append(WorkerPlan(records, count, size(options["store_dtype"])))
+        shrunk = {name: total + size(name) for name, total in shrunk.items()}
+    place = next(path for path in (job.request.folder, *job.request.folder.resolve().parents) if path.is_dir())
+    chosen = sum(worker.bytes for worker in workers)
+    shrinkable = {name: total for name, total in shrunk.items() if total < 0.9 * chosen}
+    return Plan(workers, int(lengths.sum()), shutil.disk_usage(place).free, shrinkable)
+
+
+def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:
+    """The per-worker commands, and the expected time from a short probe of the first worker."""
+    lines = [f"worker {number}: {_shown(job, number)}" for number in range(len(job.groups))]
+    rate = probe(job, tokens)
+    seconds = max(worker.tokens for worker in plan.workers) / rate
+    several = f" by each of {len(job.groups)} workers" if len(job.groups) > 1 else ""
+    return [
+        *lines,
+        f"probe: {rate:,.0f} tokens/s{several}, so about {_duration(seconds)} without starting up",
+        "dry run: nothing was written",
+    ]
+
+
+def _shown(job: Job, number: int) -> str:
+    variables = [f"{name}={value}" for name, value in worker_variables(job, number).items()]
+    return " ".join([*variables, shlex.join(worker_command(job, number))])
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:,.0f} s"
+    return f"{minutes:,.0f} min" if minutes < 120 else f"{minutes / 60:,.1f} h"
+
+
+def probe(job: Job, tokens: Tokens) -> float:
+    """Tokens per second of one worker process, the loading of the model not counted.
+
+    Raises: WorkError with the worker's last words.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_json(folder / MANIFEST, job.manifest)
+        save_tokens(folder / TOKENS, tokens, key_of(job.manifest))
+        result = subprocess.run(
+            [*worker_command(job, 0, folder), "--probe", str(PROBE_SECONDS)],
+            env={**os.environ, **worker_variables(job, 0)},
+            cwd=Path(__file__).resolve().parent.parent,  # where the package is found
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        raise WorkError(f"the probe of worker 0 failed. Its last words:\n{result.stderr.strip()[-2000:]}")
+    measured = json.loads(result.stdout.splitlines()[-1])
+    return measured["tokens"] / measured["seconds"]

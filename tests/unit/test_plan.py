@@ -1,0 +1,127 @@
+"""The plan of a job: exact bytes, what is left after an interruption, and stopping when they do not fit."""
+
+import dataclasses
+
+import pytest
+
+from eagle.cli import WorkError
+from eagle.compiled import WORTH_TOKENS, should_compile
+from eagle.generate import Worker
+from eagle.job import claim_outdir, encode_job, finish, resolve
+from eagle.plan import dry_run_lines, make_plan
+from eagle.progress import saved_progress
+from eagle.shard import shard_paths
+from tests.unit.test_job import inputs, request  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def run_worker(job, number):
+    list(Worker(job.request.folder, number, "cpu", 1).work(1))
+
+
+@pytest.mark.parametrize("store_dtype", ["same", "int8", "float8"])
+def test_bytes_are_what_the_store_takes(tmp_path, inputs, store_dtype):  # noqa: F811
+    job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1), store_dtype=store_dtype))
+    claim_outdir(job)
+    tokens = encode_job(job)
+    plan = make_plan(job, tokens)
+    assert plan.tokens == sum(worker.tokens for worker in plan.workers)
+    for number in (0, 1):
+        run_worker(job, number)
+    manifest = finish(job)
+    assert manifest["tokens"] == plan.tokens
+    written = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
+    assert 0 <= plan.bytes - written <= 2 * 2 * 2048, "room for the headers, no more"
+
+
+def test_what_is_done_is_not_planned_again(tmp_path, inputs):  # noqa: F811
+    job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
+    claim_outdir(job)
+    tokens = encode_job(job)
+    before = make_plan(job, tokens)
+    run_worker(job, 0)
+    after = make_plan(job, tokens)
+    assert (after.workers[0].tokens, after.workers[0].bytes) == (0, 0)
+    assert after.workers[1] == before.workers[1]
+    assert saved_progress(tmp_path / "store" / "0").tokens == before.workers[0].tokens
+
+
+def test_a_store_that_does_not_fit_is_refused(tmp_path, inputs):  # noqa: F811
+    job = resolve(request(inputs, tmp_path / "store"))
+    plan = make_plan(job, encode_job(job))
+    plan.check_space(tmp_path)
+    with pytest.raises(WorkError, match=r"its disk has 0.0 MB free.*--store_dtype int8 needs .*--end_num"):
+        dataclasses.replace(plan, free=1).check_space(tmp_path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("eagle.plan.PROBE_SECONDS", 0.1)
+    job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
+    tokens = encode_job(job)
+    lines = dry_run_lines(job, make_plan(job, tokens), tokens)
+    assert "--worker 1" in lines[1] and "OMP_NUM_THREADS=" in lines[1]
+    assert "tokens/s by each of 2 workers" in lines[2]
+    assert not (tmp_path / "store").exists()
+
+
+def test_nodes_share_a_job(tmp_path, inputs):  # noqa: F811
+    """On a shared disk the nodes' folders lie side by side and are one store."""
+    from eagle.features import FeatureStore
+
+    def store(root, **changes):
+        job = resolve(request(inputs, root, dtype="float32", batch_tokens=1, **changes))
+        claim_outdir(job)
+        encode_job(job)
+        for number in range(len(job.groups)):
+            run_worker(job, number)
+        finish(job)
+        return job
+
+    store(tmp_path / "one")
+    jobs = [
+        store(tmp_path / "many", num_nodes=3, node_rank=rank, npu_indices=tuple(range(1 + rank))) for rank in range(3)
+    ]
+    assert sum(job.conversations for job in jobs) == 20
+    one, many = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "many")
+    assert [(r.conversation, r.crc32()) for r in one] == [(r.conversation, r.crc32()) for r in many]
+    assert not many.unfinished()
+
+
+def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monkeypatch):  # noqa: F811
+    job = resolve(request(inputs, tmp_path / "store"))
+    claim_outdir(job)
+    encode_job(job)
+    (tmp_path / "store" / "0").mkdir()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("eagle.shard.write_tensors", full)
+    with pytest.raises(WorkError, match=r"Could not write .*No space left"):
+        run_worker(job, 0)
+    assert not shard_paths(tmp_path / "store" / "0")
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "tokens", "expected"),
+    [
+        ("off", "cuda", 10**12, False),
+        ("auto", "npu", 10**12, False),
+        ("auto", "cpu", WORTH_TOKENS["cpu"] - 1, False),
+    ],
+)
+def test_when_to_compile(mode, kind, tokens, expected):
+    assert should_compile(mode, kind, tokens) is expected
+
+
+def test_compiling_where_it_cannot_be(monkeypatch):
+    from eagle.cli import RequestError
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert should_compile("auto", "cpu", 10**12) is False
+    with pytest.raises(RequestError, match=r"--compile on: there is no C\+\+ compiler"):
+        should_compile("on", "cpu", 10)
+    with pytest.raises(RequestError, match="no backend for NPUs"):
+        should_compile("on", "npu", 10)

@@ -1,0 +1,71 @@
+"""A job's conversations as tokens: the same however they are encoded, kept, and what they count."""
+
+import numpy as np
+import pytest
+
+from eagle.conversation import Dropped, Tally, clean_record, load_encoder
+from eagle.model_config import load_config
+from eagle.records import RecordFile
+from eagle.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
+from tests.tiny import conversations, make_target, write_sharegpt
+
+BROKEN = [None, {"conversations": []}, {"conversations": [{"from": "human", "value": "?"}]}]
+#: A reply before the first question, which is left out.
+MENDED = {"conversations": [{"from": "gpt", "value": "hi"}, *conversations(1)[0]["conversations"]]}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model = make_target(folder / "model")
+    data = write_sharegpt(folder / "data.json", [*conversations(290), *BROKEN, MENDED])
+    return RecordFile(data), load_encoder(model, load_config(model))
+
+
+def same(a: Tokens, b: Tokens) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in Tokens.__slots__)
+
+
+def test_every_conversation_is_what_the_encoder_makes_of_it(inputs):
+    records, encoder = inputs
+    order = list(reversed(range(len(records))))
+    tokens = encode(records, encoder, order, 200)
+    for position, index in enumerate(order):
+        try:
+            expected = encoder.encode(clean_record(records[index], Tally()), 200, Tally()).input_ids.tolist()
+        except Dropped:
+            expected = []
+        assert tokens[position].input_ids.tolist() == expected
+    whole, parts = tokens.tally(), Tally()
+    for start in range(0, len(order), 7):
+        parts.add(tokens.tally(slice(start, start + 7)))
+    assert whole == parts
+    assert whole.dropped["empty_conversation"] == whole.dropped["not_an_object"] == 1
+    assert whole.repaired["leading_reply_skipped"] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_change_nothing(inputs, processes):
+    records, encoder = inputs
+    order = range(len(records))
+    assert same(encode_all(records, encoder, order, 4096, processes), encode(records, encoder, order, 4096))
+
+
+def test_kept_for_the_same_job_alone(inputs, tmp_path):
+    records, encoder = inputs
+    tokens, path = encode(records, encoder, range(20), 4096), tmp_path / "tokens"
+    assert load_tokens(path, "key") is None
+    save_tokens(path, tokens, "key")
+    found = load_tokens(path, "key")
+    assert found and same(found, tokens)
+    assert load_tokens(path, "another") is None
+    path.write_bytes(path.read_bytes()[:-1])
+    assert load_tokens(path, "key") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_nothing_usable(inputs):
+    records, encoder = inputs
+    tokens = encode_all(records, encoder, [290, 291, 292], 4096)
+    assert tokens.lengths.tolist() == [0, 0, 0]
+    assert sum(tokens.tally().dropped.values()) == 3
