@@ -58,10 +58,11 @@ def _report(error: Exception, code: int) -> int:
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         return code  # every process of the machine refuses the same request; one says so
     message = str(error)
-    if isinstance(error, OSError) and error.errno is not None:  # the system's own words, without a fix
-        message = f"{error.filename}: {error.strerror}. Check this path, and what you may do there."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = f"The disk is full ({message}). What was finished is kept; free some space and run again."
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own words name no fix
+        fix = "Check this path, and what you may do there."
+        if error.errno == errno.ENOSPC:
+            fix = "What was finished is kept; free some space and run again."
+        message = f"{error.filename or 'Writing failed'}: {error.strerror}. {fix}"
     # A child's last words come as several lines; only our own prose is wrapped.
     if "\n" not in message:
         message = textwrap.fill(message, 100, break_long_words=False, break_on_hyphens=False)

@@ -9,6 +9,7 @@ A pointer is a relative symbolic link, or a text file with the folder's name whe
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -59,12 +60,13 @@ def save(
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
-    except (OSError, RuntimeError) as error:  # torch and safetensors wrap a full disk in errors of their own
+    except (OSError, RuntimeError) as error:
+        # torch hides a full disk in an error of its own ("enforce fail at inline_container.cc").
+        reason = os.strerror(errno.ENOSPC) if shutil.disk_usage(cpdir).free < 1 << 20 else str(error)
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(cpdir).free / 1e6
         raise WorkError(
-            f"Could not save {folder} ({free:,.0f} MB free): {error}. The checkpoints before it are whole; make room "
-            "and run the same command again to continue from the last one."
+            f"Could not save {folder}: {reason}. The checkpoints before it are whole; make room and run the same "
+            "command again to continue from the last one."
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle.draft import DraftModel
+from eagle.features import FeatureStore
+from eagle.model_config import load_config
+from eagle.shard import shard_paths
+from eagle.target import Weights, read_embedding
 from tests.e2e.commands import command
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -17,6 +22,8 @@ torch.set_num_threads(1)
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["ASCEND_RT_VISIBLE_DEVICES"] = ""
 
 RECORDS = 40
+#: Of the longer job that is there to be interrupted.
+CONVERSATIONS, WORKERS = 640, 2
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +71,35 @@ def guide_config(shared: Path, llama: Path) -> Path:
     path = shared / "draft_config.json"
     path.write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """A job of two workers with three shards each, one conversation at a time so that there is time to interrupt it."""
+    work = tmp_path_factory.mktemp("job")
+    target = make_target(work / "target", tied=True, hidden=16, layers=1)
+    data = write_sharegpt(work / "data.json", conversations(CONVERSATIONS, turns=2))
+    return [
+        "allocation.py", "--model_name", target, "--data_path", data, "--npu_indices", "0,1", "--dtype", "float32",
+        "--shard_mb", 1, "--batch_tokens", 1,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a job that nothing happened to: three shards a worker."""
+    outdir = tmp_path_factory.mktemp("undisturbed") / "store"
+    command(*job, "--outdir", outdir)
+    assert all(len(shard_paths(outdir / str(worker))) == 3 for worker in range(WORKERS))
+    return outdir
+
+
+def contents(store: Path) -> list[tuple[int, int]]:
+    """What distinguishes every record: its conversation, and a checksum of everything it holds."""
+    return [(record.conversation, record.crc32()) for record in FeatureStore(store)]
+
+
+def draft_of(target: Path) -> DraftModel:
+    """An untrained draft of a target."""
+    config = load_config(target)
+    return DraftModel(config.draft(), read_embedding(Weights(target), config))

@@ -31,6 +31,7 @@ def _reshard(words: list[str], moment: int) -> None:
     import reassign_data_num
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.fsync = lambda descriptor: None  # what a killed process wrote is there; syncing is against power cuts
     changes = 0
 
     def before(event: str, arguments: tuple) -> None:

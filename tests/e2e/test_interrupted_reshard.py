@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -63,7 +64,10 @@ def check_resharded(folder: Path, parts: int, expected: Counter[tuple[int, int]]
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new folder", "in place"])
-def test_killed_before_every_change(in_place: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_before_every_change(
+    in_place: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     original = make_store(tmp_path / "original", workers=3, shards=2, records=4)
     expected = contents(original)
     moments = random.Random(0)

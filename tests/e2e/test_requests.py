@@ -14,11 +14,10 @@ import torch
 import allocation
 import convert_eagle_ckpt_to_vllm_compatible as convert
 import reassign_data_num as reassign
-from eagle.draft import DraftModel, save_draft
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding
+from eagle.draft import save_draft
 from eagle.train import main as train
 from tests.e2e.commands import Answer, ask, command
+from tests.e2e.conftest import draft_of
 from tests.tiny import make_target
 
 
@@ -35,17 +34,12 @@ def world(
     _targets(world)
     _stores(world)
     _files(world)
-    save_draft(_draft_of(world / "llama"), world / "llama_draft")
-    save_draft(_draft_of(world / "wide"), world / "wide_draft")
-    broken = _draft_of(world / "llama")
+    save_draft(draft_of(world / "llama"), world / "llama_draft")
+    save_draft(draft_of(world / "wide"), world / "wide_draft")
+    broken = draft_of(world / "llama")
     torch.nn.init.constant_(broken.fc.weight, float("nan"))
     save_draft(broken, world / "nan_draft")
     return world
-
-
-def _draft_of(target: Path) -> DraftModel:
-    config = load_config(target)
-    return DraftModel(config.draft(), read_embedding(Weights(target), config))
 
 
 def _targets(world: Path) -> None:

@@ -1,0 +1,123 @@
+"""A disk that fills up: what was finished stays, the message says so, and with room the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from eagle.draft import load_draft, save_draft
+from eagle.shard import shard_paths
+from eagle.train.checkpoint import resolve_pointer, states
+from tests.e2e.commands import command, start
+from tests.e2e.conftest import contents, draft_of
+from tests.e2e.test_interrupted_generation import wait_until, workers_of
+
+Resize = Callable[[str], None]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Resize]]:
+    """A small disk of its own, and a way to make it larger. Only root may mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options: str) -> bool:
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        try:
+            return subprocess.run(words, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            return False
+
+    def resize(size: str) -> None:
+        assert mount(f"remount,size={size}")
+
+    if not mount("size=64k"):
+        pytest.skip("mounting a small disk takes root on Linux")
+    try:
+        yield path, resize
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def check_message(err: str, *says: str) -> None:
+    assert "Traceback" not in err
+    said = " ".join(err.split())
+    for text in ("No space left on device", *says):
+        assert text in said
+
+
+def test_generation(disk: tuple[Path, Resize], job: list[object], undisturbed: Path) -> None:
+    path, resize = disk
+    resize("64m")
+    process = start(*job, "--outdir", path / "store")
+    wait_until(lambda: any(shard_paths(path / "store" / worker) for worker in "01"), process)
+    for worker in workers_of(path / "store"):
+        os.kill(worker, signal.SIGSTOP)
+    others = path / "somebody else's file"
+    others.write_bytes(bytes(shutil.disk_usage(path).free - 4096))
+    for worker in workers_of(path / "store"):
+        os.kill(worker, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    check_message(err, "Could not write", "make room and run the same command again")
+    assert set(contents(path / "store")) < set(contents(undisturbed))
+    assert not list((path / "store").rglob("*.tmp")), "half a file would keep the disk full"
+    others.unlink()
+    command(*job, "--outdir", path / "store")
+    assert contents(path / "store") == contents(undisturbed)
+
+
+def test_generation_that_would_not_fit_does_not_begin(disk: tuple[Path, Resize], job: list[object]) -> None:
+    path, resize = disk
+    resize("4m")
+    answer = command(*job, "--outdir", path / "store", code=1)
+    said = " ".join(answer.err.split())
+    assert "but its disk has" in said and "Nothing was computed" in said and "--store_dtype int8 needs" in said
+    assert not list(path.rglob("shard-*"))
+
+
+def test_resharding(disk: tuple[Path, Resize], undisturbed: Path) -> None:
+    path, resize = disk
+    resize("6m")
+    words = ["reassign_data_num.py", "--old_folder", undisturbed, "--new_folder", path / "new", "--tp", 3]
+    answer = command(*words, code=1)
+    check_message(answer.err)
+    resize("64m")
+    command(*words)
+    assert contents(path / "new") == contents(undisturbed)
+
+
+def test_training(disk: tuple[Path, Resize], store: Path, llama: Path) -> None:
+    path, resize = disk
+    resize("600k")
+    words = ["-m", "eagle.train.main", "--tmpdir", store, "--basepath", llama, "--cpdir", path / "run"]
+    words += ["--num_epochs", 5, "--keep", 5]
+    answer = command(*words, code=1)
+    check_message(answer.err, "Could not save", "The checkpoints before it are whole", "run the same command again")
+    before = states(path / "run")
+    assert before
+    assert resolve_pointer(path / "run" / "last") == before[-1]
+    for state in before:
+        load_draft(state)
+    assert not list((path / "run").glob(".*.tmp"))
+    resize("8m")
+    assert f"resuming from {before[-1]}" in command(*words).out
+    assert len(states(path / "run")) == 5
+    load_draft(path / "run" / "last")
+
+
+def test_exporting(disk: tuple[Path, Resize], llama: Path, tmp_path: Path) -> None:
+    path, resize = disk
+    save_draft(draft_of(llama), tmp_path / "draft")
+    words = ["convert_eagle_ckpt_to_vllm_compatible.py", "--base-path", llama, "--draft-path", tmp_path / "draft"]
+    words += ["--output-path", path / "out", "--layout", "v0"]
+    check_message(command(*words, code=1).err)
+    assert not list(path.iterdir())
+    resize("8m")
+    command(*words)
