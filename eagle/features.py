@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +143,9 @@ class FeatureStore:
     def __getitem__(self, index: int) -> Record:
         number, position = self._places[index]
         return self.sources[number].read(position)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        return [self[index] for index in indices]
 
     def loss_mask(self, index: int) -> torch.Tensor:
         """The loss mask ``[T]`` of a record, without reading its features."""

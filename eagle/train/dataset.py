@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from eagle.features import FeatureStore
 from eagle.shard import Record
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
@@ -70,6 +72,23 @@ def shift(record: Record) -> Example:
     )
 
 
+class RecordStore(Protocol):
+    """What a data set reads from: an `eagle.features.FeatureStore`, or the base model itself.
+
+    lengths: ``[R]`` tokens of every record.
+    """
+
+    lengths: np.ndarray
+    hidden_size: int
+
+    @property
+    def tokens(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Record: ...
+    def read(self, indices: Sequence[int]) -> list[Record]: ...
+    def unfinished(self) -> list[Path]: ...
+
+
 class FeatureDataset(Dataset):
     """Examples by ``(epoch, index)``; index counts within `indices` of the store.
 
@@ -78,7 +97,7 @@ class FeatureDataset(Dataset):
     """
 
     def __init__(
-        self, store: FeatureStore, indices: np.ndarray, max_len: int, *, noise: float = 0.0, seed: int = 0
+        self, store: RecordStore, indices: np.ndarray, max_len: int, *, noise: float = 0.0, seed: int = 0
     ) -> None:
         self.store, self.indices, self.max_len = store, indices, max_len
         self.noise, self.seed = noise, seed
@@ -92,12 +111,22 @@ class FeatureDataset(Dataset):
 
     def record(self, index: int) -> Record:
         """The record cut to `max_len`."""
-        record, end = self.store[int(self.indices[index])], self.max_len
+        return self._cut(self.store[int(self.indices[index])])
+
+    def _cut(self, record: Record) -> Record:
+        end = self.max_len
         return Record(record.conversation, record.input_ids[:end], record.loss_mask[:end], record.hidden_state[:end])
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
-        example = shift(self.record(index))
+        return self._example(*key, self.record(key[1]))
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example]:
+        """What a data loader asks for: the records of a micro-batch at once, for a store that computes them."""
+        records = self.store.read([int(self.indices[index]) for _, index in keys])
+        return [self._example(*key, self._cut(record)) for key, record in zip(keys, records, strict=True)]
+
+    def _example(self, epoch: int, index: int, record: Record) -> Example:
+        example = shift(record)
         if not self.noise:
             return example
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(self.indices[index]))) & (2**63 - 1))
@@ -116,7 +145,7 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(**padded, conversations=torch.tensor([example.conversation for example in examples]))
 
 
-def split_store(store: FeatureStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_store(store: RecordStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and the validation records: whole conversations, the same for every run."""
     order = np.random.RandomState(seed).permutation(len(store))
     held_out = round(len(store) * val_ratio) if val_ratio else 0

@@ -28,7 +28,8 @@ from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
 from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
-from eagle.train.dataset import FeatureDataset, split_store
+from eagle.train.dataset import FeatureDataset, RecordStore, split_store
+from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.losses import TOKEN_LOSSES
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
@@ -54,7 +55,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default = {} if more.get("required") else {"default": defaults[name]}
         parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
 
-    add("tmpdir", Path, "the store of step 3 (or a folder of classic data_*.ckpt dumps)", required=True)
+    add("tmpdir", Path, "the store of step 3 (or a folder of classic data_*.ckpt dumps)")
+    add("data_path", Path, "instead of a store: ShareGPT conversations, whose features are computed as training goes")
+    add("end_num", int, "with --data_path: how many conversations to use (default: all)")
+    add("data_seed", int, "with --data_path: seed of their choice, allocation.py's --seed")
+    add("chat_template", str, "with --data_path: a Jinja file or a built-in template (default: the tokenizer's own)")
+    add("dtype", str, "with --data_path: what the base model computes in")
+    parser.add_argument(
+        "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
+    )
     add("cpdir", Path, "where checkpoints go; continued where it holds this run's", required=True)
     add("basepath", Path, "folder of the base model", required=True)
     add("configpath", Path, "the draft's config: the base model's with num_hidden_layers 1 (default: derived)")
@@ -125,6 +134,25 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
+def open_store(options: TrainOptions, accelerator: Accelerator, identity: str) -> RecordStore:
+    """The store of features, or the base model that computes them."""
+    if options.data_path:
+        source = LiveSource(
+            options.data_path,
+            options.end_num,
+            options.data_seed,
+            options.max_len,
+            options.chat_template,
+            options.allow_truncated,
+            options.dtype,
+        )
+        return LiveFeatures(source, options.basepath, accelerator.device, accelerator.num_processes)
+    assert options.tmpdir
+    store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
+    store.check_target(identity, options.basepath)
+    return store
+
+
 def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     """Everything the request names, loaded and checked against each other.
 
@@ -135,8 +163,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     config = draft_config_for(target, options.configpath)
     weights = Weights(options.basepath, flag="--basepath")
     identity = fingerprint(options.basepath)
-    store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
-    store.check_target(identity, options.basepath)
+    store = open_store(options, accelerator, identity)
     if store.hidden_size != config.hidden_size:
         raise RequestError(
             f"--tmpdir {options.tmpdir} holds features of size {store.hidden_size}, but --basepath {options.basepath} "
@@ -144,7 +171,8 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         )
     train, held_out = split_store(store, options.val_ratio, options.seed)
     if not len(train):
-        raise RequestError(f"--tmpdir {options.tmpdir} holds {len(store)} records, too few to train on.")
+        where = options.tmpdir or options.data_path
+        raise RequestError(f"--tmpdir {where} holds {len(store)} records, too few to train on.")
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
@@ -182,7 +210,8 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
 
 def main(argv: list[str] | None = None) -> int:
     options = TrainOptions(**vars(parse_args(argv)))
-    existing_path(options.tmpdir, "--tmpdir", "folder")
+    if options.tmpdir:
+        existing_path(options.tmpdir, "--tmpdir", "folder")
     check_cpdir(options)
     accelerator = make_accelerator(options)
     set_seed(options.seed)

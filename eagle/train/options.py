@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eagle.cli import RequestError
+from eagle.target import parse_dtype
 from eagle.train.losses import TOKEN_LOSSES
 
 INITS = ("closed_form", "random")
@@ -33,9 +34,15 @@ REFERENCE_LR, REFERENCE_WIDTH = 5e-4, 576
 class TrainOptions:
     """What `eagle.train.main` was asked for. Sizes are per process unless they say otherwise."""
 
-    tmpdir: Path
     cpdir: Path
     basepath: Path
+    tmpdir: Path | None = None
+    data_path: Path | None = None
+    end_num: int | None = None
+    data_seed: int = 42
+    chat_template: str | None = None
+    allow_truncated: bool = False
+    dtype: str = "bfloat16"
     configpath: Path | None = None
     bs: int = 4
     gradient_accumulation_steps: int = 1
@@ -73,6 +80,19 @@ class TrainOptions:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        if (self.tmpdir is None) == (self.data_path is None):
+            raise RequestError(
+                "--tmpdir and --data_path: expected one of them, the store of step 3 or, to train without one, the "
+                "conversations themselves."
+            )
+        if self.end_num is not None and self.end_num < 1:
+            raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
+        if self.data_path and self.num_workers:
+            raise RequestError(
+                f"--num_workers {self.num_workers}: with --data_path the base model computes the features in the "
+                "training process; leave --num_workers at 0."
+            )
+        parse_dtype(self.dtype)
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"--max_steps {self.max_steps}: expected 1 or more.")
         if self.token_loss not in TOKEN_LOSSES:
@@ -121,6 +141,13 @@ class TrainOptions:
 #: Options that may change when a run is resumed: they do not touch what is computed.
 FREE_ON_RESUME = (
     "tmpdir",
+    # Where the records come from is free, which they are is not: their number and tokens are compared.
+    "data_path",
+    "end_num",
+    "data_seed",
+    "chat_template",
+    "allow_truncated",
+    "dtype",
     "cpdir",
     "basepath",
     "configpath",

@@ -1,0 +1,92 @@
+"""Training without a store: the base model computes the features of every batch as training goes.
+
+Takes no disk but more time, since every epoch computes them anew; for a first look at a data set, or where the disk is
+too small. The records, their order, and with them split and batches are those of a store that ``allocation.py`` makes
+with the same options; the features agree to the noise of the dtype, which depends on what is computed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eagle.cli import RequestError
+from eagle.conversation import load_encoder
+from eagle.generate import padded_features
+from eagle.model_config import load_config
+from eagle.records import RecordFile
+from eagle.shard import Record
+from eagle.target import load_trunk, parse_dtype
+from eagle.tokens import encode_all
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSource:
+    """Which conversations of which file, as the options of ``allocation.py`` name them."""
+
+    data_path: Path
+    end_num: int | None
+    seed: int
+    max_length: int
+    chat_template: str | None
+    allow_truncated: bool
+    dtype: str
+
+
+class LiveFeatures:
+    """Looks like `eagle.features.FeatureStore` to a data set; ``live[i]`` runs the base model.
+
+    processes: how many processes of this machine do the same, so that they share its cores for tokenising.
+
+    Raises: FileNotFoundError, RequestError (nothing usable in the data).
+    """
+
+    def __init__(self, source: LiveSource, basepath: Path, device: torch.device, processes: int = 1) -> None:
+        config = load_config(basepath)
+        records = RecordFile(source.data_path, allow_truncated=source.allow_truncated)
+        encoder = load_encoder(basepath, config, source.chat_template)
+        # The same choice as `eagle.job.node_share`'s, in a store's order.
+        order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
+        chosen = np.sort(order)
+        self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)
+        self._places = np.flatnonzero(self.tokens_of.lengths)
+        if not len(self._places):
+            reasons = "; ".join(self.tokens_of.tally().lines())
+            raise RequestError(f"--data_path {source.data_path}: none of its conversations can be used: {reasons}.")
+        self.conversations = chosen[self._places]
+        self.lengths = self.tokens_of.lengths[self._places]
+        self.hidden_size = config.hidden_size
+        self.device = device
+        self.trunk = load_trunk(basepath, parse_dtype(source.dtype), device)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """These records, computed together."""
+        encoded = [self.tokens_of[int(self._places[index])] for index in indices]
+        # A clone is no inference tensor: autograd may save it.
+        hidden = padded_features(self.trunk, [e.input_ids for e in encoded], self.device).cpu().clone()
+        return [
+            Record(
+                int(self.conversations[index]),
+                torch.from_numpy(one.input_ids),
+                torch.from_numpy(one.loss_mask),
+                hidden[row, : len(one.input_ids)],
+            )
+            for row, (index, one) in enumerate(zip(indices, encoded, strict=True))
+        ]
+
+    def unfinished(self) -> list[Path]:
+        return []
