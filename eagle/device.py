@@ -84,6 +84,17 @@ def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, s
     return {VISIBILITY_VARIABLE[kind]: ",".join(map(str, cards))}
 
 
+def weight_memory(kind: str) -> dict[int | str, int] | None:
+    """Bytes that a model's weights may take on every card this process sees; None on a CPU.
+
+    An eighth of what is free stays for a batch: its activations, and the largest layer's workspace.
+    """
+    if kind == "cpu":
+        return None
+    backend = getattr(torch, kind)
+    return {index: backend.mem_get_info(index)[0] // 8 * 7 for index in range(backend.device_count())}
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to, so that a clock tells the truth."""
     if device.type != "cpu":

@@ -81,7 +81,7 @@ class Worker:
         self.batch_tokens = options["batch_tokens"]
         self.device = device.torch_device(kind)
         model, dtype = self.manifest["target"]["name"], parse_dtype(self.manifest["dtype"])
-        self.trunk = load_trunk(model, dtype, self.device, spread=cards > 1)
+        self.trunk = load_trunk(model, dtype, self.device, spread=cards > 1 and kind != "cpu")
         left = int(tokens.lengths[self.places][self.progress.position :].sum())
         self.step = 1
         if cards == 1 and should_compile(compile_mode, kind, left):
@@ -132,14 +132,10 @@ class Worker:
         tokens, started = 0, None
         for start in range(self.progress.position, len(self.places), WINDOW):
             for batch in self.batches(start):
-                self.forward(batch)
-                device.synchronize(self.device)
                 if started is None:  # the first one compiles, reads the weights, fills caches
-                    self.forward(batch)
-                    device.synchronize(self.device)
+                    self.forward(batch)[0, 0, 0].item()
                     started = time.monotonic()
-                    self.forward(batch)
-                    device.synchronize(self.device)
+                self.forward(batch)[0, 0, 0].item()  # waits for the card it lies on
                 tokens += sum(len(item.encoded.input_ids) for item in batch)
                 if time.monotonic() - started > seconds:
                     return tokens, time.monotonic() - started

@@ -97,3 +97,25 @@ def test_dtype_names():
     assert parse_dtype("bf16") == parse_dtype("bfloat16") == torch.bfloat16
     with pytest.raises(RequestError, match="--dtype float8"):
         parse_dtype("float8")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_layers_spread_by_accelerate_give_the_same_features(tmp_path, family):
+    """The dispatch of 70B-class targets over several cards, here over the memory of the CPU and the disk."""
+    folder = make_target(tmp_path / "model", family, layers=4)
+    ids, cpu = torch.arange(1, 25).reshape(2, 12), torch.device("cpu")
+    whole = load_trunk(folder, torch.float32, cpu)
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    spread = load_trunk(
+        folder, torch.float32, cpu, spread=True, memory={"cpu": size * 2 // 3}, offload_folder=tmp_path / "offload"
+    )
+    assert set(map(str, spread.hf_device_map.values())) == {"cpu", "disk"}
+    with torch.inference_mode():
+        expected, found = (trunk(input_ids=ids, use_cache=False).last_hidden_state for trunk in (whole, spread))
+    assert torch.equal(found, expected)
+
+
+def test_a_target_too_large_for_its_cards_is_refused(tmp_path):
+    folder = make_target(tmp_path / "model", layers=4)
+    with pytest.raises(RequestError, match=r"does not fit on the cards of one worker.*--used_npus 4 or 8"):
+        load_trunk(folder, torch.float32, torch.device("cpu"), spread=True, memory={"cpu": 90_000})
