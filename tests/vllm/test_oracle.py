@@ -110,7 +110,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EngineResult]
 def request_for(target: Path, draft: Path) -> EngineRequest:
     prompts = random_prompts()
     return EngineRequest(
-        str(target), prompts, str(draft), dtype="float32", max_new_tokens=64, batch_size=len(prompts), warm_up=False
+        str(target), prompts, str(draft), dtype="float32", max_new_tokens=40, batch_size=len(prompts), warm_up=False
     )
 
 
