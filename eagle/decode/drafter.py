@@ -22,6 +22,7 @@ from eagle.decode.tree import (
     ancestor_mask,
     by_promise,
     chain_paths,
+    identity,
     static_tree,
 )
 from eagle.draft import DraftModel
@@ -40,11 +41,10 @@ class DraftRunner:
         Returns the predicted feature behind the last one, ``[1, H]``.
         """
         self.cache.forget()
-        start, count = self.cache.length, len(tokens)
-        mask = None
-        if start:
-            mask = torch.ones(count, start + count, dtype=torch.bool, device=tokens.device).tril(start)
-        predicted = self._rows(tokens, features, torch.arange(start, start + count, device=tokens.device), mask)
+        start, end = self.cache.length, self.cache.length + len(tokens)
+        positions = torch.arange(end, device=tokens.device)
+        mask = positions <= positions[start:, None] if start else None
+        predicted = self._rows(tokens, features, positions[start:], mask)
         self.cache.keep()
         return predicted[-1:]
 
@@ -54,7 +54,8 @@ class DraftRunner:
         tokens: ``[W]``. features: ``[W, H]``, predicted behind their parents. visible: ``[W, rows of drafted nodes]``.
         """
         positions = torch.full_like(tokens, self.cache.length + depth - 1)
-        return self._rows(tokens, features, positions, functional.pad(visible, (self.cache.length, 0), value=True))
+        before = torch.ones(len(tokens), self.cache.length, dtype=torch.bool, device=tokens.device)
+        return self._rows(tokens, features, positions, torch.cat((before, visible), dim=1))
 
     def _rows(
         self, tokens: torch.Tensor, features: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
@@ -166,7 +167,7 @@ class DynamicDrafter:
         seen = k
         # The nodes followed at this depth: their place in the last candidates, and which rows they see.
         score, token, node = scores[0], tokens[0], torch.arange(1, k + 1, device=device)
-        feature, visible = predicted.expand(k, -1), torch.eye(k, dtype=torch.bool, device=device)
+        feature, visible = predicted.expand(k, -1), identity(k, device)
         for depth in range(1, self.depth):
             behind = draft.extend(token, feature, depth, visible)
             new_scores, new_tokens = log_best(draft.logits(behind), k)
@@ -178,7 +179,7 @@ class DynamicDrafter:
                 score, place = new_scores.topk(k)
                 row = place // k
                 token, node, feature = tokens[-1][place], seen + 1 + place, behind[row]
-                visible = torch.cat((visible[row], torch.eye(k, dtype=torch.bool, device=device)), dim=1)
+                visible = torch.cat((visible[row], identity(k, device)), dim=1)
             seen += k * k
         return self._rerank(root, torch.cat(scores), torch.cat(tokens), torch.cat(parents))
 

@@ -42,9 +42,15 @@ class Tree:
         return len(self.parents)
 
 
+def identity(size: int, device: torch.device) -> torch.Tensor:
+    """``[size, size]`` bool. (Not every backend has ``torch.eye`` for bool.)"""
+    index = torch.arange(size, device=device)
+    return index == index[:, None]
+
+
 def ancestor_mask(parents: torch.Tensor, depth: int) -> torch.Tensor:
     """``[N+1, N+1]`` bool from the parents ``[N+1]`` of a tree `depth` levels deep."""
-    mask = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
+    mask = identity(len(parents), parents.device)
     for _ in range(depth):
         mask = mask | mask[parents]
     return mask
