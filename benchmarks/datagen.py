@@ -1,0 +1,297 @@
+"""How much faster is step 3 than the published way, and how near to what this machine can do at all?
+
+    python benchmarks/datagen.py --model_name quickstart/model --data_path quickstart/sharegpt.json --allow_truncated \\
+        --output datagen.json
+
+The baseline works as EAGLE's published data generation does (``ge_data`` of eagle-llm 1.2.1): one conversation at a
+time through the whole model, logits of every position and their softmax, one pickle for each. Ours is step 3's code.
+Both read the same conversations, tokenise, compute and write; only loading the model is left out. The bare forward runs
+our batches through the trunk and does nothing else. Every variant runs in a process of its own, which also gives its
+peak memory; the variants alternate, and the quickest run of each counts. The matrix-product rate is that of one large
+product in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eagle.cli import HelpFormatter, provenance, run, write_json
+from eagle.compiled import LENGTH_STEP, compile_trunk
+from eagle.conversation import Dropped, Tally, clean_record, load_encoder
+from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
+from eagle.features import FeatureStore
+from eagle.generate import WINDOW, Worker
+from eagle.job import GenerationRequest, claim_outdir, encode_job, finish, resolve
+from eagle.model_config import load_config
+from eagle.records import RecordFile
+from eagle.shard import ShardWriter
+from eagle.store_dtype import STORE_DTYPES
+from eagle.target import from_pretrained_dtype, parse_dtype
+
+#: Where the time of `ours` goes besides the forward pass, as shares.
+PARTS: dict[str, float] = {}
+VARIANTS = ("published", "ours", "bare forward", "matrix product")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Data generation against the published way.", formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_name", required=True, help="folder of the base model")
+    add("--data_path", type=Path, required=True, help="ShareGPT conversations")
+    add("--lengths", type=int, nargs="+", default=[512, 64], help="conversations are cut to so many tokens")
+    add("--tokens", type=int, default=20_000, help="about how many tokens a run computes")
+    add("--repeats", type=int, default=2, help="runs of each variant")
+    add("--dtype", default="bfloat16", help="of model and features")
+    add("--device", default="auto", help="npu, cuda, cpu or auto")
+    add("--batch_tokens", type=int, default=GenerationRequest.__dataclass_fields__["batch_tokens"].default)
+    add("--compile", action="store_true", help="measure the compiled trunk as well")
+    add("--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early")
+    add("--output", type=Path, help="write the numbers to this JSON file")
+    add("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    add("--compiled", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def request_for(args: argparse.Namespace, outdir: Path) -> GenerationRequest:
+    """A job of about `--tokens` tokens at the first of `--lengths`; most conversations are longer than that."""
+    return GenerationRequest(
+        outdir,
+        args.model_name,
+        args.data_path,
+        end_num=max(8, args.tokens // args.lengths[0]),
+        max_length=args.lengths[0],
+        dtype=args.dtype,
+        device=args.device,
+        batch_tokens=args.batch_tokens,
+        allow_truncated=args.allow_truncated,
+        compile="on" if args.compiled else "off",
+    )
+
+
+@torch.inference_mode()
+def published(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
+    """Tokens, seconds and bytes written of the published way."""
+    from transformers import AutoModelForCausalLM
+
+    job = resolve(request_for(args, folder / "job"))
+    device = torch_device(job.kind)
+    options = from_pretrained_dtype(parse_dtype(args.dtype))
+    model = AutoModelForCausalLM.from_pretrained(args.model_name, **options).to(device).eval()
+    model(torch.arange(64, device=device)[None])  # warm
+    started, tokens = time.perf_counter(), 0
+    for number, (ids, mask) in enumerate(tokenised_by_turns(args, job)):
+        result = model(ids[None].to(device), output_hidden_states=True)
+        torch.argmax(result.logits, dim=-1)
+        torch.softmax(result.logits, dim=-1)[0].max(dim=1)
+        dump = {"input_ids": ids, "hidden_state": result.hidden_states[-1].cpu()[0], "loss_mask": mask}
+        torch.save(dump, folder / f"data_{number}.ckpt")
+        tokens += len(ids)
+    seconds = time.perf_counter() - started
+    return tokens, seconds, sum(path.stat().st_size for path in folder.glob("*.ckpt"))
+
+
+def tokenised_by_turns(args: argparse.Namespace, job) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and mask of the job's conversations, every turn tokenised again to count its tokens, one by one."""
+    from eagle.job import node_share
+
+    records = RecordFile(args.data_path, allow_truncated=args.allow_truncated)
+    encoder = load_encoder(args.model_name, load_config(args.model_name))
+    found = []
+    for index in node_share(job.manifest):
+        try:
+            messages = clean_record(records[index], Tally())
+            encoder.encode(messages, args.lengths[0], Tally())  # so that both compute the same conversations
+            text = encoder.render(messages)
+        except Dropped:
+            continue
+        ids = encoder.tokenizer(text, add_special_tokens=False, truncation=True, max_length=args.lengths[0]).input_ids
+        mask, at = torch.ones(len(ids), dtype=torch.int64), 0
+        for message in messages:
+            count = len(encoder.tokenizer(message["content"], add_special_tokens=False).input_ids)
+            mask[at : at + count] = int(message["role"] == "assistant")
+            at += count
+        found.append((torch.tensor(ids), mask))
+    return found
+
+
+def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
+    """The same of step 3: tokenising, computing, writing; and the parts they take."""
+    job = resolve(request_for(args, folder))
+    claim_outdir(job)
+    started = time.perf_counter()
+    encode_job(job)
+    tokenised = time.perf_counter()
+    (folder / "0").mkdir()
+    worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
+    worker.probe(0)  # warm
+    loaded = time.perf_counter()
+    for _ in worker.work(job.request.shard_mb << 20):
+        pass
+    computed = time.perf_counter()
+    manifest = finish(job)
+    size = sum(path.stat().st_size for path in (folder / "0").glob("*.safetensors"))
+    seconds = tokenised - started + computed - loaded
+    lengths = [[len(item.encoded.input_ids) for item in batch] for at in range(0, len(worker.places), WINDOW)
+               for batch in worker.batches(at)]  # fmt: skip
+    padded = sum(max(batch) * len(batch) for batch in lengths)
+    PARTS.update(tokenising=(tokenised - started) / seconds, padding=1 - manifest["tokens"] / padded)
+    return manifest["tokens"], seconds, size
+
+
+def bare_forward(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
+    """Nothing but the trunk on our batches."""
+    job = resolve(request_for(args, folder))
+    claim_outdir(job)
+    encode_job(job)
+    (folder / "0").mkdir()
+    worker = Worker(folder, 0, job.kind, 1)
+    if args.compiled:
+        worker.trunk, worker.step = compile_trunk(worker.trunk), LENGTH_STEP
+    batches = [batch for start in range(0, len(worker.places), WINDOW) for batch in worker.batches(start)]
+    worker.forward(batches[0])
+    synchronize(worker.device)
+    started = time.perf_counter()
+    for batch in batches:
+        worker.forward(batch)
+    synchronize(worker.device)
+    tokens = sum(len(item.encoded.input_ids) for batch in batches for item in batch)
+    return tokens, time.perf_counter() - started, 0
+
+
+def matrix_product(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
+    """Floating-point operations, seconds of a large product."""
+    device, size = torch_device(choose_kind(args.device)), 2048
+    a, b = (torch.randn(size, size, device=device).to(parse_dtype(args.dtype)) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3, best, 0
+
+
+def flops_per_token(model_name: str) -> int:
+    """Two for every weight of the trunk's matrices; attention over a few hundred tokens adds little."""
+    from eagle.target import Weights
+
+    weights = Weights(model_name)
+    return 2 * sum(weights[name].numel() for name in weights.names() if ".layers." in name and name.endswith("weight"))
+
+
+def measure(args: argparse.Namespace, variant: str, length: int, compiled: bool = False) -> dict:
+    """One run of a variant in a process of its own."""
+    words = [sys.executable, __file__, "--variant", variant, "--lengths", str(length), "--model_name", args.model_name]
+    for name in ("data_path", "tokens", "dtype", "device", "batch_tokens"):
+        words += [f"--{name}", str(getattr(args, name))]
+    words += ["--allow_truncated"] * args.allow_truncated + ["--compiled"] * compiled
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(result.stderr[-3000:])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def run_variant(args: argparse.Namespace) -> int:
+    work = {"published": published, "ours": ours, "bare forward": bare_forward, "matrix product": matrix_product}
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, seconds, size = work[args.variant](args, Path(folder))
+    peak = peak_memory(torch_device(choose_kind(args.device)))
+    result = {"rate": tokens / seconds, "tokens": tokens, "bytes_per_token": size / tokens, "peak": peak}
+    print(json.dumps(result | {"parts": PARTS}))
+    return 0
+
+
+def bytes_per_token(args: argparse.Namespace) -> dict[str, float]:
+    """What a token takes on disk in every store dtype; random features, since their values do not matter."""
+    from eagle.shard import Record
+
+    hidden, found = load_config(args.model_name).hidden_size, {}
+    for name in STORE_DTYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            writer = ShardWriter(Path(folder) / "0", store_dtype=name)
+            for number in range(16):
+                features = torch.randn(400, hidden).to(parse_dtype(args.dtype))
+                ids, mask = torch.zeros(400, dtype=torch.int32), torch.zeros(400, dtype=torch.uint8)
+                writer.add(Record(number, ids, mask, features))
+            writer.close_shard()
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+            found[name] = size / FeatureStore(folder).tokens
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.variant:
+        return run_variant(args)
+    names = [(name, False) for name in VARIANTS]
+    if args.compile:
+        names += [("ours", True), ("bare forward", True)]
+    rows = []
+    for length in args.lengths:
+        best: dict[tuple[str, bool], dict] = {}
+        for _ in range(args.repeats):
+            for key in names:
+                found = measure(args, key[0], length, key[1])
+                best[key] = max(best.get(key, found), found, key=lambda result: result["rate"])
+        rows.append(_row(args, length, best))
+        print(_table(rows[-1]), flush=True)
+    sizes = bytes_per_token(args)
+    print("bytes a token: " + ", ".join(f"{name} {size:,.0f}" for name, size in sizes.items()))
+    content = {"rows": rows, "bytes_per_token": sizes, "hardware": describe(torch_device(choose_kind(args.device)))}
+    if args.output:
+        write_json(args.output, content | {"made_by": provenance()})
+    return 0
+
+
+def _row(args: argparse.Namespace, length: int, best: dict[tuple[str, bool], dict]) -> dict:
+    flops, product = flops_per_token(args.model_name), best["matrix product", False]["rate"]
+    ours = best["ours", False]
+    row: dict = {"length": length, "tokens": ours["tokens"], "matrix_product_gflops": product / 1e9}
+    row |= {f"share_of_{name}": value for name, value in ours["parts"].items()}
+    for (name, compiled), result in best.items():
+        if name == "matrix product":
+            continue
+        row[name + (", compiled" if compiled else "")] = {
+            "tokens_per_second": result["rate"],
+            "ratio": result["rate"] / best["published", False]["rate"],
+            "of_bare_forward": result["rate"] / best["bare forward", compiled]["rate"],
+            "of_matrix_product": result["rate"] * flops / product,
+            "peak_memory": result["peak"],
+            "bytes_per_token": result["bytes_per_token"],
+        }
+    return row
+
+
+def _table(row: dict) -> str:
+    lines = [
+        f"at most {row['length']} tokens a conversation, {row['tokens']:,} tokens a run; "
+        f"matrix products at {row['matrix_product_gflops']:,.0f} GFLOP/s",
+        f"  {'':24}{'tokens/s':>10}{'ratio':>8}{'of bare':>9}{'of product':>12}{'peak MB':>9}{'bytes/token':>13}",
+    ]
+    for name, found in row.items():
+        if isinstance(found, dict):
+            lines.append(
+                f"  {name:24}{found['tokens_per_second']:10,.0f}{found['ratio']:8.2f}{found['of_bare_forward']:9.0%}"
+                f"{found['of_matrix_product']:12.0%}{found['peak_memory'] / 1e6:9,.0f}{found['bytes_per_token']:13,.0f}"
+            )
+    lines.append(
+        f"  ours: {row['share_of_tokenising']:.0%} of the time tokenising, {row['share_of_padding']:.0%} padding"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
