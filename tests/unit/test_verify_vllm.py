@@ -93,13 +93,20 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
 
 @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
 def test_a_difference_is_shown_and_counts_in_float32(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str, code: int
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    dtype: str,
+    code: int,
 ) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"turns": ["a"]}\n{"question_id": 7, "category": "maths", "turns": ["b"]}\n')
     drafted = dataclasses.replace(RESULT, dtype=dtype)
     engines(monkeypatch, drafted, dataclasses.replace(drafted, outputs=[[5, 6, 7, 8], [9, 11]]))
-    assert call(*pair) == code
+    assert call(*pair, "--prompts", prompts) == code
     shown = capsys.readouterr()
-    assert "differs in 1 of 2 replies, first in prompt 2 (writing), token 1 of the reply (from 0)" in shown.out
+    assert "differs in 1 of 2 replies, first in prompt 7 (maths), token 1 of the reply (from 0)" in shown.out
     assert ("rounding differs" in shown.out) is (dtype == "bfloat16")
     assert bool(shown.err) is bool(code)
 
