@@ -129,6 +129,14 @@ def test_system_turn_is_kept_and_not_supervised():
         assert all("brief" not in text for text in supervised_text(case, messages))
 
 
+@pytest.mark.parametrize("name", ["vicuna", "llama2"])
+def test_built_in_templates_do_without_a_bos_token(name):
+    tokenizer = word_piece_tokenizer()
+    tokenizer.bos_token = None
+    own = Encoder(tokenizer, (TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), name)
+    assert own.encode(conversation("hi", "hello there"), 100, Tally()).loss_mask.sum() > 1
+
+
 def test_template_that_rewrites_replies_is_refused():
     own = Encoder(byte_level_tokenizer(), "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "x")
     with pytest.raises(Dropped) as dropped:
