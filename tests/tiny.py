@@ -149,9 +149,7 @@ def conversations(count: int, turns: int = 2, seed: int = 0) -> list[dict[str, A
     return [
         {
             "id": f"c{number}",
-            "conversations": [
-                {"from": speaker, "value": text()} for _ in range(turns) for speaker in ("human", "gpt")
-            ],
+            "conversations": [{"from": speaker, "value": text()} for _ in range(turns) for speaker in ("human", "gpt")],
         }
         for number in range(count)
     ]
