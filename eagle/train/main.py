@@ -249,6 +249,7 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
     best = checkpoint.resolve_pointer(options.cpdir / checkpoint.BEST)
     summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""
     trainer.log.say(f"done: {options.cpdir / checkpoint.BEST} is {best.name}{summary}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
 
@@ -258,5 +259,14 @@ def _launched_for_several() -> bool:
     return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
 
 
+def leave(code: int) -> None:
+    """End this process. The gloo threads of a CPU run outlive their group and can abort a process that is done."""
+    if code == 0 and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))
