@@ -263,27 +263,50 @@ class Encoder:
 
         Raises: Dropped where nothing supervised is left.
         """
-        aligned = self.align(messages)
-        ids, mask = aligned.input_ids, aligned.loss_mask
-        whole_is_usable = _supervised_positions(mask)
-        if len(ids) > max_length:
-            ids, mask = ids[:max_length], mask[:max_length]
-            if whole_is_usable and not _supervised_positions(mask):
-                raise Dropped("reply_beyond_max_length")
-            tally.repaired["cut_to_max_length"] += 1
+        aligned = self.align(messages, at_least=max_length)
+        ids, mask = aligned.input_ids[:max_length], aligned.loss_mask[:max_length]
+        is_cut = len(aligned.input_ids) > max_length
         if not _supervised_positions(mask):
-            raise Dropped("reply_too_short")
+            raise Dropped("reply_beyond_max_length" if is_cut and self._is_usable(messages) else "reply_too_short")
+        if is_cut:
+            tally.repaired["cut_to_max_length"] += 1
         return Encoded(ids, mask)
 
-    def align(self, messages: list[Message]) -> Aligned:
-        """Text, tokens and loss mask of a whole conversation. Raises: Dropped."""
+    def _is_usable(self, messages: list[Message]) -> bool:
+        """Whether the whole conversation has something supervised in it."""
+        # No token is so long; tokenising all of a conversation that is dropped anyway would be the larger part.
+        if any(message["role"] == "assistant" and len(message["content"].strip()) > 512 for message in messages):
+            return True
+        return _supervised_positions(self.align(messages).loss_mask)
+
+    def align(self, messages: list[Message], at_least: int | None = None) -> Aligned:
+        """Text, tokens and loss mask of a conversation. Raises: Dropped.
+
+        at_least: so many tokens from the start are enough, and one more where there are more; of a long conversation
+        only the beginning is tokenised then.
+        """
         text, spans = self.reply_spans(messages)
-        ids, offsets = self._tokenize(text, spans)
+        ids, offsets = self._tokenize_enough(text, spans, at_least) if at_least else self._tokenize(text, spans)
         mask = np.zeros(len(ids), dtype=np.uint8)
         starts, ends = offsets[:, 0], offsets[:, 1]
         for start, end in spans:
             mask[(starts < end) & (ends > start)] = 1
         return Aligned(text, ids, mask, offsets)
+
+    def _tokenize_enough(self, text: str, spans: list[tuple[int, int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`_tokenize` of as much of the text as gives `count` tokens and a margin.
+
+        The tokens right before a cut differ from those of the whole text, as the word there is cut too; none of those
+        is in what is used, which ends a hundred tokens earlier.
+        """
+        characters, margin = 8 * (count + 128), 100
+        while characters < len(text):
+            beginning = [(start, end) for start, end in spans if start < characters]
+            ids, offsets = self._tokenize(text[:characters], beginning)
+            if len(ids) > count + margin:
+                return ids, offsets
+            characters *= 2
+        return self._tokenize(text, spans)
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """ids ``[T]`` int32 and character offsets ``[T, 2]`` of `text`.

@@ -18,7 +18,7 @@ from eagle.conversation import (
     load_encoder,
 )
 from eagle.model_config import load_config
-from tests.tiny import byte_level_tokenizer, make_target, word_piece_tokenizer
+from tests.tiny import byte_level_tokenizer, conversations, make_target, word_piece_tokenizer
 
 # Templates as models bring them: one that trims, one whose turn markers are plain text.
 TRIMMING = (
@@ -231,3 +231,16 @@ def test_template_choice(tmp_path):
     assert name(llama) == "the tokenizer's own"
     with pytest.raises(RequestError, match="--chat_template nonsense"):
         name(llama, "nonsense")
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, word_piece_tokenizer])
+def test_the_beginning_of_a_long_conversation_is_tokenised_as_in_the_whole(make):
+    encoder = Encoder(make(), (TEMPLATE_FOLDER / "chatml.jinja").read_text(encoding="utf-8"), "chatml")
+    for seed, record in enumerate(conversations(12, turns=60, seed=5)):
+        messages = clean_record(record, Tally())
+        whole = encoder.align(messages)
+        for length in (16, 100, 400 + seed):
+            part = encoder.align(messages, at_least=length)
+            assert length < len(part.input_ids) < len(whole.input_ids)
+            for name in ("input_ids", "loss_mask", "offsets"):
+                assert np.array_equal(getattr(part, name)[: length + 1], getattr(whole, name)[: length + 1])
