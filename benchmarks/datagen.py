@@ -26,7 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.cli import HelpFormatter, provenance, run, write_json
-from eagle.compiled import LENGTH_STEP, compile_trunk
 from eagle.conversation import Dropped, Tally, clean_record, load_encoder
 from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
 from eagle.features import FeatureStore
@@ -156,9 +155,7 @@ def bare_forward(args: argparse.Namespace, folder: Path) -> tuple[int, float, in
     claim_outdir(job)
     encode_job(job)
     (folder / "0").mkdir()
-    worker = Worker(folder, 0, job.kind, 1)
-    if args.compiled:
-        worker.trunk, worker.step = compile_trunk(worker.trunk), LENGTH_STEP
+    worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
     batches = [batch for start in range(0, len(worker.places), WINDOW) for batch in worker.batches(start)]
     worker.forward(batches[0])
     synchronize(worker.device)

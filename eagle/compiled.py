@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 
 import torch
 
 from eagle.cli import RequestError
 
 #: Tokens a worker must have before it that compiling saves more time than it takes.
-WORTH_TOKENS = {"cpu": 1_000_000, "cuda": 20_000_000}
+WORTH_TOKENS = {"cpu": 2_000_000, "cuda": 20_000_000}
 #: Compiled shapes are dynamic; padded lengths are multiples of this, which keeps the kernels' tails short.
 LENGTH_STEP = 32
+#: How far features may differ, relative to their size, and still be the same but for rounding.
+_NOISE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.002}
 
 
 def should_compile(mode: str, kind: str, tokens: int) -> bool:
@@ -38,9 +41,26 @@ def _missing(kind: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "there is no triton, which compiles for CUDA"
 
 
-def compile_trunk(trunk: torch.nn.Module) -> torch.nn.Module:
-    """The trunk compiled once for batches of every shape, its frozen weights laid out for the kernels."""
+def compile_trunk(trunk: torch.nn.Module, where: torch.device) -> torch.nn.Module | None:
+    """The trunk compiled once for batches of every shape, its frozen weights laid out for the kernels.
+
+    None, and a word on stderr, where it cannot be compiled or its features are not the eager trunk's to the noise of
+    the dtype.
+    """
     from torch._inductor import config
 
     config.freezing = True  # the weights never change: pre-packed, they are multiplied faster
-    return torch.compile(trunk, dynamic=True)  # type: ignore[return-value]
+    compiled = torch.compile(trunk, dynamic=True)
+    ids = torch.arange(4 * LENGTH_STEP, device=where).reshape(2, -1) % 97 + 3
+    try:
+        with torch.inference_mode():
+            expected, found = (run(input_ids=ids, use_cache=False).last_hidden_state for run in (trunk, compiled))
+    except Exception as error:  # compilers fail in every way there is
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"note: torch.compile failed, going on without it: {reason}", file=sys.stderr)
+        return None
+    difference = float((found - expected).float().norm() / expected.float().norm())
+    if not difference < _NOISE[expected.dtype]:
+        print(f"note: compiled features differ by {difference:.1%}, going on without torch.compile", file=sys.stderr)
+        return None
+    return compiled  # type: ignore[return-value]

@@ -85,7 +85,9 @@ class Worker:
         left = int(tokens.lengths[self.places][self.progress.position :].sum())
         self.step = 1
         if cards == 1 and should_compile(compile_mode, kind, left):
-            self.trunk, self.step = compile_trunk(self.trunk), LENGTH_STEP
+            compiled = compile_trunk(self.trunk, self.device)
+            if compiled is not None:
+                self.trunk, self.step = compiled, LENGTH_STEP
 
     def work(self, shard_bytes: int) -> Iterator[Progress]:
         """Compute what is left of the share, then write ``done.json``. Yields the running progress.
