@@ -15,8 +15,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,13 +23,13 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.cli import provenance, run, write_json
-from eagle.decode.costs import estimate
+from eagle.decode.costs import estimate, timed
 from eagle.decode.drafter import DraftOptions
 from eagle.decode.generate import Generation, SpeculativeDecoder, generate_alone
 from eagle.decode.pair import load_fitting_draft, load_target
 from eagle.decode.sampling import Sampling
 from eagle.decode.statistics import Acceptance
-from eagle.device import choose_kind, describe, synchronize, torch_device
+from eagle.device import choose_kind, describe, torch_device
 from eagle.target import dtype_name, from_pretrained_dtype, parse_dtype
 from tests.oracle import Shape, random_prompts, write_pair
 
@@ -51,14 +49,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto")
     add("--output", type=Path, help="write the numbers to this JSON file")
     return parser.parse_args(argv)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         acceptance = Acceptance.of((step for reply in replies for step in reply.steps), length)
         whole, prefill, alone, drafted = [], [], [], []
         for _ in range(args.repeats):
-            whole.append(seconds(by_transformers, device))
-            prefill.append(seconds(lambda: by_transformers(1), device))
+            whole.append(timed(by_transformers, device)[0])
+            prefill.append(timed(lambda: by_transformers(1), device)[0])
             alone.append(decoding([generate_alone(target, prompt, new, greedy) for prompt in prompts]))
             drafted.append(decoding([decoder.generate(prompt, new) for prompt in prompts]))
         baseline = min(whole) - min(prefill)

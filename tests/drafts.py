@@ -30,6 +30,22 @@ def random_draft(target: Target, seed: int = 1, std: float = 0.3) -> DraftModel:
     return draft.requires_grad_(False).eval().to(target.head.dtype)
 
 
+def trained_draft(target: Target, prompt: list[int], tokens: list[int], features: torch.Tensor) -> DraftModel:
+    """A random draft after some steps on one continuation; right about much of it, and about little else."""
+    draft = random_draft(target, std=0.1)
+    trained = [p.requires_grad_() for name, p in draft.named_parameters() if name != "embed_tokens.weight"]
+    sequence = torch.tensor([prompt + tokens])
+    wanted = target.logits(features[1:-1]).argmax(-1)
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    for _ in range(40):
+        predicted = draft(sequence[:, 1:-1], features[None, :-2])[0]
+        loss = nn.functional.cross_entropy(target.logits(predicted), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return draft.requires_grad_(False)
+
+
 class RiggedDraft(nn.Module):
     """Predicts, at position t, what it is told of the target's own greedy continuation: right says where truly.
 

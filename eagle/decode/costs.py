@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from eagle.decode.drafter import Drafter, DraftRunner
+from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.pair import Target
 from eagle.decode.sampling import Sampling
 from eagle.decode.statistics import Acceptance
 from eagle.device import synchronize
 from eagle.draft import DraftModel
 
-#: Rounds over all sizes; the quickest of each counts, since other work on the machine only adds.
-_ROUNDS = 6
+T = TypeVar("T")
+
+#: Rounds over all sizes: this many at least, and more (up to as many) for so many seconds.
+_LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 4, 20, 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ def estimate(
 ) -> list[Estimate]:
     """Time a step of each drafter, and of the target alone, behind `context` tokens.
 
-    drafters: by the number of tokens they draft, each the first nodes of the tree that `acceptance` was measured with.
+    drafters: by the number of tokens they draft, ascending; each drafts the first nodes of the tree that `acceptance`
+    was measured with.
     """
     device = target.device
     sampling = Sampling()
@@ -53,42 +57,48 @@ def estimate(
     rows = min(context, max(1, round(acceptance.tau())))
 
     def step_alone() -> tuple[float, float]:
-        seconds = timed(lambda: target.logits(target.features(ids[:1], cache)).argmax(-1), device)
-        return 0.0, seconds
+        return 0.0, timed(lambda: target.logits(target.features(ids[:1], cache)).argmax(-1), device)[0]
 
     def step(drafter: Drafter) -> tuple[float, float]:
         runner.cache.forget(context)
 
-        def propose():
-            predicted = runner.advance(ids[:rows], features[:rows])
-            return drafter.propose(ids[:1], predicted, runner, generator)
+        def draft_tree() -> Proposal:
+            return drafter.propose(ids[:1], runner.advance(ids[:rows], features[:rows]), runner, generator)
 
-        started = time.perf_counter()
-        proposal = propose()
-        synchronize(device)
-        drafting = time.perf_counter() - started
-        shape = (proposal.tree.depths, proposal.tree.ancestors)
-        verifying = timed(lambda: target.logits(target.features(proposal.tokens, cache, shape)).argmax(-1), device)
-        return drafting, verifying
+        def verify() -> torch.Tensor:
+            shape = (proposal.tree.depths, proposal.tree.ancestors)
+            return target.logits(target.features(proposal.tokens, cache, shape)).argmax(-1)
 
-    times: dict[int, list[tuple[float, float]]] = {0: [], **{nodes: [] for nodes in drafters}}
-    for _ in range(_ROUNDS):
-        times[0].append(step_alone())
-        for nodes, drafter in drafters.items():
-            times[nodes].append(step(drafter))
+        drafting, proposal = timed(draft_tree, device)
+        return drafting, timed(verify, device)[0]
+
+    rounds: list[list[tuple[float, float]]] = []
+    started = time.perf_counter()
+    while len(rounds) < _LEAST_ROUNDS or (len(rounds) < _MOST_ROUNDS and time.perf_counter() - started < _SECONDS):
+        rounds.append([step_alone(), *(step(drafter) for drafter in drafters.values())])
+    drafting, verifying = (lowest(side) for side in zip(*(zip(*one, strict=True) for one in rounds), strict=True))
     return [
-        Estimate(nodes, *map(min, zip(*measured, strict=True)), acceptance.tau_of_first(nodes))
-        for nodes, measured in times.items()
+        Estimate(nodes, draft_seconds, target_seconds, acceptance.tau_of_first(nodes))
+        for nodes, draft_seconds, target_seconds in zip((0, *drafters), drafting, verifying, strict=True)
     ]
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes."""
+def lowest(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """The cost of each size, smallest size first, from several rounds.
+
+    The quickest counts, since other work on the machine only adds; and fewer tokens never cost more than more tokens.
+    """
+    best = [min(times) for times in zip(*rounds, strict=True)]
+    return [min(best[size:]) for size in range(len(best))]
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds that `work` takes, and what it gives."""
     synchronize(device)
     started = time.perf_counter()
-    work()
+    result = work()
     synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result
 
 
 def fastest(estimates: list[Estimate]) -> Estimate:

@@ -9,7 +9,7 @@ from eagle.decode.drafter import DynamicDrafter, StaticDrafter
 from eagle.decode.generate import SpeculativeDecoder, generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.tree import EAGLE1_PATHS, chain_paths
-from tests.drafts import CPU, RIGGED, RiggedDraft, greedy_by_transformers, random_draft, tiny_target
+from tests.drafts import CPU, RIGGED, RiggedDraft, greedy_by_transformers, random_draft, tiny_target, trained_draft
 from tests.tiny import make_target
 
 NEW = 24
@@ -34,22 +34,28 @@ DRAFTERS = {
     "eagle 2, small": DynamicDrafter(7, 3, 3),
     "eagle 2, one level": DynamicDrafter(4, 1, 5),
 }
+OWN = ("random", "trained")
 PROMPTS = ([5, 9, 33, 60, 7], [301], list(range(20, 120, 3)))
 
 
 @pytest.fixture(params=TARGETS, scope="module")
 def known(request, tmp_path_factory):
-    """A target, and for each prompt what transformers' own generate makes of it."""
+    """A target, what transformers' own generate makes of each prompt, and drafts with weights of their own."""
     folder = make_target(tmp_path_factory.mktemp("target"), **TARGETS[request.param])
-    return tiny_target(folder), {tuple(prompt): greedy_by_transformers(folder, prompt, NEW + 8) for prompt in PROMPTS}
+    target, drafts = tiny_target(folder), {}
+    truth = {tuple(prompt): greedy_by_transformers(folder, prompt, NEW + 8) for prompt in PROMPTS}
+    for prompt, (tokens, features) in truth.items():
+        drafts["random", prompt] = random_draft(target)
+        drafts["trained", prompt] = trained_draft(target, list(prompt), tokens, features)
+    return target, truth, drafts
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("rigging", [*RIGGED, "random"])
+@pytest.mark.parametrize("rigging", [*RIGGED, *OWN])
 def test_output_is_the_targets_own(known, rigging, drafter):
-    target, truth = known
+    target, truth, drafts = known
     for prompt, (tokens, features) in truth.items():
-        draft = random_draft(target) if rigging == "random" else RiggedDraft(target, features, RIGGED[rigging])
+        draft = drafts[rigging, prompt] if rigging in OWN else RiggedDraft(target, features, RIGGED[rigging])
         decoder = SpeculativeDecoder(target, draft, DRAFTERS[drafter], GREEDY)
         result = decoder.generate(list(prompt), NEW)
         assert result.tokens == tokens[:NEW]
@@ -61,19 +67,21 @@ def test_output_is_the_targets_own(known, rigging, drafter):
             assert len(accepted) == math.ceil((NEW - 1) / (decoder.drafter.depth + 1))
         if rigging == "always wrong" and drafter.startswith("chain"):
             assert not any(accepted)
+        if rigging == "trained":
+            assert sum(accepted) > 0
         if rigging == "right two times of three":
             assert sum(accepted) > 0 or drafter == "crooked"
 
 
 def test_the_target_alone(known):
-    target, truth = known
+    target, truth, _ = known
     for prompt, (tokens, _) in truth.items():
         assert generate_alone(target, list(prompt), NEW, GREEDY).tokens == tokens[:NEW]
 
 
 @pytest.mark.parametrize("drafter", ["chain 5", "eagle 1", "eagle 2"])
 def test_ends_at_a_stop_token_even_inside_an_accepted_path(known, drafter):
-    target, truth = known
+    target, truth, _ = known
     prompt, (tokens, features) = next(iter(truth.items()))
     draft = RiggedDraft(target, features, RIGGED["always right"])
     decoder = SpeculativeDecoder(target, draft, DRAFTERS[drafter], GREEDY)

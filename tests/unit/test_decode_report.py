@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eagle.decode.costs import Estimate, fastest
+from eagle.decode.costs import Estimate, fastest, lowest
 from eagle.decode.generate import Generation, Step
 from eagle.decode.picture import draw_report
 from eagle.decode.replies import Reply
@@ -76,3 +76,8 @@ def test_the_ends_of_the_curve_are_explained(nodes, said):
     slow = [Estimate(one.nodes, one.draft_seconds, 0.001 if one.nodes == nodes else 1.0, one.tau) for one in ESTIMATES]
     assert fastest(slow).nodes == nodes
     assert said in "\n".join(report_lines(full_report([reply("", [1, 2], [1, 2], CHAIN)], slow)))
+
+
+def test_costs_survive_a_busy_machine():
+    """The quickest round counts, and a size is never dearer than a larger one."""
+    assert lowest([[5.0, 9.0, 4.0], [3.0, 6.0, 7.0]]) == [3.0, 4.0, 4.0]

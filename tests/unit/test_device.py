@@ -78,3 +78,10 @@ def test_worker_environment(monkeypatch):
     assert device.worker_environment("cpu", [0], 1) == {}
     assert device.worker_environment("cpu", [0], 4) == {"OMP_NUM_THREADS": "2"}
     assert device.worker_environment("cpu", [0], 99) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_what_reports_say_about_the_machine():
+    cpu = torch.device("cpu")
+    assert device.describe(cpu).startswith("cpu ") and "thread" in device.describe(cpu)
+    assert device.peak_memory(cpu) > 1e7  # bytes
+    device.synchronize(cpu)

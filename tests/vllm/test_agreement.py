@@ -66,7 +66,7 @@ def compare(name: str, model: Path, draft: Path, prompts: list[list[int]], stop:
 def test_the_quickstarts_draft(tmp_path: Path) -> None:
     config = load_config(MODEL)
     encoder = load_encoder(MODEL, config)
-    prompts = [encode_first_turn(prompt, encoder) for prompt in load_prompts(None, 8)]
+    prompts = [encode_first_turn(prompt, encoder) for prompt in load_prompts(None, 6)]
     compare("quickstart", MODEL, DRAFT, prompts, stop_tokens(MODEL, config, encoder), tmp_path)
 
 
