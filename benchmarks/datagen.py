@@ -5,7 +5,7 @@
 
 The baseline works as EAGLE's published data generation does (``ge_data`` of eagle-llm 1.2.1): one conversation at a
 time through the whole model, logits of every position and their softmax, one pickle for each. Ours is step 3's code.
-Both read the same conversations, tokenise, compute and write; only loading the model is left out. The bare forward runs
+Both read the same conversations, tokenise, compute and write; loading the model is left out. The bare forward runs
 our batches through the trunk and does nothing else. Every variant runs in a process of its own, which also gives its
 peak memory; the variants alternate, and the quickest run of each counts. The matrix-product rate is that of one large
 product in the same dtype.
@@ -26,13 +26,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.cli import HelpFormatter, provenance, run, write_json
-from eagle.conversation import Dropped, Tally, clean_record, load_encoder
+from eagle.conversation import Tally, clean_record
 from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
 from eagle.features import FeatureStore
 from eagle.generate import WINDOW, Worker
-from eagle.job import GenerationRequest, claim_outdir, encode_job, finish, resolve
+from eagle.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
 from eagle.model_config import load_config
-from eagle.records import RecordFile
 from eagle.shard import ShardWriter
 from eagle.store_dtype import STORE_DTYPES
 from eagle.target import from_pretrained_dtype, parse_dtype
@@ -89,8 +88,10 @@ def published(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     options = from_pretrained_dtype(parse_dtype(args.dtype))
     model = AutoModelForCausalLM.from_pretrained(args.model_name, **options).to(device).eval()
     model(torch.arange(64, device=device)[None])  # warm
+    lengths = encode_job(job).lengths  # so that both compute the same conversations
+    usable = [index for index, length in zip(node_share(job.manifest), lengths, strict=True) if length]
     started, tokens = time.perf_counter(), 0
-    for number, (ids, mask) in enumerate(tokenised_by_turns(args, job)):
+    for number, (ids, mask) in enumerate(tokenised_by_turns(args, job, usable)):
         result = model(ids[None].to(device), output_hidden_states=True)
         torch.argmax(result.logits, dim=-1)
         torch.softmax(result.logits, dim=-1)[0].max(dim=1)
@@ -101,20 +102,14 @@ def published(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     return tokens, seconds, sum(path.stat().st_size for path in folder.glob("*.ckpt"))
 
 
-def tokenised_by_turns(args: argparse.Namespace, job) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and mask of the job's conversations, every turn tokenised again to count its tokens, one by one."""
-    from eagle.job import node_share
-
-    records = RecordFile(args.data_path, allow_truncated=args.allow_truncated)
-    encoder = load_encoder(args.model_name, load_config(args.model_name))
-    found = []
-    for index in node_share(job.manifest):
-        try:
-            messages = clean_record(records[index], Tally())
-            encoder.encode(messages, args.lengths[0], Tally())  # so that both compute the same conversations
-            text = encoder.render(messages)
-        except Dropped:
-            continue
+def tokenised_by_turns(
+    args: argparse.Namespace, job: Job, usable: list[int]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and mask of those conversations, every turn tokenised again to count its tokens, one by one."""
+    encoder, found = job.encoder, []
+    for index in usable:
+        messages = clean_record(job.records[index], Tally())
+        text = encoder.render(messages)
         ids = encoder.tokenizer(text, add_special_tokens=False, truncation=True, max_length=args.lengths[0]).input_ids
         mask, at = torch.ones(len(ids), dtype=torch.int64), 0
         for message in messages:

@@ -16,7 +16,7 @@ import numpy as np
 
 from eagle import device
 from eagle.cli import RequestError, existing_path, provenance, write_json
-from eagle.conversation import Tally, load_encoder
+from eagle.conversation import Encoder, Tally, load_encoder
 from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
@@ -113,6 +113,8 @@ class Job:
     conversations: int
     manifest: dict
     notes: list[str]
+    records: RecordFile
+    encoder: Encoder
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
@@ -173,7 +175,7 @@ def resolve(request: GenerationRequest) -> Job:
         "complete": False,
         "made_by": provenance(),
     }
-    return Job(request, kind, len(node_share(manifest)), manifest, notes)
+    return Job(request, kind, len(node_share(manifest)), manifest, notes, records, encoder)
 
 
 def _notes(request: GenerationRequest, records: RecordFile, template: str, longest: int) -> list[str]:
@@ -278,10 +280,7 @@ def encode_job(job: Job) -> Tokens:
     path, key = job.request.folder / TOKENS, key_of(job.manifest)
     tokens = load_tokens(path, key)
     if tokens is None:
-        options = job.manifest["options"]
-        records = RecordFile(job.request.data_path, allow_truncated=job.request.allow_truncated)
-        encoder = load_encoder(job.request.model_name, load_config(job.request.model_name), options["chat_template"])
-        tokens = encode_all(records, encoder, node_share(job.manifest), options["max_length"])
+        tokens = encode_all(job.records, job.encoder, node_share(job.manifest), job.request.max_length)
         if (job.request.folder / MANIFEST).is_file():
             save_tokens(path, tokens, key)
     return tokens
