@@ -3,9 +3,9 @@
     accelerate launch -m --mixed_precision=bf16 eagle.train.main --tmpdir ./features --cpdir ./checkpoints \\
         --configpath configs/llama_2_chat_7B_config.json --basepath ./llama-2-7b-chat --bs 4
 
-Also ``python -m eagle.train.main ...``; several processes on a CPU are ``torchrun --nproc_per_node 2 -m
-eagle.train.main ...``. Writes ``CPDIR/state_<step>/`` with ``best`` and ``last`` pointing at one of them; the same
-command continues an interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
+Also ``python -m eagle.train.main ...``, and ``accelerate launch --cpu --num_processes 2 -m eagle.train.main ...``.
+Writes ``CPDIR/state_<step>/`` with ``best`` and ``last`` pointing at one of them; the same command continues an
+interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
 from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
+from eagle.train.cpu_group import become_group
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
@@ -234,11 +235,6 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
-    if _launched_for_several():
-        trainer.log.say(
-            "note: accelerate launch --cpu starts one process, whatever --num_processes says; for more: torchrun "
-            "--nproc_per_node N -m eagle.train.main ..."
-        )
     for folder in trainer.train_set.store.unfinished():
         trainer.log.say(f"note: data generation into {folder} has not finished; training on what is there")
     if saved:
@@ -254,11 +250,6 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
     return 0
 
 
-def _launched_for_several() -> bool:
-    """Whether ``accelerate launch --cpu`` was asked for several processes: it names an address to meet at."""
-    return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
-
-
 def leave(code: int) -> None:
     """End this process. The gloo threads of a CPU run outlive their group and can abort a process that is done."""
     if code == 0 and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -269,4 +260,5 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
+    become_group("eagle.train.main")
     leave(run(main))
