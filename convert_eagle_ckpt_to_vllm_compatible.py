@@ -45,13 +45,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="v1: vLLM 0.9 and newer; v0: up to 0.8; auto: what the installed vLLM takes, both where none is",
     )
+    parser.add_argument(
+        "--allow-other-base",
+        "--allow_other_base",
+        action="store_true",
+        help="export although the draft was trained for another base model, or for this one in another dtype",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     folders = export(
-        args.base_path, args.draft_path, args.output_path, args.layout, args.base_weight_name, args.draft_weight_name
+        args.base_path,
+        args.draft_path,
+        args.output_path,
+        args.layout,
+        args.base_weight_name,
+        args.draft_weight_name,
+        allow_other_base=args.allow_other_base,
     )
     for layout, folder in folders.items():
         print(f"{folder}: layout {layout}, checked; how to serve it is in {folder / 'README.md'}")

@@ -24,7 +24,7 @@ from eagle.draft import WEIGHTS_FILE, read_draft_state
 from eagle.export_check import check_export
 from eagle.export_note import serving_note
 from eagle.model_config import ModelConfig, load_config
-from eagle.target import DTYPES, Weights, dtype_name, read_embedding, read_head
+from eagle.target import DTYPES, Weights, dtype_name, fingerprint, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.train.checkpoint import STATE, resolve_pointer
 
@@ -39,13 +39,15 @@ class Draft:
     """A trained draft ready to be written.
 
     config: its single layer, with the biases it really has. tensors: the trained weights by public name. source: the
-    folder they came from. measured: validation metrics saved beside it, for the note.
+    folder they came from. measured: validation metrics saved beside it, for the note. trained_for: the fingerprint of
+    the target, None for a draft made elsewhere.
     """
 
     config: ModelConfig
     tensors: dict[str, torch.Tensor]
     source: Path
     measured: dict[str, float]
+    trained_for: str | None = None
 
 
 def installed_vllm() -> str | None:
@@ -101,9 +103,20 @@ def read_draft(path: Path, weight_name: str | None, target: ModelConfig) -> Draf
         tie_word_embeddings=False,
     )
     _check_tensors(state, config, folder)
-    run = folder / STATE
-    measured = read_json(run, "a checkpoint's state").get("metrics", {}) if run.is_file() else {}
-    return Draft(config, state, folder, measured)
+    saved = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
+    return Draft(config, state, folder, saved.get("metrics", {}), saved.get("run", {}).get("target"))
+
+
+def check_target(draft: Draft, base: Weights) -> None:
+    """Raises: RequestError where the draft was trained for another model than `base`, of the same shapes maybe."""
+    if draft.trained_for in (None, fingerprint(base.folder, base)):
+        return
+    raise RequestError(
+        f"--draft-path {draft.source} was trained for another model than --base-path {base.folder}: their fingerprints "
+        f"differ ({draft.trained_for[:12]} and {fingerprint(base.folder, base)[:12]}), and with a wrong base hardly a "
+        "draft token is accepted. Name the base model of its training; where this is that model in another dtype, pass "
+        "--allow-other-base."
+    )
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -224,6 +237,8 @@ def export(
     layout: str = "auto",
     base_weight_name: str | None = None,
     draft_weight_name: str | None = None,
+    *,
+    allow_other_base: bool = False,
 ) -> dict[str, Path]:
     """Export a draft in one or both layouts. Returns the folder of each.
 
@@ -236,6 +251,8 @@ def export(
     target = load_config(base_path)
     base = Weights(base_path, base_weight_name, flag="--base-path")
     draft = read_draft(draft_path, draft_weight_name, target)
+    if not allow_other_base:
+        check_target(draft, base)
     output = output_path or draft_path.parent / f"{draft_path.resolve().name}-vllm"
     layouts = choose_layouts(layout)
     folders = {name: output / name if len(layouts) > 1 else output for name in layouts}

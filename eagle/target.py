@@ -181,13 +181,13 @@ def _checked(weights: Weights, name: str, config: ModelConfig) -> torch.Tensor:
     return tensor
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path, weights: Weights | None = None) -> str:
     """sha256 that tells two targets apart: the config and three tensors every fine-tuning moves.
 
     The bytes are taken as stored, so the same model in another file layout has the same fingerprint and the
     same model in another dtype has not.
     """
-    config, weights = load_config(folder), Weights(folder)
+    config, weights = load_config(folder), weights or Weights(folder)
     digest = hashlib.sha256(config.digest().encode())
     last = config.num_hidden_layers - 1
     for name in (

@@ -113,7 +113,6 @@ def test_accelerate_starts_as_many_cpu_processes_as_asked(store: Path, llama: Pa
     assert "on 2 x cpu" in answer.out
 
 
-
 def test_without_validation_the_newest_checkpoint_is_the_best(store: Path, llama: Path, tmp_path: Path) -> None:
     command("-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--val_ratio", 0, "--keep", 1))
     newest = states(tmp_path / "run")

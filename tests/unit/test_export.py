@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from eagle.draft import load_draft
 from eagle.export import choose_layouts, export
 from eagle.export_note import note_with_acceptance
 from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding, read_head
+from eagle.target import Weights, fingerprint, read_embedding, read_head
 from tests.tiny import make_target
 from tests.unit.exports import hashes, make_draft, read
 
@@ -267,6 +268,21 @@ def test_a_draft_of_another_model_is_refused(llama: tuple[Path, Path], qwen: tup
     with pytest.raises(RequestError, match=r"up_proj\.weight is \[3, 32\], expected \[64, 32\]"):
         export(llama[0], tmp_path / "bent", tmp_path / "out", "v1")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_draft_trained_for_other_weights_of_the_same_shape_is_refused(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, draft = llama
+    own = tmp_path / "draft"
+    shutil.copytree(draft, own)
+    (own / "state.json").write_text(json.dumps({"run": {"target": fingerprint(base)}, "metrics": {}}))
+    export(base, own, tmp_path / "out", "v1")
+    (own / "state.json").write_text(json.dumps({"run": {"target": "0" * 64}, "metrics": {}}))
+    with pytest.raises(RequestError, match=r"trained for another model.*--allow-other-base"):
+        export(base, own, tmp_path / "other", "v1")
+    assert not (tmp_path / "other").exists()
+    export(base, own, tmp_path / "other", "v1", allow_other_base=True)
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "layers.0.post_attention_layernorm.weight"])
