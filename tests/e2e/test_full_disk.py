@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from eagle.draft import load_draft, save_draft
-from eagle.shard import shard_paths
 from eagle.train.checkpoint import resolve_pointer, states
 from tests.e2e.commands import command, start
-from tests.e2e.conftest import contents, draft_of
+from tests.e2e.conftest import WORKERS, contents, draft_of
 from tests.e2e.test_interrupted_generation import wait_until, workers_of
 
 Resize = Callable[[str], None]
@@ -56,11 +55,13 @@ def test_generation(disk: tuple[Path, Resize], job: list[object], undisturbed: P
     path, resize = disk
     resize("64m")
     process = start(*job, "--outdir", path / "store")
-    wait_until(lambda: any(shard_paths(path / "store" / worker) for worker in "01"), process)
+    # The plan has been checked when the workers start; they are held before they write, and the disk is filled.
+    wait_until(lambda: len(workers_of(path / "store")) == WORKERS, process)
     for worker in workers_of(path / "store"):
         os.kill(worker, signal.SIGSTOP)
+    needed = sum(file.stat().st_size for file in undisturbed.rglob("shard-*.safetensors"))
     others = path / "somebody else's file"
-    others.write_bytes(bytes(shutil.disk_usage(path).free - 4096))
+    others.write_bytes(bytes(shutil.disk_usage(path).free - needed // 2))
     for worker in workers_of(path / "store"):
         os.kill(worker, signal.SIGCONT)
     _, err = process.communicate(timeout=60)

@@ -95,12 +95,16 @@ def test_ctrl_c_ends_every_worker_and_a_second_job_is_refused(
 ) -> None:
     outdir = tmp_path / "store"
     process = start(*job, "--outdir", outdir)
-    wait_until(lambda: shards(outdir) >= 1, process)
-    assert len(workers_of(outdir)) == WORKERS
+    wait_until(lambda: len(workers_of(outdir)) == WORKERS, process)
+    workers = workers_of(outdir)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # so that the job is still there however fast this machine is
     second = ask(allocation.main, capsys, *job[1:], "--outdir", outdir)
     assert second.code == 2
     assert "is in use by another running job" in " ".join(second.err.split())
     process.send_signal(signal.SIGINT)
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err

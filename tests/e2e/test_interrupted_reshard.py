@@ -98,16 +98,27 @@ def test_killed_before_every_change(
     check_resharded(new, 2, expected)
 
 
+def wait_for_lock(folder: Path) -> None:
+    while not (folder / ".lock").exists():
+        time.sleep(0.001)
+
+
 def test_killed_at_random_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real kills, one after another on the same store, while it is resharded back and forth."""
     folder = make_store(tmp_path / "store", workers=4, shards=20, records=5)
     expected = contents(folder)
     moments, interrupted = random.Random(1), 0
+    # A run that is left alone says how long this machine takes, so that the kills fall into it.
+    process = killed.reshard(["--old_folder", folder, "--new_folder", folder, "--tp", 4])
+    wait_for_lock(folder)
+    started = time.monotonic()
+    process.join()
+    duration = time.monotonic() - started
     for parts in [2, 3, 5] * 4:
+        (folder / ".lock").unlink(missing_ok=True)
         process = killed.reshard(["--old_folder", folder, "--new_folder", folder, "--tp", parts])
-        while not (folder / ".lock").exists():
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.3))
+        wait_for_lock(folder)
+        time.sleep(moments.uniform(0, duration / 2))
         process.kill()
         process.join()
         interrupted += process.exitcode != 0
