@@ -15,14 +15,15 @@ import os
 import sys
 from pathlib import Path
 
+from eagle.cleaning import Tally
 from eagle.cli import HelpFormatter, WorkError, locked, run
-from eagle.conversation import BUILT_IN_TEMPLATES, Tally
-from eagle.job import COMPILE_MODES, GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
-from eagle.launch import run_workers
+from eagle.conversation import BUILT_IN_TEMPLATES
+from eagle.datagen.job import COMPILE_MODES, GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
+from eagle.datagen.launch import run_workers
+from eagle.datagen.plan import dry_run_lines, make_plan
+from eagle.datagen.progress import finished
 from eagle.model_config import FAMILIES
-from eagle.plan import dry_run_lines, make_plan
-from eagle.progress import finished
-from eagle.store_dtype import STORE_DTYPES
+from eagle.store.store_dtype import STORE_DTYPES
 from eagle.target import DTYPES
 
 

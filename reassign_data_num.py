@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from eagle.cli import existing_path, run
-from eagle.reshard import preview, reshard
+from eagle.store.reshard import preview, reshard
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

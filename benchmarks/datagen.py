@@ -25,15 +25,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eagle.cleaning import Tally, clean_record
 from eagle.cli import HelpFormatter, provenance, run, write_json
-from eagle.conversation import Tally, clean_record
+from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
+from eagle.datagen.worker import WINDOW, Worker
 from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
 from eagle.features import FeatureStore
-from eagle.generate import WINDOW, Worker
-from eagle.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
 from eagle.model_config import load_config
-from eagle.shard import ShardWriter
-from eagle.store_dtype import STORE_DTYPES
+from eagle.store.shard import ShardWriter
+from eagle.store.store_dtype import STORE_DTYPES
 from eagle.target import from_pretrained_dtype, parse_dtype
 
 #: Where the time of `ours` goes besides the forward pass, as shares.
@@ -208,7 +208,7 @@ def run_variant(args: argparse.Namespace) -> int:
 
 def bytes_per_token(args: argparse.Namespace) -> dict[str, float]:
     """What a token takes on disk in every store dtype; random features, since their values do not matter."""
-    from eagle.shard import Record
+    from eagle.store.shard import Record
 
     hidden, found = load_config(args.model_name).hidden_size, {}
     for name in STORE_DTYPES:

@@ -1,13 +1,13 @@
 """The store: features on disk, written by data generation, read by training.
 
     STORE/manifest.json            what made it: target, tokenizer, data, options, counts
-    STORE/<i>/shard-00000.safetensors, shard-00001.safetensors, ...    finished data only, see `eagle.shard`
+    STORE/<i>/shard-00000.safetensors, shard-00001.safetensors, ...    finished data only, see `eagle.store.shard`
     STORE/<i>/done.json            worker i has finished its share: counts, dropped records
     STORE/<i>/worker.log           what worker i had to say
 
-The classic layout of the public EAGLE scripts (``data_<n>.ckpt`` pickles) is read too, see `eagle.classic_dumps`.
+The classic layout of the public EAGLE scripts (``data_<n>.ckpt`` pickles) is read too, see `eagle.store.classic_dumps`.
 
-    python -m eagle.features verify ./features [--json]    checks everything and sums it up, see `eagle.verify_store`
+    python -m eagle.features verify ./features [--json]    checks everything, see `eagle.store.verify_store`
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from eagle.cli import RequestError, WorkError, read_json, run
-from eagle.shard import FORMAT_VERSION, Record, RecordSource, Shard, is_shard_name
+from eagle.store.shard import FORMAT_VERSION, Record, RecordSource, Shard, is_shard_name
 
 MANIFEST = "manifest.json"
 DONE = "done.json"
 LOG = "worker.log"
 
-#: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.reshard`).
+#: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).
 INTERRUPTED_RESHARD = (".reshard-deleting", ".reshard-moving")
 
 
@@ -45,7 +45,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, flag: str = "--tmpdir", *, skip_damaged: bool = False) -> None:
-        from eagle.classic_dumps import find_classic_dumps  # it builds on this module
+        from eagle.store.classic_dumps import find_classic_dumps  # it builds on this module
 
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -201,7 +201,7 @@ def cut_evenly(tokens: np.ndarray, parts: int) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from eagle.verify_store import main as verify  # it builds on this module
+    from eagle.store.verify_store import main as verify  # it builds on this module
 
     return verify(argv)
 

@@ -17,17 +17,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from eagle.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, read_messages
 from eagle.cli import HelpFormatter, RequestError, existing_path
-from eagle.conversation import (
-    BUILT_IN_TEMPLATES,
-    DROP_REASONS,
-    REPAIRS,
-    Dropped,
-    Encoder,
-    Tally,
-    clean_record,
-    load_encoder,
-)
+from eagle.conversation import BUILT_IN_TEMPLATES, Encoder, load_encoder
 from eagle.model_config import load_config
 from eagle.records import RecordFile
 
@@ -73,11 +65,7 @@ def show_record(records: RecordFile, encoder: Encoder, index: int, max_length: i
     """Record `index` of the data file the way data generation takes it."""
     tally = Tally()
     try:
-        try:
-            record = records[index]
-        except ValueError:  # not JSON, or not UTF-8
-            raise Dropped("invalid_json") from None
-        messages = clean_record(record, tally)
+        messages = read_messages(records, index, tally)
         length = len(encoder.encode(messages, max_length, tally).input_ids)
     except Dropped as dropped:
         return Shown(index, [], dropped.reason)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.cleaning import ROLES, Dropped, Message
 from eagle.cli import RequestError, existing_path, read_json
-from eagle.conversation import ROLES, Dropped, Encoder, Message
+from eagle.conversation import Encoder
 from eagle.model_config import ModelConfig
 from eagle.records import RecordFile
 

@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.cli import WorkError, run
-from eagle.sharegpt import FORMATS
-from eagle.sharegpt_files import ConvertRequest, ShareGPTWriter, plan
-from eagle.sharegpt_sources import TABLES
+from eagle.sharegpt.convert import ConvertRequest, ShareGPTWriter, plan
+from eagle.sharegpt.formats import FORMATS
+from eagle.sharegpt.sources import TABLES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from eagle.conversation import Encoder, Message
+from eagle.cleaning import Message
+from eagle.conversation import Encoder
 from eagle.decode.generate import Generation
 from eagle.prompts import Prompt, encode_messages
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from eagle.shard import Record
+from eagle.store.shard import Record
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
 BUCKET = 16

@@ -16,12 +16,12 @@ import torch
 
 from eagle.cli import RequestError
 from eagle.conversation import load_encoder
-from eagle.generate import padded_features
+from eagle.datagen.tokens import encode_all
+from eagle.datagen.worker import padded_features
 from eagle.model_config import load_config
 from eagle.records import RecordFile
-from eagle.shard import Record
+from eagle.store.shard import Record
 from eagle.target import load_trunk, parse_dtype
-from eagle.tokens import encode_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LiveFeatures:
         config = load_config(basepath)
         records = RecordFile(source.data_path, allow_truncated=source.allow_truncated)
         encoder = load_encoder(basepath, config, source.chat_template)
-        # The same choice as `eagle.job.node_share`'s, in a store's order.
+        # The same choice as `eagle.datagen.job.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
         chosen = np.sort(order)
         self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)

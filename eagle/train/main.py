@@ -26,6 +26,7 @@ from eagle.cli import HelpFormatter, RequestError, existing_path, locked, proven
 from eagle.draft import DraftModel, describe, load_trained_state, read_draft_state
 from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
+from eagle.store.verify_store import skip_damaged
 from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.cpu_group import become_group
@@ -35,7 +36,6 @@ from eagle.train.loop import Trainer
 from eagle.train.losses import TOKEN_LOSSES
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
 from eagle.train.validate import DEPTH
-from eagle.verify_store import skip_damaged
 
 RUN = "train_options.json"
 

@@ -12,7 +12,7 @@ import torch
 from eagle.draft import DraftModel
 from eagle.features import FeatureStore
 from eagle.model_config import load_config
-from eagle.shard import shard_paths
+from eagle.store.shard import shard_paths
 from eagle.target import Weights, read_embedding
 from tests.e2e.commands import command
 from tests.tiny import conversations, make_target, write_sharegpt

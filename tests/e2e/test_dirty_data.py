@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from eagle.conversation import DROP_REASONS, REPAIRS
+from eagle.cleaning import DROP_REASONS, REPAIRS
 from eagle.features import FeatureStore
 from tests.e2e.commands import command
 

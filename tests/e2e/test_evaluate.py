@@ -127,7 +127,7 @@ def test_warnings(drafts, qwen, tmp_path, capsys):
     """What is measured as it is, but is likely not what was meant."""
     draft = tmp_path / "draft"
     shutil.copytree(drafts["public"], draft)
-    state = torch.load(draft / "pytorch_model.bin")
+    state = torch.load(draft / "pytorch_model.bin", weights_only=True)
     state["model.fc.bias"] += 1
     torch.save(state, draft / "pytorch_model.bin")
     config = json.loads((draft / "config.json").read_text())

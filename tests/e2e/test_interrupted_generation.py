@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import allocation
-from eagle.shard import shard_paths
+from eagle.store.shard import shard_paths
 from tests.e2e.commands import ask, command, start
 from tests.e2e.conftest import CONVERSATIONS, WORKERS, contents
 from tests.tiny import make_target
@@ -32,7 +32,7 @@ def workers_of(outdir: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:  # it has just ended
             continue
-        if b"eagle.generate" in words and str(outdir).encode() in words:
+        if b"eagle.datagen.worker" in words and str(outdir).encode() in words:
             found.append(int(path.parent.name))
     return found
 

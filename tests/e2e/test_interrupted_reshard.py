@@ -17,7 +17,7 @@ import torch
 import reassign_data_num
 from eagle.cli import RequestError, locked
 from eagle.features import FeatureStore
-from eagle.shard import Record, write_shard
+from eagle.store.shard import Record, write_shard
 from tests.e2e import killed
 from tests.e2e.commands import ask
 

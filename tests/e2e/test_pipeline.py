@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from eagle.conversation import Tally, clean_record, load_encoder
+from eagle.cleaning import Tally, clean_record
+from eagle.conversation import load_encoder
 from eagle.draft import load_draft
 from eagle.features import FeatureStore
 from eagle.model_config import load_config
-from eagle.shard import Record
+from eagle.store.shard import Record
 from eagle.target import Weights, read_embedding, read_head
 from eagle.train.checkpoint import resolve_pointer, states
 from eagle.train.dataset import split_store

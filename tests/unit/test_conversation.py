@@ -7,16 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagle.cleaning import DROP_REASONS, Dropped, Tally, clean_record
 from eagle.cli import RequestError
-from eagle.conversation import (
-    DROP_REASONS,
-    TEMPLATE_FOLDER,
-    Dropped,
-    Encoder,
-    Tally,
-    clean_record,
-    load_encoder,
-)
+from eagle.conversation import TEMPLATE_FOLDER, Encoder, load_encoder
 from eagle.model_config import load_config
 from tests.tiny import byte_level_tokenizer, conversations, make_target, word_piece_tokenizer
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eagle.features import FeatureStore
-from eagle.shard import Record, write_shard
+from eagle.store.shard import Record, write_shard
 from eagle.train.dataset import (
     FeatureDataset,
     collate,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from eagle.cli import RequestError
+from eagle.datagen.job import GenerationRequest, claim_outdir, parse_indices, resolve, worker_share
 from eagle.features import MANIFEST
-from eagle.job import GenerationRequest, claim_outdir, parse_indices, resolve, worker_share
 from tests.tiny import conversations, make_target, write_sharegpt
 
 

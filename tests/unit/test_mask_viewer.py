@@ -4,8 +4,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from eagle.cleaning import Tally, clean_record
 from eagle.cli import run
-from eagle.conversation import Tally, clean_record, load_encoder, main
+from eagle.conversation import load_encoder, main
 from eagle.mask_viewer import show_record, to_html, to_terminal
 from eagle.model_config import load_config
 from eagle.records import RecordFile

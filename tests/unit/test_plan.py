@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from eagle.cli import WorkError
-from eagle.compiled import WORTH_TOKENS, should_compile
-from eagle.generate import Worker
-from eagle.job import claim_outdir, encode_job, finish, resolve
-from eagle.plan import dry_run_lines, make_plan
-from eagle.progress import saved_progress
-from eagle.shard import shard_paths
+from eagle.datagen.compiled import WORTH_TOKENS, should_compile
+from eagle.datagen.job import claim_outdir, encode_job, finish, resolve
+from eagle.datagen.plan import dry_run_lines, make_plan
+from eagle.datagen.progress import saved_progress
+from eagle.datagen.worker import Worker
+from eagle.store.shard import shard_paths
 from tests.unit.test_job import inputs, request  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,7 +57,7 @@ def test_a_store_that_does_not_fit_is_refused(tmp_path, inputs):  # noqa: F811
 
 
 def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("eagle.plan.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("eagle.datagen.plan.PROBE_SECONDS", 0.1)
     job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
     tokens = encode_job(job)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
@@ -98,7 +98,7 @@ def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monke
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eagle.shard.write_tensors", full)
+    monkeypatch.setattr("eagle.store.shard.write_tensors", full)
     with pytest.raises(WorkError, match=r"Could not write .*No space left"):
         run_worker(job, 0)
     assert not shard_paths(tmp_path / "store" / "0")

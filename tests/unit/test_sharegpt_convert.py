@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from eagle.cleaning import Tally, clean_record
 from eagle.cli import run
-from eagle.conversation import Tally, clean_record
 from eagle.records import RecordFile
 from tests.unit.sharegpt_cases import CHAT, DROPPED, FORMATS, OPENAI, QUESTION, REPLY, ROUND, SHAREGPT, SYSTEM
 

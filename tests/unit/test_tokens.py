@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from eagle.conversation import Dropped, Tally, clean_record, load_encoder
+from eagle.cleaning import Dropped, Tally, clean_record
+from eagle.conversation import load_encoder
+from eagle.datagen.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
 from eagle.model_config import load_config
 from eagle.records import RecordFile
-from eagle.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
 from tests.tiny import conversations, make_target, write_sharegpt
 
 BROKEN = [None, {"conversations": []}, {"conversations": [{"from": "human", "value": "?"}]}]

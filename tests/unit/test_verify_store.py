@@ -7,9 +7,9 @@ import torch
 
 from eagle.cli import WorkError, run, write_json
 from eagle.features import DONE, MANIFEST, FeatureStore, main
-from eagle.reshard import preview, reshard
-from eagle.shard import Shard, ShardWriter
-from eagle.verify_store import check_store, skip_damaged
+from eagle.store.reshard import preview, reshard
+from eagle.store.shard import Shard, ShardWriter
+from eagle.store.verify_store import check_store, skip_damaged
 from tests.unit.test_features import equal, manifest, record
 
 LENGTHS = [4, 40, 41, 600]

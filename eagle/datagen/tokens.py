@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from eagle.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, read_messages
 from eagle.cli import progress_bar
-from eagle.conversation import DROP_REASONS, REPAIRS, Dropped, Encoded, Encoder, Tally, clean_record
+from eagle.conversation import Encoded, Encoder
 from eagle.records import RecordFile
 from eagle.tensor_file import write_tensors
 
@@ -75,11 +76,7 @@ def encode(records: RecordFile, encoder: Encoder, indices: Sequence[int], max_le
     for position, index in enumerate(indices):
         tally = Tally()
         try:
-            try:
-                record = records[index]
-            except ValueError:  # not JSON, or not UTF-8
-                raise Dropped("invalid_json") from None
-            encoded = encoder.encode(clean_record(record, tally), max_length, tally)
+            encoded = encoder.encode(read_messages(records, index, tally), max_length, tally)
         except Dropped as reason:
             dropped[position] = 1 + _REASONS.index(reason.reason)
             continue

@@ -15,10 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from eagle.cleaning import Tally
 from eagle.cli import RequestError, WorkError, existing_path, fsync_folder
-from eagle.conversation import Tally
-from eagle.sharegpt import BAD_UNICODE, FORMATS, Columns, Shape, Unusable, detect, record_id, to_turns
-from eagle.sharegpt_sources import FLAG, TABLES, Source, TableSource, open_source
+from eagle.sharegpt.formats import BAD_UNICODE, FORMATS, Columns, Shape, Unusable, detect, record_id, to_turns
+from eagle.sharegpt.sources import FLAG, TABLES, Source, TableSource, open_source
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle.cli import WorkError, write_json
+from eagle.datagen.job import Job
+from eagle.datagen.launch import worker_command, worker_variables
+from eagle.datagen.progress import finished, saved_progress
+from eagle.datagen.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.features import MANIFEST
-from eagle.job import Job
-from eagle.launch import worker_command, worker_variables
-from eagle.progress import finished, saved_progress
-from eagle.store_dtype import STORE_DTYPES, bytes_per_value
+from eagle.store.store_dtype import STORE_DTYPES, bytes_per_value
 from eagle.target import parse_dtype
-from eagle.tokens import TOKENS, Tokens, key_of, save_tokens
 
 #: Seconds of computing that a dry run judges the speed by.
 PROBE_SECONDS = 10
@@ -141,7 +141,7 @@ def probe(job: Job, tokens: Tokens) -> float:
         result = subprocess.run(
             [*worker_command(job, 0, folder), "--probe", str(PROBE_SECONDS)],
             env={**os.environ, **worker_variables(job, 0)},
-            cwd=Path(__file__).resolve().parent.parent,  # where the package is found
+            cwd=Path(__file__).resolve().parents[2],  # where the package is found
             capture_output=True,
             text=True,
             check=False,

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from eagle.cleaning import Tally
 from eagle.cli import WorkError
-from eagle.conversation import Encoded, Tally
-from eagle.progress import Progress
-from eagle.shard import Record, ShardWriter
+from eagle.conversation import Encoded
+from eagle.datagen.progress import Progress
+from eagle.store.shard import Record, ShardWriter
 
 #: Batches that may wait to be fetched. One is enough to keep the device busy.
 _AHEAD = 2

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eagle.conversation import Tally
+from eagle.cleaning import Tally
 from eagle.features import DONE
-from eagle.shard import last_progress
+from eagle.store.shard import last_progress
 
 _COUNTS = ("position", "records", "tokens", "supervised_tokens")
 

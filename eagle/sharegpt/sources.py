@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from eagle.cleaning import DROP_REASONS
 from eagle.cli import RequestError
-from eagle.conversation import DROP_REASONS
 from eagle.records import RecordFile
-from eagle.sharegpt import Unusable
+from eagle.sharegpt.formats import Unusable
 
 FLAG = "--input"
 TABLES = ("csv", "tsv")

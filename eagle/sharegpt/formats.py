@@ -2,7 +2,7 @@
 
     records --detect--> Shape        record, Shape --to_turns--> [{"from": "human", "value": ...}, ...]
 
-Which turns make a usable conversation is decided by `eagle.conversation.clean_record`, the same code that reads
+Which turns make a usable conversation is decided by `eagle.cleaning.clean_record`, the same code that reads
 the result in step 3: what is kept here is kept there.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eagle.cleaning import DROP_REASONS, ROLES, Dropped, Tally, clean_record
 from eagle.cli import RequestError
-from eagle.conversation import DROP_REASONS, ROLES, Dropped, Tally, clean_record
 
 #: The record formats, with what tells them.
 FORMATS = {

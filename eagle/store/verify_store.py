@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from eagle.classic_dumps import ClassicFolder
+from eagle.cleaning import Tally
 from eagle.cli import WorkError, existing_path, progress_bar, read_json
-from eagle.conversation import Tally
 from eagle.features import DONE, FeatureStore
-from eagle.shard import Record
+from eagle.store.classic_dumps import ClassicFolder
+from eagle.store.shard import Record
 
 #: Lower edges of the length histogram's bins, in tokens.
 LENGTH_EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

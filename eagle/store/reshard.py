@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle.classic_dumps import ClassicFolder
 from eagle.cli import RequestError, fsync_folder, locked, read_json, write_json
 from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
-from eagle.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter, write_shard
-from eagle.verify_store import skip_damaged
+from eagle.store.classic_dumps import ClassicFolder
+from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter, write_shard
+from eagle.store.verify_store import skip_damaged
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
 PLAN = "plan.json"

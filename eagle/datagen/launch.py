@@ -14,8 +14,8 @@ from typing import IO
 
 from eagle import device
 from eagle.cli import WorkError, progress_bar
+from eagle.datagen.job import Job
 from eagle.features import LOG
-from eagle.job import Job
 
 #: How long a worker may take to end by itself before it is killed.
 GRACE_SECONDS = 10
@@ -41,7 +41,7 @@ class WorkerProcess:
             # workers alone, so nobody has to unset it again.
             "EAGLE_TARIN_MODE": "1",
             "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+                filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
             ),
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -81,7 +81,7 @@ def worker_variables(job: Job, number: int) -> dict[str, str]:
 def worker_command(job: Job, number: int, folder: Path | None = None) -> list[str]:
     """The command line of worker `number`; its cards come by environment variable. folder: another than the job's."""
     folder = (folder or job.request.folder).resolve()
-    command = [sys.executable, "-m", "eagle.generate", "--outdir", str(folder)]
+    command = [sys.executable, "-m", "eagle.datagen.worker", "--outdir", str(folder)]
     command += ["--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
     return [*command, "--shard_mb", str(job.request.shard_mb), "--compile", job.request.compile]
 

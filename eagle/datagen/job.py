@@ -1,7 +1,7 @@
 """A data-generation job: what was asked for, what that comes to, and the manifest that records it.
 
-The parent (`eagle.launch`) resolves the request once and writes it to the store's manifest; every worker
-(`eagle.generate`) reads its share from there, so that all of them agree and a rerun can be compared.
+The parent (`eagle.datagen.launch`) resolves the request once and writes it to the store's manifest; every worker
+(`eagle.datagen.worker`) reads its share from there, so that all of them agree and a rerun can be compared.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from eagle import device
+from eagle.cleaning import Tally
 from eagle.cli import RequestError, existing_path, provenance, write_json
-from eagle.conversation import Encoder, Tally, load_encoder
+from eagle.conversation import Encoder, load_encoder
+from eagle.datagen.tokens import TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
-from eagle.shard import FORMAT_VERSION
-from eagle.store_dtype import SAME, check_store_dtype
+from eagle.store.shard import FORMAT_VERSION
+from eagle.store.store_dtype import SAME, check_store_dtype
 from eagle.target import Weights, dtype_name, fingerprint, parse_dtype
-from eagle.tokens import TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 
 COMPILE_MODES = ("auto", "on", "off")
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eagle.cli import RequestError, WorkError
-from eagle.shard import Record
+from eagle.store.shard import Record
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
 _KEYS = ("input_ids", "loss_mask", "hidden_state")

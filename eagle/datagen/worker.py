@@ -1,11 +1,11 @@
 """One data-generation worker: its share of the conversations through the frozen target, features to the store.
 
-    python -m eagle.generate --outdir STORE --worker 0        (started by allocation.py, one per card group)
+    python -m eagle.datagen.worker --outdir STORE --worker 0        (started by allocation.py, one per card group)
 
-The conversations come as tokens (`eagle.tokens`) in windows; a window is sorted by length and run in batches of about
-equal tokens, so that little is padding. Only the trunk runs: no ``lm_head``, no logits. What it computes is written
-behind its back (`eagle.collector`). Progress goes to stdout, one JSON object a line. The worker ends when its stdin
-closes: it does not outlive the parent that holds the other end.
+The conversations come as tokens (`eagle.datagen.tokens`) in windows; a window is sorted by length and run in batches
+of about equal tokens, so that little is padding. Only the trunk runs: no ``lm_head``, no logits. What it computes is
+written behind its back (`eagle.datagen.collector`). Progress goes to stdout, one JSON object a line. The worker ends
+when its stdin closes: it does not outlive the parent that holds the other end.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 
 from eagle import device
 from eagle.cli import WorkError, run, write_json
-from eagle.collector import Collector, Item
-from eagle.compiled import LENGTH_STEP, compile_trunk, should_compile
+from eagle.datagen.collector import Collector, Item
+from eagle.datagen.compiled import LENGTH_STEP, compile_trunk, should_compile
+from eagle.datagen.job import COMPILE_MODES, worker_share
+from eagle.datagen.progress import Progress, finished, saved_progress
+from eagle.datagen.tokens import TOKENS, key_of, load_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
-from eagle.job import COMPILE_MODES, worker_share
-from eagle.progress import Progress, finished, saved_progress
-from eagle.shard import ShardWriter, drop_after_gap
+from eagle.store.shard import ShardWriter, drop_after_gap
 from eagle.target import load_trunk, parse_dtype
-from eagle.tokens import TOKENS, key_of, load_tokens
 
 #: Conversations sorted together. A shard ends only between windows.
 WINDOW = 128
@@ -158,7 +158,7 @@ def end_with_parent() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eagle.generate", description="One data-generation worker; allocation.py starts these."
+        prog="python -m eagle.datagen.worker", description="One data-generation worker; allocation.py starts these."
     )
     parser.add_argument("--outdir", type=Path, required=True, help="the store, with its manifest")
     parser.add_argument("--worker", type=int, required=True, help="which worker this is, from 0")
