@@ -19,7 +19,8 @@ from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from eagle.train.closed_form import NormalEquations, start_from
 from eagle.train.dataset import Batch, FeatureDataset, collate, epoch_batches, micro_batches, shift
-from eagle.train.losses import TOKEN_LOSSES, head_loss, smooth_l1
+from eagle.train.head import FrozenHead
+from eagle.train.losses import TOKEN_LOSSES, smooth_l1
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
@@ -39,7 +40,7 @@ class Trainer:
         options: TrainOptions,
         accelerator: Accelerator,
         model: DraftModel,
-        head: torch.Tensor,
+        head: FrozenHead,
         train: FeatureDataset,
         validation: FeatureDataset,
         run: dict[str, Any],
@@ -180,7 +181,7 @@ class Trainer:
         counts = accelerator.reduce(counts)
         sums = torch.zeros(3, device=accelerator.device)
         for number, (cpu_batch, cpu_valid) in enumerate(zip(group, valid, strict=True)):
-            batch, own = cpu_batch.to(accelerator.device, self.head.dtype), cpu_valid.to(accelerator.device)
+            batch, own = cpu_batch.to(accelerator.device, self.head.weight.dtype), cpu_valid.to(accelerator.device)
             with accelerator.no_sync(model) if number + 1 < len(group) else torch.enable_grad():
                 features, tokens, correct = self._losses(model, batch, own)
                 token_loss = (tokens / counts.clamp_min(1)).mean()
@@ -221,8 +222,8 @@ class Trainer:
         chosen = batch.supervised
         predicted, targets = predicted[:, chosen], batch.targets[chosen]
         loss = TOKEN_LOSSES[self.options.token_loss]
-        head = head_loss(predicted, targets, self.head, valid[:, chosen], loss=loss)
-        return smooth_l1(predicted[0], targets).sum(), head.token_loss, head.agrees[0].sum()
+        found = self.head.loss(predicted, targets, valid[:, chosen], loss=loss)
+        return smooth_l1(predicted[0], targets).sum(), found.token_loss, found.agrees[0].sum()
 
     def _check_finite(self, loss: float, group: list[Batch]) -> None:
         """Raises: WorkError before a broken gradient reaches the weights."""

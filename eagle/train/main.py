@@ -31,6 +31,7 @@ from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.cpu_group import become_group
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
+from eagle.train.head import FrozenHead
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.losses import TOKEN_LOSSES
@@ -202,7 +203,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         options,
         accelerator,
         model,
-        head,
+        FrozenHead(head),
         FeatureDataset(store, train, options.max_len, noise=options.noise, seed=options.seed),
         FeatureDataset(store, held_out, options.max_len),
         run_identity,

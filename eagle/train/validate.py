@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from eagle.train.dataset import Batch
-from eagle.train.losses import head_loss, smooth_l1
+from eagle.train.head import FrozenHead
+from eagle.train.losses import smooth_l1
 from eagle.train.unroll import chain_supervision
 
 #: How deep validation unrolls: n-α for n = 0..4 and the chain's τ for K = 1..5.
@@ -67,20 +68,20 @@ def chain_counts(agrees: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator, model: torch.nn.Module, head: torch.Tensor, batches: Iterable[Batch]
+    accelerator: Accelerator, model: torch.nn.Module, head: FrozenHead, batches: Iterable[Batch]
 ) -> Validation:
     """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them."""
     model.eval()
     counts = torch.zeros(3, DEPTH, dtype=torch.float64)
     sums = torch.zeros(3, dtype=torch.float64)
     for cpu_batch in batches:
-        batch = cpu_batch.to(accelerator.device, head.dtype)
+        batch = cpu_batch.to(accelerator.device, head.weight.dtype)
         with accelerator.autocast():
             predicted = model(batch.tokens, batch.features, DEPTH)
         chosen = batch.supervised
         valid = chain_supervision(chosen, DEPTH)
         predicted, targets = predicted[:, chosen], batch.targets[chosen]
-        result = head_loss(predicted, targets, head, valid[:, chosen], top_3=True)
+        result = head.loss(predicted, targets, valid[:, chosen], loss_steps=1, top_3=True)
         agrees = torch.zeros_like(valid)
         agrees[:, chosen] = result.agrees
         counts += torch.stack(chain_counts(agrees, valid)).cpu()

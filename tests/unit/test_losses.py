@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eagle.train.losses import TOKEN_LOSSES, acceptance, head_loss, smooth_l1, soft_cross_entropy, top_k_distillation
+from eagle.train.head import FrozenHead, likeliest
+from eagle.train.losses import TOKEN_LOSSES, acceptance, smooth_l1, soft_cross_entropy, top_k_distillation
 
 STEPS, N, H, V = 3, 13, 6, 50
 
@@ -23,12 +24,12 @@ def plain_loss(draft, target, head, valid, loss):
     return (torch.stack(values) * valid).sum(-1)
 
 
-@pytest.mark.parametrize("block", [1, 4, 13, 100])
+@pytest.mark.parametrize("block, part", [(1, 1), (4, 3), (13, 5), (100, 100)])
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
-def test_equals_the_plain_formula(tensors, block, name):
+def test_equals_the_plain_formula(tensors, block, part, name):
     draft, target, head, valid = tensors
     loss, weights = TOKEN_LOSSES[name], torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
-    result = head_loss(draft, target, head, valid, loss=loss, block=block, top_3=True)
+    result = FrozenHead(head).loss(draft, target, valid, loss=loss, block=block, part=part, top_3=True)
     plain = plain_loss(draft, target, head, valid, loss)
     torch.testing.assert_close(result.token_loss, plain)
     (gradient,) = torch.autograd.grad(result.token_loss @ weights, draft)
@@ -45,14 +46,31 @@ def test_gradcheck(tensors, name):
     draft, target, head, valid = tensors
     loss = TOKEN_LOSSES[name]
     assert torch.autograd.gradcheck(
-        lambda d: head_loss(d, target, head, valid, loss=loss, block=5).token_loss, (draft,)
+        lambda d: FrozenHead(head).loss(d, target, valid, loss=loss, block=5, part=2).token_loss, (draft,)
     )
+
+
+def test_losses_of_the_first_steps_only(tensors):
+    draft, target, head, valid = tensors
+    result = FrozenHead(head).loss(draft, target, valid, loss_steps=1, block=5, part=2)
+    every = FrozenHead(head).loss(draft, target, valid)
+    assert torch.equal(result.agrees, every.agrees)
+    torch.testing.assert_close(result.token_loss.detach(), torch.tensor([1.0, 0, 0]) * every.token_loss.detach())
+    (gradient,) = torch.autograd.grad(result.token_loss.sum(), draft)
+    (expected,) = torch.autograd.grad(every.token_loss[0], draft)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("size", [7, 16, 17, 50, 96, 257 * 2, 32000, 49152])
+def test_likeliest_is_argmax(size):
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(size)).bfloat16().float()  # with ties
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
 
 
 def test_float32_to_rounding(tensors):
     draft, target, head = (tensor.detach().float() for tensor in tensors[:3])
     draft.requires_grad_()
-    value = head_loss(draft, target, head, block=3).token_loss
+    value = FrozenHead(head).loss(draft, target, block=6, part=4).token_loss
     plain = plain_loss(draft, target, head, torch.ones(STEPS, N), soft_cross_entropy)
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(torch.autograd.grad(value.sum(), draft), torch.autograd.grad(plain.sum(), draft))
@@ -60,7 +78,7 @@ def test_float32_to_rounding(tensors):
 
 def test_without_positions(tensors):
     draft, target, head, _ = tensors
-    result = head_loss(draft[:, :0], target[:0], head)
+    result = FrozenHead(head).loss(draft[:, :0], target[:0])
     assert not result.token_loss.detach().any() and result.agrees.shape == (STEPS, 0)
     (gradient,) = torch.autograd.grad(result.token_loss.sum(), draft)
     assert not gradient.any()
@@ -69,13 +87,13 @@ def test_without_positions(tensors):
 def test_without_gradient(tensors):
     draft, target, head, _ = tensors
     with torch.no_grad():
-        assert not head_loss(draft, target, head).token_loss.requires_grad
+        assert not FrozenHead(head).loss(draft, target).token_loss.requires_grad
 
 
 def test_perfect_draft(tensors):
     """The cross-entropy is the target's entropy, every token agrees, and -log α is zero."""
     _, target, head, _ = tensors
-    result = head_loss(target[None], target, head)
+    result = FrozenHead(head).loss(target[None], target)
     probabilities = (target @ head.T).softmax(-1)
     torch.testing.assert_close(result.token_loss[0], torch.distributions.Categorical(probabilities).entropy().sum())
     assert result.agrees.all()

@@ -9,6 +9,7 @@ from eagle.draft import DraftModel
 from eagle.model_config import load_config
 from eagle.target import Weights, read_embedding, read_head
 from eagle.train.dataset import Batch
+from eagle.train.head import FrozenHead
 from eagle.train.unroll import UnrolledDraft, chain_mask, chain_supervision
 from eagle.train.validate import DEPTH, chain_counts, validate
 from tests.tiny import make_target
@@ -107,7 +108,7 @@ def test_validation_equals_counting_chains_one_by_one(models):
         targets[0, 3] = parallel[2, 0, 3]
     supervised = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2])
     batch = Batch(tokens, features, targets, supervised, torch.tensor([0]))
-    result = validate(Accelerator(), UnrolledDraft(draft), head, [batch])
+    result = validate(Accelerator(), UnrolledDraft(draft), FrozenHead(head), [batch])
 
     lengths: dict[int, list[int]] = {depth: [] for depth in range(1, DEPTH + 1)}
     agreement: dict[int, list[bool]] = {depth: [] for depth in range(DEPTH)}
