@@ -7,6 +7,7 @@ slopes back to the features. The slopes overwrite the logits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -152,7 +153,9 @@ class _Pass:
         self.gradient = torch.zeros_like(draft) if needs_gradient else None
 
     def run(self) -> None:
-        positions, block, part = len(self.target), self.options.block, self.options.part
+        positions, part = len(self.target), self.options.part
+        blocks = max(math.ceil(positions / self.options.block), 1)
+        block = math.ceil(positions / blocks) or 1  # of equal size: a small last one would run at a lower rate
         for start in range(0, positions, block):
             end = min(start + block, positions)
             logits = self._products(slice(start, end))

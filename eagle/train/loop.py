@@ -116,7 +116,9 @@ class Trainer:
         """Train to the end: the last epoch, ``--max_steps``, or `patience` epochs without a better τ."""
         model = self.accelerator.prepare_model(UnrolledDraft(self.draft))
         if self.position.step == 0:
-            self.log.start_at(0, 0.0)  # takes back what a run wrote that was killed before its first checkpoint
+            self.log.start_at(
+                0, self.log.seconds
+            )  # takes back what a run wrote that was killed before its first checkpoint
             self._validate(model, "before training")
         for epoch in range(self.position.epoch, self.options.num_epochs):
             if self.position.step >= self.total_steps or self._out_of_patience():
@@ -253,8 +255,9 @@ class Trainer:
         own = range(self.accelerator.process_index, len(self.validation_set), self.processes)
         keys = [[(0, index) for index in own[at : at + self.options.bs]] for at in range(0, len(own), self.options.bs)]
         loader = DataLoader(self.validation_set, batch_sampler=keys, collate_fn=collate)
+        started = time.monotonic()
         result = validate(self.accelerator, model, self.head, loader)
-        self.log.validation(self.position.step, self.position.epoch, when, result)
+        self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
 
     def _save(self, result: Validation | None) -> None:

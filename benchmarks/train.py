@@ -1,0 +1,363 @@
+"""How much faster is step 4 than the published trainer's way, in how much less memory, to the same quality?
+
+    python benchmarks/train.py --basepath quickstart/model --tmpdir quickstart/features --to_tau --output train.json
+
+The baseline works as EAGLE's published trainer does (``train/main.py`` of eagle-llm 1.2.1): sequences in random order
+padded to a batch's longest, the head over every padded position with all logits at once, softmax and log-softmax of
+them, a gradient-checkpointed layer with plain attention, its accuracies taken from the full logits, values clipped. It
+starts at random, and is given the alignment and the learning rate of ours. Ours is the command of step 4 itself. Both
+train the same records in processes of their own, one after the other; the quickest of `--repeats` runs counts, and a
+process's peak memory is that of its whole life.
+
+A second pair of rows has a head of Qwen2-0.5B's size over random features; no values matter for speed. With
+``--to_tau`` ours trains one epoch, and the baseline until its validation reaches the τ that ours has at its end, at
+most `--patience` times as long; only training counts, for ours its start too. The share of the matrix-product rate
+counts the products that any trainer needs: three of the head for a supervised position, three of the draft's for a
+token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eagle.cli import HelpFormatter, provenance, run, write_json
+from eagle.device import choose_kind, describe, synchronize, torch_device
+from eagle.draft import DraftModel
+from eagle.draft import describe as describe_draft
+from eagle.features import FeatureStore
+from eagle.model_config import draft_config_for, load_config
+from eagle.store.shard import Record, ShardWriter
+from eagle.target import Weights, read_embedding, read_head
+from eagle.tensor_file import write_tensors
+from eagle.train.dataset import Batch, FeatureDataset, collate, split_store
+from eagle.train.head import FrozenHead
+from eagle.train.options import TrainOptions
+from eagle.train.run_log import METRICS
+from eagle.train.unroll import UnrolledDraft
+from eagle.train.validate import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Steps that warm caches up and are not timed.
+WARM_UP = 2
+#: Qwen2-0.5B's (its config.json).
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
+    "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
+    "tie_word_embeddings": True, "initializer_range": 0.02,
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training against the published way.", formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--basepath", type=Path, required=True, help="folder of the base model")
+    add("--tmpdir", type=Path, required=True, help="the store of step 3")
+    add("--bs", type=int, default=4, help="sequences a step")
+    add("--max_len", type=int, default=512, help="cut records to this many tokens")
+    add("--steps", type=int, default=12, help="timed steps a run")
+    add("--repeats", type=int, default=2, help="runs of each")
+    add("--no_synthetic", action="store_true", help="leave out the pair of rows with Qwen2-0.5B's head")
+    add("--to_tau", action="store_true", help="also measure the time to the same validation τ")
+    add("--patience", type=float, default=6, help="with --to_tau: the baseline's time, as a multiple of ours")
+    add("--output", type=Path, help="write the numbers to this JSON file")
+    add("--published", type=Path, help=argparse.SUPPRESS)  # a process of its own: where it writes its metrics
+    add("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    add("--until_tau", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+class PublishedTrainer:
+    """The published trainer's loop over our records; writes the same ``metrics.jsonl`` as ours."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from accelerate import Accelerator
+
+        self.args, self.accelerator = args, Accelerator(mixed_precision="bf16", cpu=choose_kind() == "cpu")
+        target, weights = load_config(args.basepath), Weights(args.basepath)
+        config = draft_config_for(target, None)
+        embedding = read_embedding(weights, target)
+        head = embedding if target.tie_word_embeddings else read_head(weights, target)
+        torch.manual_seed(0)
+        self.draft = DraftModel(config, embedding.float()).to(self.accelerator.device)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head.weight = nn.Parameter(head.float(), requires_grad=False)
+        self.head.to(self.accelerator.device)
+        self.lr = TrainOptions(Path(), args.basepath, args.tmpdir).learning_rate(config.hidden_size)
+        trained = [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.95))
+        store = FeatureStore(args.tmpdir)
+        train, held_out = split_store(store, 0.05, 42)
+        self.train = FeatureDataset(store, train, args.max_len, noise=0.1)
+        self.held_out = FeatureDataset(store, held_out, args.max_len)
+        self.out = args.published
+        self.step, self.seconds = 0, 0.0
+
+    def fit(self) -> None:
+        """So many steps, or so many seconds, or until the validation τ is reached."""
+        args = self.args
+        limit = args.steps + WARM_UP if not args.seconds else float("inf")
+        epoch = 0
+        while True:
+            order = np.random.RandomState(epoch).permutation(len(self.train))
+            for at in range(0, len(order), args.bs):
+                batch = collate(self.train.__getitems__([(epoch, int(i)) for i in order[at : at + args.bs]]))
+                started = time.perf_counter()
+                supervised = self.one_step(batch)
+                self.seconds += time.perf_counter() - started
+                self.step += 1
+                self.write(supervised_tokens=supervised)
+                if self.step >= limit:
+                    return
+                if args.seconds and self.step % 50 == 0:
+                    tau = self.validate()
+                    if tau >= args.until_tau or self.seconds > args.seconds:
+                        return
+            epoch += 1
+
+    def one_step(self, batch: Batch) -> int:
+        batch = batch.to(self.accelerator.device, torch.float32)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.step + 1) / 20)
+        self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            predict = torch.utils.checkpoint.checkpoint(self.layer, batch, use_reentrant=False)
+            with torch.no_grad():
+                target_head = self.head(batch.targets.float())
+                target_p = target_head.softmax(2)
+            out_head = self.head(predict)
+            out_logp = out_head.log_softmax(2)
+            mask = batch.supervised[:, :, None].float()
+            count = mask.sum() + 1e-5
+            token_loss = -torch.sum(torch.sum(mask * (target_p * out_logp), 2)) / count
+            feature_loss = functional.smooth_l1_loss(predict, batch.targets.float(), reduction="none")
+            feature_loss = torch.sum(torch.mean(mask * feature_loss, 2)) / count
+            loss = feature_loss + 0.1 * token_loss
+        loss.backward()
+        nn.utils.clip_grad_value_(self.draft.parameters(), 0.5)
+        self.optimizer.step()
+        with torch.no_grad():
+            agreed = out_head.max(2).indices == target_head.max(2).indices
+            self.accuracy = float((agreed * batch.supervised).sum() / count)
+            out_head[batch.supervised].topk(3, dim=-1)
+        return int(batch.supervised.sum())
+
+    def layer(self, batch: Batch) -> torch.Tensor:
+        """The draft with attention scores that exist as a tensor."""
+        draft, layer = self.draft, self.draft.layers[0]
+        hidden = draft.fc(draft.inputs(batch.tokens, batch.features))
+        length = hidden.shape[1]
+        positions = torch.arange(length, device=hidden.device)[None]
+        attention = layer.self_attn
+        queries, keys, values = attention.project(hidden, draft.rotary(hidden, positions))
+        groups = attention.heads // attention.kv_heads
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        scores = queries @ keys.transpose(2, 3) / attention.head_dim**0.5
+        scores = scores + torch.full((length, length), torch.finfo(scores.dtype).min, device=scores.device).triu(1)
+        mixed = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+        hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def validate(self) -> float:
+        """Our validation, whose time does not count."""
+        loader = torch.utils.data.DataLoader(
+            self.held_out, batch_sampler=[[(0, i)] for i in range(len(self.held_out))], collate_fn=collate
+        )
+        head = FrozenHead(self.head.weight.detach().bfloat16())
+        found = validate(self.accelerator, UnrolledDraft(self.draft), head, loader)
+        self.write(**found.metrics())
+        return found.tau[-1]
+
+    def write(self, **values: object) -> None:
+        line = {"step": self.step, **values, "seconds": self.seconds}
+        with (self.out / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def train_ours(args: argparse.Namespace, cpdir: Path, steps: int | None) -> list[str]:
+    """Step 4's command."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    words += ["--dynamo_backend", "no", "-m", "--mixed_precision=bf16", "eagle.train.main"]
+    words += ["--basepath", args.basepath, "--tmpdir", args.tmpdir, "--cpdir", cpdir, "--bs", args.bs]
+    words += ["--max_len", args.max_len, "--num_epochs", 1, *(["--max_steps", steps] if steps else [])]
+    # For a rate neither the start nor the validation matters; they are made small.
+    return [str(word) for word in words + (["--init_positions", 1, "--val_ratio", 0] if steps else [])]
+
+
+def train_published(args: argparse.Namespace, folder: Path, *more: object) -> list[str]:
+    words = [sys.executable, __file__, "--published", folder, "--basepath", args.basepath, "--tmpdir", args.tmpdir]
+    words += ["--bs", args.bs, "--max_len", args.max_len, "--steps", args.steps, *more]
+    return [str(word) for word in words]
+
+
+def follow(command: list[str], folder: Path) -> tuple[list[dict], int]:
+    """Run a trainer to its end: its metrics, and the peak memory of its largest process in bytes."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    # Linux counts in kB. accelerate's launcher waits for the trainer; the maximum is over both.
+    return [json.loads(line) for line in lines], usage.ru_maxrss * 1024
+
+
+def rate(metrics: list[dict]) -> float:
+    """Supervised tokens a second, without the steps that warm up."""
+    steps = [line for line in metrics if "supervised_tokens" in line]
+    return sum(s["supervised_tokens"] for s in steps[WARM_UP:]) / (steps[-1]["seconds"] - steps[WARM_UP - 1]["seconds"])
+
+
+def matrix_product_rate() -> float:
+    """FLOP/s of a large bfloat16 product."""
+    device, size, best = torch_device(choose_kind()), 2048, float("inf")
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    for _ in range(12):
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def flops_per_supervised(args: argparse.Namespace) -> float:
+    """Of the products any trainer needs, for one supervised position and its share of the tokens around it."""
+    config, store = draft_config_for(load_config(args.basepath), None), FeatureStore(args.tmpdir)
+    with torch.device("meta"):
+        weights = describe_draft(DraftModel(config, torch.empty(config.vocab_size, config.hidden_size)))["trainable"]
+    data = FeatureDataset(store, np.arange(len(store)), args.max_len)
+    sample = [data[0, int(i)].supervised for i in np.linspace(0, len(store) - 1, min(len(store), 200))]
+    tokens_each = sum(map(len, sample)) / sum(int(s.sum()) for s in sample)
+    return 6 * config.vocab_size * config.hidden_size + 6 * weights * tokens_each
+
+
+def compare(args: argparse.Namespace, title: str) -> dict:
+    """The two trainers, alternating."""
+    best: dict[str, tuple[float, int]] = {}
+    product = 0.0
+    for _ in range(args.repeats):
+        product = max(product, matrix_product_rate())
+        for name, command in (
+            ("published way", lambda folder: train_published(args, folder)),
+            ("ours", lambda folder: train_ours(args, folder / "run", args.steps + WARM_UP)),
+        ):
+            with tempfile.TemporaryDirectory() as folder:
+                metrics, peak = follow(command(Path(folder)), Path(folder) / ("run" if name == "ours" else ""))
+            best[name] = max(best.get(name, (0.0, 0)), (rate(metrics), peak))
+    flops = flops_per_supervised(args)
+    row: dict = {"title": title, "matrix_product_gflops": product / 1e9}
+    for name, (found, peak) in best.items():
+        row[name] = {
+            "supervised_tokens_per_second": found,
+            "ratio": found / best["published way"][0],
+            "of_matrix_product": found * flops / product,
+            "peak_memory": peak,
+        }
+    print(_table(row), flush=True)
+    return row
+
+
+def _table(row: dict) -> str:
+    lines = [
+        f"{row['title']}; matrix products at {row['matrix_product_gflops']:,.0f} GFLOP/s",
+        f"  {'':16}{'supervised/s':>14}{'ratio':>8}{'of product':>12}{'peak MB':>10}",
+    ]
+    for name in ("published way", "ours"):
+        one = row[name]
+        lines.append(
+            f"  {name:16}{one['supervised_tokens_per_second']:14,.0f}{one['ratio']:8.2f}"
+            f"{one['of_matrix_product']:12.0%}{one['peak_memory'] / 1e6:10,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def synthetic(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    """A base model that is an embedding of Qwen2-0.5B's size, and random features for the lengths of the real store."""
+    hidden, vocab = QWEN2["hidden_size"], QWEN2["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    (folder / "model").mkdir()
+    write_json(folder / "model" / "config.json", QWEN2)
+    embedding = torch.randn(vocab, hidden, generator=generator).mul_(0.02).bfloat16()
+    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden)}
+    write_tensors(
+        folder / "model" / "model.safetensors",
+        {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden)},
+    )
+    store, writer = FeatureStore(args.tmpdir), ShardWriter(folder / "store" / "0")
+    for index in range(min(len(store), (args.steps + WARM_UP + 1) * args.bs)):
+        mask = store.loss_mask(index)[: args.max_len]
+        ids = torch.randint(vocab, (len(mask),), generator=generator, dtype=torch.int32)
+        features = torch.randn(len(mask), hidden, generator=generator).bfloat16()
+        writer.add(Record(index, ids, mask, features))
+    writer.close_shard()
+    return argparse.Namespace(**{**vars(args), "basepath": folder / "model", "tmpdir": folder / "store"})
+
+
+def time_to_tau(args: argparse.Namespace) -> dict:
+    """Seconds to the τ that ours has after an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        metrics, _ = follow(train_ours(args, Path(folder) / "run", None), Path(folder) / "run")
+    start, end = (line for line in metrics if "val_tau" in line)
+    steps = [line for line in metrics if "supervised_tokens" in line]
+    ours = {"start_tau": start["val_tau"][-1], "tau": end["val_tau"][-1]}
+    ours["start_seconds"] = start["seconds"] - start["val_seconds"]
+    ours["seconds"] = steps[-1]["seconds"] - start["val_seconds"]
+    with tempfile.TemporaryDirectory() as folder:
+        more = ("--seconds", args.patience * ours["seconds"], "--until_tau", ours["tau"])
+        metrics, _ = follow(train_published(args, Path(folder), *more), Path(folder))
+    checks = [line for line in metrics if "val_tau" in line]
+
+    def first(tau: float) -> float | None:
+        return next((line["seconds"] for line in checks if line["val_tau"][-1] >= tau), None)
+
+    published = {"tau": checks[-1]["val_tau"][-1], "seconds": checks[-1]["seconds"]}
+    published |= {"seconds_to_our_tau": first(ours["tau"]), "seconds_to_our_start": first(ours["start_tau"])}
+    print(
+        f"ours: τ {ours['start_tau']:.3f} from the closed form in {start['start_seconds']:.0f} s, {ours['tau']:.3f} "
+        f"after {ours['seconds']:.0f} s of training\n"
+        f"published way: " + ", ".join(
+            f"τ {tau:.3f} " + (f"after {seconds:.0f} s ({seconds / own:.1f} times)" if seconds else "not reached")
+            for tau, seconds, own in (
+                (ours["start_tau"], published["seconds_to_our_start"], ours["start_seconds"]),
+                (ours["tau"], published["seconds_to_our_tau"], ours["seconds"]),
+            )
+        ) + f"; τ {published['tau']:.3f} after {published['seconds']:.0f} s"
+    )  # fmt: skip
+    return {"ours": ours, "published way": published}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.published:
+        PublishedTrainer(args).fit()
+        return 0
+    rows = [compare(args, f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step")]
+    if not args.no_synthetic:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(synthetic(args, Path(folder)), "Qwen2-0.5B's shape, random features"))
+    content: dict = {"rows": rows, "hardware": describe(torch_device(choose_kind()))}
+    if args.to_tau:
+        content["time_to_tau"] = time_to_tau(args)
+    if args.output:
+        write_json(args.output, content | {"made_by": provenance()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
