@@ -295,10 +295,7 @@ def synthetic(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
     write_json(folder / "model" / "config.json", QWEN2)
     embedding = torch.randn(vocab, hidden, generator=generator).mul_(0.02).bfloat16()
     tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden)}
-    write_tensors(
-        folder / "model" / "model.safetensors",
-        {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden)},
-    )
+    write_tensors(folder / "model" / "model.safetensors", tensors)
     store, writer = FeatureStore(args.tmpdir), ShardWriter(folder / "store" / "0")
     for index in range(min(len(store), (args.steps + WARM_UP + 1) * args.bs)):
         mask = store.loss_mask(index)[: args.max_len]
