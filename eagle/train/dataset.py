@@ -51,6 +51,10 @@ class Batch:
         moved = Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
         return dataclasses.replace(moved, features=moved.features.to(dtype))
 
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which a card copies by itself; the data loader calls this."""
+        return Batch(*(getattr(self, name).pin_memory() for name in self.__slots__))
+
 
 def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:
     """``[T]`` unshifted mask -> ``[T-1]`` bool, True where position t is trained."""

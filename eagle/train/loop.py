@@ -161,7 +161,7 @@ class Trainer:
                 # A process without records still takes part, with one that counts for nothing.
                 keys.append([(epoch, int(index)) for index in (piece if len(piece) else batch[:1])])
                 empty.append(not len(piece))
-        loader = DataLoader(self.train_set, batch_sampler=keys, collate_fn=collate, num_workers=options.num_workers)
+        loader = self._loader(self.train_set, keys)
         group = []
         for batch, is_empty in zip(loader, empty, strict=True):
             if is_empty:
@@ -170,6 +170,16 @@ class Trainer:
             if len(group) == options.gradient_accumulation_steps:
                 yield group
                 group = []
+
+    def _loader(self, data: FeatureDataset, keys: list[list[tuple[int, int]]]) -> DataLoader:
+        device = self.accelerator.device
+        return DataLoader(
+            data,
+            batch_sampler=keys,
+            collate_fn=collate,
+            num_workers=self.options.loader_workers(device.type),
+            pin_memory=device.type == "cuda",
+        )
 
     def _step(self, model: torch.nn.Module, group: list[Batch]) -> tuple[StepResult, bool]:
         """One optimizer step over this process's micro-batches: the gradient of the whole global batch.
@@ -254,7 +264,7 @@ class Trainer:
             return None
         own = range(self.accelerator.process_index, len(self.validation_set), self.processes)
         keys = [[(0, index) for index in own[at : at + self.options.bs]] for at in range(0, len(own), self.options.bs)]
-        loader = DataLoader(self.validation_set, batch_sampler=keys, collate_fn=collate)
+        loader = self._loader(self.validation_set, keys)
         started = time.monotonic()
         result = validate(self.accelerator, model, self.head, loader)
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)

@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("patience", int, "stop after so many validations without a better τ; 0 does not")
     add("report_to", str, "also log to this tracker", choices=TRACKERS)
     add("keep", int, "keep the newest so many checkpoints (best and last always)")
-    add("num_workers", int, "data-loader processes per device")
+    add("num_workers", int, "data-loader processes per device (default: 2 on a card, else 0)")
     add("seed", int, "seed of split, order, noise and random initialisation")
     parser.add_argument("--skip_damaged", action="store_true", help="leave out what is damaged in the store")
     parser.add_argument("--recipe", choices=RECIPES, help="eagle1: the published hyperparameters as defaults")

@@ -69,7 +69,7 @@ class TrainOptions:
     patience: int = 0
     report_to: str = "none"
     keep: int = 3
-    num_workers: int = 0
+    num_workers: int | None = None
     seed: int = 42
     skip_damaged: bool = False
 
@@ -87,6 +87,8 @@ class TrainOptions:
             )
         if self.end_num is not None and self.end_num < 1:
             raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise RequestError(f"--num_workers {self.num_workers}: expected 0 or more.")
         if self.data_path and self.num_workers:
             raise RequestError(
                 f"--num_workers {self.num_workers}: with --data_path the base model computes the features in the "
@@ -100,7 +102,7 @@ class TrainOptions:
         if self.report_to not in TRACKERS:
             raise RequestError(f"--report_to {self.report_to}: expected one of {', '.join(TRACKERS)}.")
         self.save_interval()
-        for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "num_workers", "grad_clip", "patience"):
+        for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "grad_clip", "patience"):
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 0 or more.")
         for name in ("warmup_ratio", "val_ratio", "beta1", "beta2"):
@@ -117,6 +119,15 @@ class TrainOptions:
                 f"--init {self.init}: expected {' or '.join(INITS)}, or the folder of a draft to start from; there is "
                 "no such folder."
             )
+
+    def loader_workers(self, kind: str) -> int:
+        """Data-loader processes on this kind of device: a card must not wait for the disk, a CPU has no cores to spare.
+
+        The base model of ``--data_path`` is in the training process.
+        """
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if kind == "cpu" or self.data_path else 2
 
     def save_interval(self) -> tuple[int, float] | None:
         """``--save_every`` as (steps, seconds), one of them 0: '500' is steps, '30m' minutes.
