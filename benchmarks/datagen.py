@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle.cleaning import Tally, clean_record
 from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
-from eagle.datagen.worker import WINDOW, Worker
+from eagle.datagen.worker import Worker
 from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
 from eagle.features import FeatureStore
 from eagle.model_config import load_config
@@ -130,6 +130,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     (folder / "0").mkdir()
     worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
     worker.probe(0)  # warm
+    lengths = [[len(item.encoded.input_ids) for item in batch] for batch in worker.batches()]
     loaded = time.perf_counter()
     for _ in worker.work(job.request.shard_mb << 20):
         pass
@@ -137,8 +138,6 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     manifest = finish(job)
     size = sum(path.stat().st_size for path in (folder / "0").glob("*.safetensors"))
     seconds = tokenised - started + computed - loaded
-    lengths = [[len(item.encoded.input_ids) for item in batch] for at in range(0, len(worker.places), WINDOW)
-               for batch in worker.batches(at)]  # fmt: skip
     padded = sum(max(batch) * len(batch) for batch in lengths)
     PARTS.update(tokenising=(tokenised - started) / seconds, padding=1 - manifest["tokens"] / padded)
     return manifest["tokens"], seconds, size
@@ -151,7 +150,7 @@ def bare_forward(args: argparse.Namespace, folder: Path) -> tuple[int, float, in
     encode_job(job)
     (folder / "0").mkdir()
     worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
-    batches = [batch for start in range(0, len(worker.places), WINDOW) for batch in worker.batches(start)]
+    batches = list(worker.batches())
     worker.forward(batches[0])
     synchronize(worker.device)
     started = time.perf_counter()

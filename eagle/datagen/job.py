@@ -18,7 +18,7 @@ from eagle import device
 from eagle.cleaning import Tally
 from eagle.cli import RequestError, existing_path, provenance, write_json
 from eagle.conversation import Encoder, load_encoder
-from eagle.datagen.tokens import TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
+from eagle.datagen.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
@@ -172,6 +172,7 @@ def resolve(request: GenerationRequest) -> Job:
             "store_dtype": request.store_dtype,
             "num_nodes": request.num_nodes,
             "node_rank": request.node_rank,
+            "length_block": LENGTH_BLOCK,
         },
         "complete": False,
         "made_by": provenance(),
@@ -256,16 +257,9 @@ def _differences(old: dict, new: dict) -> list[str]:
     return found
 
 
-def worker_share(manifest: dict, worker: int) -> Sequence[int]:
-    """The conversations (indices into the data file) worker `worker` computes, in its order: every so many of its
-    node's, so that which conversations a store holds does not depend on the number of workers.
-    """
-    return node_share(manifest)[worker :: manifest["options"]["workers"]]
-
-
 def node_share(manifest: dict) -> Sequence[int]:
-    """The conversations one node computes: the seed's permutation of the whole file, cut to the number asked for and
-    dealt out to the nodes in turn.
+    """The conversations one node computes, as indices into the data file: the seed's permutation of the whole file,
+    cut to the number asked for and dealt out to the nodes in turn.
     """
     options = manifest["options"]
     # RandomState's streams are frozen for good, unlike the newer generators'.

@@ -14,7 +14,7 @@ from pathlib import Path
 from eagle.cli import WorkError, write_json
 from eagle.datagen.job import Job
 from eagle.datagen.launch import worker_command, worker_variables
-from eagle.datagen.progress import finished, saved_progress
+from eagle.datagen.progress import saved_progress
 from eagle.datagen.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.features import MANIFEST
 from eagle.store.store_dtype import STORE_DTYPES, bytes_per_value
@@ -87,10 +87,8 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
     shrunk = dict.fromkeys(STORE_DTYPES[1:], 0)
     for number in range(len(job.groups)):
         folder = job.request.folder / str(number)
-        own = lengths[number :: len(job.groups)]
-        if folder.is_dir():
-            own = own[len(own) if finished(folder) else saved_progress(folder).position :]
-        count, records = int(own.sum()), int((own > 0).sum())
+        left = tokens.share(number, len(job.groups))[saved_progress(folder).records :]
+        count, records = int(lengths[left].sum()), len(left)
 
         def size(name: str, count: int = count, records: int = records) -> int:
             whole = store_bytes(count, records, hidden, job.manifest["dtype"], name)

@@ -204,14 +204,17 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def drop_after_gap(folder: Path) -> None:
     """Delete the shards behind a missing one. A worker writes them in order, so it redoes everything from there."""
-    for number, path in enumerate(shard_paths(folder)):
-        if path.name != shard_name(number):
-            path.unlink()
+    for path in shard_paths(folder)[len(_before_gap(folder)) :]:
+        path.unlink()
+
+
+def _before_gap(folder: Path) -> list[Path]:
+    return [path for number, path in enumerate(shard_paths(folder)) if path.name == shard_name(number)]
 
 
 def last_progress(folder: Path) -> str | None:
-    """The `progress` string of the newest finished shard, None where there is none."""
-    paths = shard_paths(folder)
+    """The `progress` string of the newest finished shard before any that is missing; None where there is none."""
+    paths = _before_gap(folder)
     if not paths:
         return None
     with _open_shard(paths[-1]) as file:
