@@ -16,7 +16,7 @@ import numpy as np
 
 from eagle import device
 from eagle.cleaning import Tally
-from eagle.cli import RequestError, existing_path, provenance, write_json
+from eagle.cli import RequestError, existing_path, output_folder, provenance, write_json
 from eagle.conversation import Encoder, load_encoder
 from eagle.datagen.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
@@ -207,7 +207,7 @@ _IDENTITY = (
 def claim_outdir(job: Job) -> None:
     """Write the manifest of a new job, or check that the folder's is of the same job so that it can go on.
 
-    Raises: RequestError for a folder that holds something else, or a job with other options.
+    Raises: RequestError for a folder that holds something else, a job with other options, or is read-only.
     """
     outdir, root = job.request.folder, job.request.outdir
     if outdir != root and root.is_dir():
@@ -230,13 +230,14 @@ def claim_outdir(job: Job) -> None:
                 f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
                 "command to continue it, or name another folder."
             )
+        output_folder(outdir, "--outdir")
         return
     if outdir.is_dir() and any(not entry.name.startswith(".") for entry in outdir.iterdir()):
         found = sorted(entry.name for entry in outdir.iterdir())[:3]
         raise RequestError(
             f"--outdir {outdir} is not empty ({', '.join(found)}, ...) and is no store. Name a new or empty folder."
         )
-    outdir.mkdir(parents=True, exist_ok=True)
+    output_folder(outdir, "--outdir")
     write_json(path, job.manifest)
 
 

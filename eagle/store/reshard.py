@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle.cli import RequestError, fsync_folder, locked, read_json, write_json
+from eagle.cli import RequestError, fsync_folder, locked, output_folder, read_json, write_json
 from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
 from eagle.store.classic_dumps import ClassicFolder
 from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter, write_shard
@@ -45,7 +45,8 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     Returns what every folder holds. Picks up an interrupted run. leave_out_damaged: what is damaged does not come
     along; otherwise it raises WorkError.
 
-    Raises: RequestError (nothing to reshard, `new` holds something else, fewer records than parts).
+    Raises: RequestError (nothing to reshard, `new` holds something else or is read-only, fewer records than
+    parts).
     """
     if parts < 1:
         raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
@@ -58,7 +59,7 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     store = None
     if not new.is_dir():
         store = _open(old, parts, leave_out_damaged)  # a wrong request makes no folder
-        new.mkdir(parents=True)
+    output_folder(new, "--new_folder")
     with locked(new, "--new_folder"):
         finished = _finish_interrupted(new)
         if in_place and finished and len(finished) == parts:
