@@ -33,11 +33,13 @@ from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_
 from eagle.features import FeatureStore
 from eagle.model_config import load_config
 from eagle.store.shard import ShardWriter
-from eagle.store.store_dtype import STORE_DTYPES
+from eagle.store.store_dtype import STORE_DTYPES, pack
 from eagle.target import from_pretrained_dtype, parse_dtype
 
 #: Where the time of `ours` goes besides the forward pass, as shares.
 PARTS: dict[str, float] = {}
+#: What storing the features of `ours` in one byte a value costs, see `relative_errors`.
+ERRORS: dict[str, float] = {}
 VARIANTS = ("published", "ours", "bare forward", "matrix product")
 
 
@@ -139,6 +141,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     size = sum(path.stat().st_size for path in (folder / "0").glob("*.safetensors"))
     seconds = tokenised - started + computed - loaded
     padded = sum(max(batch) * len(batch) for batch in lengths)
+    ERRORS.update(relative_errors(FeatureStore(folder)))
     PARTS.update(tokenising=(tokenised - started) / seconds, padding=1 - manifest["tokens"] / padded)
     return manifest["tokens"], seconds, size
 
@@ -201,8 +204,24 @@ def run_variant(args: argparse.Namespace) -> int:
         tokens, seconds, size = work[args.variant](args, Path(folder))
     peak = peak_memory(torch_device(choose_kind(args.device)))
     result = {"rate": tokens / seconds, "tokens": tokens, "bytes_per_token": size / tokens, "peak": peak}
-    print(json.dumps(result | {"parts": PARTS}))
+    print(json.dumps(result | {"parts": PARTS, "relative_errors": ERRORS}))
     return 0
+
+
+def relative_errors(store: FeatureStore, tokens: int = 2000) -> dict[str, float]:
+    """How far every one-byte store dtype takes the first `tokens` of these features from what they were: the norm of
+    the difference over their norm.
+    """
+    some: list[torch.Tensor] = []
+    for record in store:
+        some.append(record.hidden_state)
+        if sum(map(len, some)) >= tokens:
+            break
+    features = torch.cat(some)[:tokens]
+    return {
+        name: float((pack(features, name).unpack().float() - features.float()).norm() / features.float().norm())
+        for name in STORE_DTYPES[1:]
+    }
 
 
 def bytes_per_token(args: argparse.Namespace) -> dict[str, float]:
@@ -231,8 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile:
         names += [("ours", True), ("bare forward", True)]
     rows = []
+    best: dict[tuple[str, bool], dict] = {}
     for length in args.lengths:
-        best: dict[tuple[str, bool], dict] = {}
+        best = {}
         for _ in range(args.repeats):
             for key in names:
                 found = measure(args, key[0], length, key[1])
@@ -241,7 +261,10 @@ def main(argv: list[str] | None = None) -> int:
         print(_table(rows[-1]), flush=True)
     sizes = bytes_per_token(args)
     print("bytes a token: " + ", ".join(f"{name} {size:,.0f}" for name, size in sizes.items()))
-    content = {"rows": rows, "bytes_per_token": sizes, "hardware": describe(torch_device(choose_kind(args.device)))}
+    errors = best["ours", False]["relative_errors"]
+    print("relative error of features: " + ", ".join(f"{name} {error:.2%}" for name, error in errors.items()))
+    content = {"rows": rows, "bytes_per_token": sizes, "relative_errors": errors}
+    content["hardware"] = describe(torch_device(choose_kind(args.device)))
     if args.output:
         write_json(args.output, content | {"made_by": provenance()})
     return 0

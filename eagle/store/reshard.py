@@ -24,7 +24,7 @@ import numpy as np
 from eagle.cli import RequestError, fsync_folder, locked, output_folder, read_json, write_json
 from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
 from eagle.store.classic_dumps import ClassicFolder
-from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter, write_shard
+from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter
 from eagle.store.verify_store import skip_damaged
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
@@ -136,12 +136,18 @@ def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]
     manifest = _merged_manifest(store)
     layout = Layout(store, parts)
     summary = layout.summary
+    before = None
     for number, (part, (first, last)) in enumerate(zip(summary, layout.stretches, strict=True)):
         folder = staging / str(number)
-        folder.mkdir(parents=True)
+        writer = ShardWriter(folder, background=True)
         for source, start, end in _pieces(layout.sources, first, last):
-            _place(source, start, end, folder)
+            _place(source, start, end, writer)
+        if before:  # one shard is written while the next is checked
+            before.wait()
+        before = writer
         write_json(folder / DONE, {"records": part.records, "tokens": part.tokens, "dropped": {}, "repaired": {}})
+    if before:
+        before.wait()
     manifest |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
     write_json(staging / MANIFEST, manifest)
     plan = {
@@ -167,17 +173,12 @@ def _pieces(sources: list[RecordSource], first: int, last: int) -> Iterator[tupl
         at += len(source)
 
 
-def _place(source: RecordSource, start: int, end: int, folder: Path) -> None:
-    target = folder / f"shard-{sum(1 for _ in folder.glob('shard-*')):05d}.safetensors"
-    if isinstance(source, Shard):
-        if _is_linked(source, start, end):
-            _link(source.path, target)
-        else:
-            write_shard(target, [source.stored(position) for position in range(start, end)])
+def _place(source: RecordSource, start: int, end: int, writer: ShardWriter) -> None:
+    if _is_linked(source, start, end):
+        _link(source.path, writer.next_path())
         return
-    writer = ShardWriter(folder)
     for position in range(start, end):
-        writer.add(source.read(position))
+        writer.add(source.stored(position) if isinstance(source, Shard) else source.read(position))
         if writer.is_full:
             writer.close_shard()
     writer.close_shard()

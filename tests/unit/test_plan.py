@@ -98,7 +98,7 @@ def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monke
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eagle.store.shard.write_tensors", full)
+    monkeypatch.setattr("eagle.store.shard.write_pieces", full)
     with pytest.raises(WorkError, match=r"Could not write .*No space left"):
         run_worker(job, 0)
     assert not shard_paths(tmp_path / "store" / "0")
