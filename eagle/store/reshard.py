@@ -23,7 +23,6 @@ import numpy as np
 
 from eagle.cli import RequestError, fsync_folder, locked, output_folder, read_json, write_json
 from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
-from eagle.store.classic_dumps import ClassicFolder
 from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter
 from eagle.store.verify_store import skip_damaged
 
@@ -48,8 +47,6 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     Raises: RequestError (nothing to reshard, `new` holds something else or is read-only, fewer records than
     parts).
     """
-    if parts < 1:
-        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     in_place = old.resolve() == new.resolve()
     if not in_place and old.resolve() in new.resolve().parents:
         raise RequestError(
@@ -87,14 +84,12 @@ def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[
 
     Raises: RequestError as `reshard` does.
     """
-    if parts < 1:
-        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     layout = Layout(_open(old, parts, leave_out_damaged), parts)
     rewritten = 0
     for first, last in layout.stretches:
         for source, start, end in _pieces(layout.sources, first, last):
             if not _is_linked(source, start, end):
-                size = sum(file.stat().st_size for file in _files_of(source))
+                size = sum(file.stat().st_size for file in source.files)
                 rewritten += round(size * source.lengths[start:end].sum() / source.lengths.sum())
     return layout.summary, rewritten
 
@@ -114,6 +109,8 @@ class Layout:
 
 
 def _open(old: Path, parts: int, leave_out_damaged: bool) -> FeatureStore:
+    if parts < 1:
+        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     store = skip_damaged(old, "--old_folder") if leave_out_damaged else FeatureStore(old, "--old_folder")
     if len(store) < parts:
         raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
@@ -189,10 +186,6 @@ def _is_linked(source: RecordSource, start: int, end: int) -> bool:
     return isinstance(source, Shard) and source.is_whole and (start, end) == (0, len(source))
 
 
-def _files_of(source: RecordSource) -> list[Path]:
-    return source.files if isinstance(source, ClassicFolder) else [source.path]
-
-
 def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
@@ -208,7 +201,7 @@ def _store_files(store: FeatureStore) -> list[Path]:
     for manifest in store.manifests:
         files += [path for name in (DONE, LOG) for path in manifest.parent.glob(f"*/{name}")]
     for source in store.sources:
-        files += _files_of(source)
+        files += source.files
     return sorted({file for file in files if file.exists()})
 
 

@@ -248,6 +248,7 @@ class RecordSource(Protocol):
     """Something that holds records by position: a `Shard` or a folder of classic dumps."""
 
     path: Path
+    files: list[Path]
     conversations: np.ndarray
     lengths: np.ndarray
 
@@ -265,7 +266,7 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.files = path, [path]
         self._file: Any = None
         with _open_shard(path) as file:
             self.offsets = file.get_tensor("offsets").numpy()
