@@ -8,7 +8,8 @@ time through the whole model, logits of every position and their softmax, one pi
 Both read the same conversations, tokenise, compute and write; loading the model is left out. The bare forward runs
 our batches through the trunk and does nothing else. Every variant runs in a process of its own, which also gives its
 peak memory; the variants alternate, and the quickest run of each counts. The matrix-product rate is that of one large
-product in the same dtype.
+product in the same dtype. Sizes on disk are those of random features; the error of storing them in one byte a value is
+that of the model's own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The computing thread only starts forward passes. A second thread fetches their results, checks and scales them; a third
 (the `ShardWriter`'s) sums up, writes and syncs. Each is ahead of the next by a little, so that an error ends the work
-soon and memory stays bounded: a shard that is gathered, the one before twice while it is written, and a few batches.
+soon and memory stays bounded: a shard that is gathered, the one before while it is written, and a few batches.
 """
 
 from __future__ import annotations
