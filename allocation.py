@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             plan = make_plan(job, encode_job(job))
             print("\n".join(f"  {line}" for line in plan.lines()))
             plan.check_space(request.folder)
-        run_workers(job)
+            run_workers(job, plan.tokens)
         manifest = finish(job)
     report = [f"  {line}" for line in Tally.from_json(manifest).lines()]
     if not manifest["records"]:

@@ -8,7 +8,8 @@ time through the whole model, logits of every position and their softmax, one pi
 Both read the same conversations, tokenise, compute and write; loading the model is left out. The bare forward runs
 our batches through the trunk and does nothing else. Every variant runs in a process of its own, which also gives its
 peak memory; the variants alternate, and the quickest run of each counts. The matrix-product rate is that of one large
-product in the same dtype.
+product in the same dtype. Sizes on disk are those of random features; the error of storing them in one byte a value is
+that of the model's own.
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle.cleaning import Tally, clean_record
 from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
-from eagle.datagen.worker import WINDOW, Worker
+from eagle.datagen.worker import Worker
 from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
 from eagle.features import FeatureStore
 from eagle.model_config import load_config
 from eagle.store.shard import ShardWriter
-from eagle.store.store_dtype import STORE_DTYPES
+from eagle.store.store_dtype import STORE_DTYPES, pack
 from eagle.target import from_pretrained_dtype, parse_dtype
 
 #: Where the time of `ours` goes besides the forward pass, as shares.
 PARTS: dict[str, float] = {}
+#: What storing the features of `ours` in one byte a value costs, see `relative_errors`.
+ERRORS: dict[str, float] = {}
 VARIANTS = ("published", "ours", "bare forward", "matrix product")
 
 
@@ -130,6 +133,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     (folder / "0").mkdir()
     worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
     worker.probe(0)  # warm
+    lengths = [[len(item.encoded.input_ids) for item in batch] for batch in worker.batches()]
     loaded = time.perf_counter()
     for _ in worker.work(job.request.shard_mb << 20):
         pass
@@ -137,9 +141,8 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     manifest = finish(job)
     size = sum(path.stat().st_size for path in (folder / "0").glob("*.safetensors"))
     seconds = tokenised - started + computed - loaded
-    lengths = [[len(item.encoded.input_ids) for item in batch] for at in range(0, len(worker.places), WINDOW)
-               for batch in worker.batches(at)]  # fmt: skip
     padded = sum(max(batch) * len(batch) for batch in lengths)
+    ERRORS.update(relative_errors(FeatureStore(folder)))
     PARTS.update(tokenising=(tokenised - started) / seconds, padding=1 - manifest["tokens"] / padded)
     return manifest["tokens"], seconds, size
 
@@ -151,7 +154,7 @@ def bare_forward(args: argparse.Namespace, folder: Path) -> tuple[int, float, in
     encode_job(job)
     (folder / "0").mkdir()
     worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
-    batches = [batch for start in range(0, len(worker.places), WINDOW) for batch in worker.batches(start)]
+    batches = list(worker.batches())
     worker.forward(batches[0])
     synchronize(worker.device)
     started = time.perf_counter()
@@ -202,8 +205,24 @@ def run_variant(args: argparse.Namespace) -> int:
         tokens, seconds, size = work[args.variant](args, Path(folder))
     peak = peak_memory(torch_device(choose_kind(args.device)))
     result = {"rate": tokens / seconds, "tokens": tokens, "bytes_per_token": size / tokens, "peak": peak}
-    print(json.dumps(result | {"parts": PARTS}))
+    print(json.dumps(result | {"parts": PARTS, "relative_errors": ERRORS}))
     return 0
+
+
+def relative_errors(store: FeatureStore, tokens: int = 2000) -> dict[str, float]:
+    """How far every one-byte store dtype takes the first `tokens` of these features from what they were: the norm of
+    the difference over their norm.
+    """
+    some: list[torch.Tensor] = []
+    for record in store:
+        some.append(record.hidden_state)
+        if sum(map(len, some)) >= tokens:
+            break
+    features = torch.cat(some)[:tokens]
+    return {
+        name: float((pack(features, name).unpack().float() - features.float()).norm() / features.float().norm())
+        for name in STORE_DTYPES[1:]
+    }
 
 
 def bytes_per_token(args: argparse.Namespace) -> dict[str, float]:
@@ -232,8 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile:
         names += [("ours", True), ("bare forward", True)]
     rows = []
+    best: dict[tuple[str, bool], dict] = {}
     for length in args.lengths:
-        best: dict[tuple[str, bool], dict] = {}
+        best = {}
         for _ in range(args.repeats):
             for key in names:
                 found = measure(args, key[0], length, key[1])
@@ -242,7 +262,10 @@ def main(argv: list[str] | None = None) -> int:
         print(_table(rows[-1]), flush=True)
     sizes = bytes_per_token(args)
     print("bytes a token: " + ", ".join(f"{name} {size:,.0f}" for name, size in sizes.items()))
-    content = {"rows": rows, "bytes_per_token": sizes, "hardware": describe(torch_device(choose_kind(args.device)))}
+    errors = best["ours", False]["relative_errors"]
+    print("relative error of features: " + ", ".join(f"{name} {error:.2%}" for name, error in errors.items()))
+    content = {"rows": rows, "bytes_per_token": sizes, "relative_errors": errors}
+    content["hardware"] = describe(torch_device(choose_kind(args.device)))
     if args.output:
         write_json(args.output, content | {"made_by": provenance()})
     return 0

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator
@@ -86,6 +87,24 @@ def existing_path(path: str | Path, flag: str, kind: str = "path") -> Path:
     if (kind == "file" and not path.is_file()) or (kind == "folder" and not path.is_dir()):
         raise RequestError(f"{flag} {path} is not {what}, which is what this flag takes.")
     return path
+
+
+def output_folder(path: Path, flag: str) -> None:
+    """Make the folder where there is none yet, and see that files can be made in it.
+
+    Raises: RequestError where they cannot; OSError for a full disk.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RequestError(
+            f"{flag} {path} cannot be written to: {error.strerror}. Nothing was written or changed. Name a folder in "
+            "which you may make files."
+        ) from error
 
 
 @contextmanager

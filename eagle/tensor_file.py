@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+#: How safetensors calls the dtypes that a store holds.
+DTYPE_CODES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+if hasattr(torch, "float8_e4m3fn"):
+    DTYPE_CODES[torch.float8_e4m3fn] = "F8_E4M3"
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -34,3 +43,30 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_pieces(path: Path, tensors: dict[str, list[torch.Tensor]], metadata: dict[str, str]) -> None:
+    """Write and sync a safetensors file of tensors that come in pieces along their first dimension.
+
+    What safetensors' own writer makes of the joined tensors, without joining them in memory first. The format: eight
+    bytes of header length, a JSON header, then the tensors back to back, the widest dtypes first: so all are aligned.
+
+    Raises: OSError (disk full, among others).
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].element_size(), name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        first, start = tensors[name][0], end
+        end += sum(piece.nbytes for piece in tensors[name])
+        shape = [sum(map(len, tensors[name])), *first.shape[1:]]
+        header[name] = {"dtype": DTYPE_CODES[first.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for piece in tensors[name]:
+                file.write(piece.contiguous().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

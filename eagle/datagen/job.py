@@ -16,9 +16,9 @@ import numpy as np
 
 from eagle import device
 from eagle.cleaning import Tally
-from eagle.cli import RequestError, existing_path, provenance, write_json
+from eagle.cli import RequestError, existing_path, output_folder, provenance, write_json
 from eagle.conversation import Encoder, load_encoder
-from eagle.datagen.tokens import TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
+from eagle.datagen.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
@@ -172,6 +172,7 @@ def resolve(request: GenerationRequest) -> Job:
             "store_dtype": request.store_dtype,
             "num_nodes": request.num_nodes,
             "node_rank": request.node_rank,
+            "length_block": LENGTH_BLOCK,
         },
         "complete": False,
         "made_by": provenance(),
@@ -206,7 +207,7 @@ _IDENTITY = (
 def claim_outdir(job: Job) -> None:
     """Write the manifest of a new job, or check that the folder's is of the same job so that it can go on.
 
-    Raises: RequestError for a folder that holds something else, or a job with other options.
+    Raises: RequestError for a folder that holds something else, a job with other options, or is read-only.
     """
     outdir, root = job.request.folder, job.request.outdir
     if outdir != root and root.is_dir():
@@ -229,13 +230,14 @@ def claim_outdir(job: Job) -> None:
                 f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
                 "command to continue it, or name another folder."
             )
+        output_folder(outdir, "--outdir")
         return
     if outdir.is_dir() and any(not entry.name.startswith(".") for entry in outdir.iterdir()):
         found = sorted(entry.name for entry in outdir.iterdir())[:3]
         raise RequestError(
             f"--outdir {outdir} is not empty ({', '.join(found)}, ...) and is no store. Name a new or empty folder."
         )
-    outdir.mkdir(parents=True, exist_ok=True)
+    output_folder(outdir, "--outdir")
     write_json(path, job.manifest)
 
 
@@ -256,16 +258,9 @@ def _differences(old: dict, new: dict) -> list[str]:
     return found
 
 
-def worker_share(manifest: dict, worker: int) -> Sequence[int]:
-    """The conversations (indices into the data file) worker `worker` computes, in its order: every so many of its
-    node's, so that which conversations a store holds does not depend on the number of workers.
-    """
-    return node_share(manifest)[worker :: manifest["options"]["workers"]]
-
-
 def node_share(manifest: dict) -> Sequence[int]:
-    """The conversations one node computes: the seed's permutation of the whole file, cut to the number asked for and
-    dealt out to the nodes in turn.
+    """The conversations one node computes, as indices into the data file: the seed's permutation of the whole file,
+    cut to the number asked for and dealt out to the nodes in turn.
     """
     options = manifest["options"]
     # RandomState's streams are frozen for good, unlike the newer generators'.

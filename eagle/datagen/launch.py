@@ -27,7 +27,7 @@ class WorkerProcess:
     def __init__(self, job: Job, number: int) -> None:
         self.number = number
         self.cards = job.groups[number]
-        self.progress = {"position": 0, "records": 0, "tokens": 0}
+        self.progress = {"records": 0, "tokens": 0}
         self.starting: dict[str, int] | None = None
         folder = job.request.folder / str(number)
         folder.mkdir(exist_ok=True)
@@ -86,8 +86,8 @@ def worker_command(job: Job, number: int, folder: Path | None = None) -> list[st
     return [*command, "--shard_mb", str(job.request.shard_mb), "--compile", job.request.compile]
 
 
-def run_workers(job: Job) -> None:
-    """Start every worker, show their common progress, and wait.
+def run_workers(job: Job, tokens: int) -> None:
+    """Start every worker, show their common progress to so many `tokens`, and wait.
 
     A worker that fails ends the others and raises WorkError with its last words; so does Ctrl-C end them all.
     What they had finished stays; the same command continues.
@@ -97,7 +97,7 @@ def run_workers(job: Job) -> None:
     try:
         for number in range(len(job.groups)):
             workers.append(WorkerProcess(job, number))
-        _watch(workers, job.conversations)
+        _watch(workers, tokens)
     finally:
         _end(workers)
         signal.signal(signal.SIGTERM, previous)
@@ -107,21 +107,21 @@ def _raise_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(workers: list[WorkerProcess], conversations: int) -> None:
-    bar = progress_bar(conversations, "conv", smoothing=0.1)
-    since, tokens_before = None, 0
+def _watch(workers: list[WorkerProcess], total: int) -> None:
+    bar = progress_bar(total, "tokens", unit_scale=True, smoothing=0.1)
+    started = False
     with bar:
         while True:
             running = [worker for worker in workers if worker.process.poll() is None]
             if all(worker.starting for worker in workers):
-                tokens = sum(worker.progress["tokens"] for worker in workers)
-                if since is None:  # a resumed job is not credited with what it found
-                    since, tokens_before = time.monotonic(), tokens
-                    bar.initial = sum(worker.starting["position"] for worker in workers if worker.starting)
+                if not started:  # a resumed job is not credited with what it found, nor slowed down by its start
+                    started = True
+                    bar.reset()
+                    bar.initial = sum(worker.starting["tokens"] for worker in workers if worker.starting)
                     bar.n = bar.last_print_n = bar.initial
-                rate = (tokens - tokens_before) / max(time.monotonic() - since, 1e-9)
-                bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
-                bar.update(sum(worker.progress["position"] for worker in workers) - bar.n)
+                records = sum(worker.progress["records"] for worker in workers)
+                bar.set_postfix_str(f"{records:,} records", refresh=False)
+                bar.update(sum(worker.progress["tokens"] for worker in workers) - bar.n)
             for worker in workers:
                 if worker.process.poll() not in (None, 0):
                     raise WorkError(_obituary(worker))

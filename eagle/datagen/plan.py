@@ -14,7 +14,7 @@ from pathlib import Path
 from eagle.cli import WorkError, write_json
 from eagle.datagen.job import Job
 from eagle.datagen.launch import worker_command, worker_variables
-from eagle.datagen.progress import finished, saved_progress
+from eagle.datagen.progress import saved_progress
 from eagle.datagen.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.features import MANIFEST
 from eagle.store.store_dtype import STORE_DTYPES, bytes_per_value
@@ -82,39 +82,41 @@ def store_bytes(tokens: int, records: int, hidden_size: int, dtype: str, store_d
 
 def make_plan(job: Job, tokens: Tokens) -> Plan:
     """What every worker has left to do."""
-    lengths, workers = tokens.lengths, []
-    options, hidden = job.manifest["options"], job.manifest["target"]["hidden_size"]
-    shrunk = dict.fromkeys(STORE_DTYPES[1:], 0)
-    for number in range(len(job.groups)):
-        folder = job.request.folder / str(number)
-        own = lengths[number :: len(job.groups)]
-        if folder.is_dir():
-            own = own[len(own) if finished(folder) else saved_progress(folder).position :]
-        count, records = int(own.sum()), int((own > 0).sum())
+    folder, lengths, hidden = job.request.folder, tokens.lengths, job.manifest["target"]["hidden_size"]
+    shares = [
+        tokens.share(number, len(job.groups))[saved_progress(folder / str(number)).records :]
+        for number in range(len(job.groups))
+    ]
+    counts = [int(lengths[share].sum()) for share in shares]
 
-        def size(name: str, count: int = count, records: int = records) -> int:
-            whole = store_bytes(count, records, hidden, job.manifest["dtype"], name)
-            return whole + _HEADER_BYTES * (1 + whole // (job.request.shard_mb << 20)) if records else 0
+    def sizes(store_dtype: str) -> list[int]:
+        found = []
+        for share, count in zip(shares, counts, strict=True):
+            whole = store_bytes(count, len(share), hidden, job.manifest["dtype"], store_dtype)
+            found.append(whole + _HEADER_BYTES * (1 + whole // (job.request.shard_mb << 20)) if share else 0)
+        return found
 
-        workers.append(WorkerPlan(records, count, size(options["store_dtype"])))
-        shrunk = {name: total + size(name) for name, total in shrunk.items()}
-    place = next(path for path in (job.request.folder, *job.request.folder.resolve().parents) if path.is_dir())
-    chosen = sum(worker.bytes for worker in workers)
-    shrinkable = {name: total for name, total in shrunk.items() if total < 0.9 * chosen}
+    chosen = sizes(job.request.store_dtype)
+    workers = [WorkerPlan(len(share), *rest) for share, *rest in zip(shares, counts, chosen, strict=True)]
+    smaller = {name: sum(sizes(name)) for name in STORE_DTYPES[1:]}
+    shrinkable = {name: total for name, total in smaller.items() if total < 0.9 * sum(chosen)}
+    place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     return Plan(workers, int(lengths.sum()), shutil.disk_usage(place).free, shrinkable)
 
 
 def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:
-    """The per-worker commands, and the expected time from a short probe of the first worker."""
+    """The per-worker commands, and the expected time from a short probe of the worker that has most left to do."""
     lines = [f"worker {number}: {_shown(job, number)}" for number in range(len(job.groups))]
-    rate = probe(job, tokens)
-    seconds = max(worker.tokens for worker in plan.workers) / rate
-    several = f" by each of {len(job.groups)} workers" if len(job.groups) > 1 else ""
-    return [
-        *lines,
-        f"probe: {rate:,.0f} tokens/s{several}, so about {_duration(seconds)} without starting up",
-        "dry run: nothing was written",
-    ]
+    left = [worker.tokens for worker in plan.workers]
+    if any(left):
+        rate = probe(job, tokens, left.index(max(left)))
+        several = f" by each of {len(job.groups)} workers" if len(job.groups) > 1 else ""
+        lines.append(
+            f"probe: {rate:,.0f} tokens/s{several}, so about {_duration(max(left) / rate)} without starting up"
+        )
+    else:
+        lines += ["nothing is left to compute", *tokens.tally().lines()]
+    return [*lines, "dry run: nothing was written"]
 
 
 def _shown(job: Job, number: int) -> str:
@@ -129,8 +131,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes:,.0f} min" if minutes < 120 else f"{minutes / 60:,.1f} h"
 
 
-def probe(job: Job, tokens: Tokens) -> float:
-    """Tokens per second of one worker process, the loading of the model not counted.
+def probe(job: Job, tokens: Tokens, number: int) -> float:
+    """Tokens per second of worker `number`, the loading of the model not counted.
 
     Raises: WorkError with the worker's last words.
     """
@@ -139,14 +141,14 @@ def probe(job: Job, tokens: Tokens) -> float:
         write_json(folder / MANIFEST, job.manifest)
         save_tokens(folder / TOKENS, tokens, key_of(job.manifest))
         result = subprocess.run(
-            [*worker_command(job, 0, folder), "--probe", str(PROBE_SECONDS)],
-            env={**os.environ, **worker_variables(job, 0)},
+            [*worker_command(job, number, folder), "--probe", str(PROBE_SECONDS)],
+            env={**os.environ, **worker_variables(job, number)},
             cwd=Path(__file__).resolve().parents[2],  # where the package is found
             capture_output=True,
             text=True,
             check=False,
         )
     if result.returncode:
-        raise WorkError(f"the probe of worker 0 failed. Its last words:\n{result.stderr.strip()[-2000:]}")
+        raise WorkError(f"the probe of worker {number} failed. Its last words:\n{result.stderr.strip()[-2000:]}")
     measured = json.loads(result.stdout.splitlines()[-1])
     return measured["tokens"] / measured["seconds"]

@@ -10,14 +10,16 @@ from eagle.cleaning import Tally
 from eagle.features import DONE
 from eagle.store.shard import last_progress
 
-_COUNTS = ("position", "records", "tokens", "supervised_tokens")
+_COUNTS = ("records", "tokens", "supervised_tokens")
 
 
 @dataclass(slots=True)
 class Progress:
-    """What a resumed worker starts from and what a running one reports. `position` indexes its share."""
+    """What a resumed worker starts from and what a running one reports: the first so many `records` of its share.
 
-    position: int = 0
+    tally: what could not be used, known when the share is done.
+    """
+
     records: int = 0
     tokens: int = 0
     supervised_tokens: int = 0

@@ -31,6 +31,9 @@ from eagle.records import RecordFile
 from eagle.tensor_file import write_tensors
 
 TOKENS = ".tokens.safetensors"
+#: Conversations that are computed in the order of their lengths. Enough of them that little is padding; few enough that
+#: every part of a share is a fair sample of it.
+LENGTH_BLOCK = 1024
 #: Conversations that one process encodes at a time.
 _CHUNK = 128
 _REASONS, _REPAIRS = list(DROP_REASONS), list(REPAIRS)
@@ -58,7 +61,19 @@ class Tokens:
         start, end = int(self.offsets[position]), int(self.offsets[position + 1])
         return Encoded(self.input_ids[start:end], self.loss_mask[start:end])
 
-    def tally(self, positions: Sequence[int] | slice = slice(None)) -> Tally:
+    def share(self, worker: int, workers: int) -> list[int]:
+        """The positions of the usable conversations that a worker computes, in its order.
+
+        Dealt out in turn, so that which conversations a store holds does not depend on the number of workers; then
+        the longest first in blocks of `LENGTH_BLOCK`. Nothing but the lengths decides the order, so a worker that
+        starts again behind any record goes on with the same ones.
+        """
+        own = np.flatnonzero(self.lengths)
+        own = own[own % workers == worker]
+        blocks = (own[at : at + LENGTH_BLOCK] for at in range(0, len(own), LENGTH_BLOCK))
+        return [int(place) for block in blocks for place in block[np.argsort(-self.lengths[block], kind="stable")]]
+
+    def tally(self, positions: slice = slice(None)) -> Tally:
         """What was dropped and mended among these conversations."""
         total = Tally()
         for number in self.dropped[positions].tolist():

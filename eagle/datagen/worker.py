@@ -2,10 +2,10 @@
 
     python -m eagle.datagen.worker --outdir STORE --worker 0        (started by allocation.py, one per card group)
 
-The conversations come as tokens (`eagle.datagen.tokens`) in windows; a window is sorted by length and run in batches
-of about equal tokens, so that little is padding. Only the trunk runs: no ``lm_head``, no logits. What it computes is
-written behind its back (`eagle.datagen.collector`). Progress goes to stdout, one JSON object a line. The worker ends
-when its stdin closes: it does not outlive the parent that holds the other end.
+The conversations come as tokens (`eagle.datagen.tokens`), in blocks sorted by length, and are run in that order in
+batches of about equal tokens, so that little is padding. Only the trunk runs: no ``lm_head``, no logits. What it
+computes is written behind its back (`eagle.datagen.collector`). Progress goes to stdout, one JSON object a line. The
+worker ends when its stdin closes: it does not outlive the parent that holds the other end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -26,27 +27,27 @@ from eagle import device
 from eagle.cli import WorkError, run, write_json
 from eagle.datagen.collector import Collector, Item
 from eagle.datagen.compiled import LENGTH_STEP, compile_trunk, should_compile
-from eagle.datagen.job import COMPILE_MODES, worker_share
+from eagle.datagen.job import COMPILE_MODES, node_share
 from eagle.datagen.progress import Progress, finished, saved_progress
 from eagle.datagen.tokens import TOKENS, key_of, load_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
 from eagle.store.shard import ShardWriter, drop_after_gap
 from eagle.target import load_trunk, parse_dtype
 
-#: Conversations sorted together. A shard ends only between windows.
-WINDOW = 128
 
+def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterator[range]:
+    """Indices into `lengths` from `start` on, in batches of at most `batch_tokens` padded tokens (one index at least).
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices into `lengths`, longest first, in batches of at most `batch_tokens` padded tokens (one at least)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    A batch is as long as its first sequence: where a longer one follows, another begins. From where any batch ended
+    the batches are the same ones, so an interrupted worker computes what an undisturbed one does.
+    """
+    for index in range(start, len(lengths)):
+        longest = lengths[start]
+        if index > start and (lengths[index] > longest or longest * (index + 1 - start) > batch_tokens):
+            yield range(start, index)
+            start = index
+    if start < len(lengths):
+        yield range(start, len(lengths))
 
 
 @torch.inference_mode()
@@ -69,20 +70,21 @@ class Worker:
 
     def __init__(self, outdir: Path, number: int, kind: str, cards: int, compile_mode: str = "off") -> None:
         self.manifest = read_manifest(outdir / MANIFEST)
-        self.folder = outdir / str(number)
+        self.number, self.folder = number, outdir / str(number)
         options = self.manifest["options"]
         tokens = load_tokens(outdir / TOKENS, key_of(self.manifest))
         if tokens is None:
             raise WorkError(f"{outdir / TOKENS} is missing or damaged; run the same allocation.py command again.")
         self.tokens, self.progress = tokens, saved_progress(self.folder)
-        #: The conversations of this worker: where they stand in the tokens, and in the data file.
-        self.places = range(number, len(tokens), options["workers"])
-        self.conversations = worker_share(self.manifest, number)
+        #: The conversations of this worker in its order, by their place in the tokens.
+        self.places = tokens.share(number, options["workers"])
+        self.lengths = tokens.lengths[self.places].tolist()
+        self.conversations = node_share(self.manifest)
         self.batch_tokens = options["batch_tokens"]
         self.device = device.torch_device(kind)
         model, dtype = self.manifest["target"]["name"], parse_dtype(self.manifest["dtype"])
         self.trunk = load_trunk(model, dtype, self.device, spread=cards > 1 and kind != "cpu")
-        left = int(tokens.lengths[self.places][self.progress.position :].sum())
+        left = sum(self.lengths[self.progress.records :])
         self.step = 1
         if cards == 1 and should_compile(compile_mode, kind, left):
             compiled = compile_trunk(self.trunk, self.device)
@@ -101,29 +103,22 @@ class Worker:
             background=True,
         )
         collector = Collector(writer, self.progress, self.manifest["dtype"])
-        position, records, tokens = self.progress.position, self.progress.records, self.progress.tokens
-        for start in range(position, len(self.places), WINDOW):
-            size = min(WINDOW, len(self.places) - start)
-            for batch in self.batches(start):
-                collector.add(self.forward(batch), batch)
-                records += len(batch)
-                tokens += sum(len(item.encoded.input_ids) for item in batch)
-                yield Progress(start + len(batch), records, tokens)
-            own = self.places[start : start + size]
-            collector.end_window(size, self.tokens.tally(slice(own.start, own.stop, own.step)))
+        records, tokens = self.progress.records, self.progress.tokens
+        for batch in self.batches():
+            collector.add(self.forward(batch), batch)
+            records += len(batch)
+            tokens += sum(len(item.encoded.input_ids) for item in batch)
+            yield Progress(records, tokens)
         collector.close()
+        self.progress.tally = self.tokens.tally(slice(self.number, None, self.manifest["options"]["workers"]))
         write_json(self.folder / DONE, self.progress.to_json())
         yield self.progress
 
-    def batches(self, start: int) -> Iterator[list[Item]]:
-        """The usable conversations of the window at `start`, as batches."""
-        items = []
-        for position in range(start, min(start + WINDOW, len(self.places))):
-            encoded = self.tokens[self.places[position]]
-            if len(encoded.input_ids):
-                items.append(Item(position, self.conversations[position], encoded))
-        for batch in batches([len(item.encoded.input_ids) for item in items], self.batch_tokens):
-            yield [items[index] for index in batch]
+    def batches(self) -> Iterator[list[Item]]:
+        """The batches of what is left of the share."""
+        for batch in batches(self.lengths, self.batch_tokens, self.progress.records):
+            places = [self.places[index] for index in batch]
+            yield [Item(self.conversations[place], self.tokens[place]) for place in places]
 
     def forward(self, batch: list[Item]) -> torch.Tensor:
         """The features ``[B, T, H]`` of a batch on the device, where they may still be being computed."""
@@ -131,16 +126,16 @@ class Worker:
 
     def probe(self, seconds: float) -> tuple[int, float]:
         """Tokens computed and seconds taken: as many batches as fit into `seconds`, the first one not counted."""
-        tokens, started = 0, None
-        for start in range(self.progress.position, len(self.places), WINDOW):
-            for batch in self.batches(start):
-                if started is None:  # the first one compiles, reads the weights, fills caches
-                    self.forward(batch)[0, 0, 0].item()
-                    started = time.monotonic()
-                self.forward(batch)[0, 0, 0].item()  # waits for the card it lies on
-                tokens += sum(len(item.encoded.input_ids) for item in batch)
-                if time.monotonic() - started > seconds:
-                    return tokens, time.monotonic() - started
+        tokens, started, some = 0, None, list(self.batches())
+        random.Random(0).shuffle(some)  # the first ones are all long
+        for batch in some:
+            if started is None:  # the first one compiles, reads the weights, fills caches
+                self.forward(batch)[0, 0, 0].item()
+                started = time.monotonic()
+            self.forward(batch)[0, 0, 0].item()  # waits for the card it lies on
+            tokens += sum(len(item.encoded.input_ids) for item in batch)
+            if time.monotonic() - started > seconds:
+                break
         return tokens, time.monotonic() - (started or 0)
 
 
@@ -190,8 +185,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(progress: Progress) -> None:
-    line = {"position": progress.position, "records": progress.records, "tokens": progress.tokens}
-    print(json.dumps(line), flush=True)
+    print(json.dumps({"records": progress.records, "tokens": progress.tokens}), flush=True)
 
 
 if __name__ == "__main__":

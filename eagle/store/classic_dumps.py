@@ -14,11 +14,10 @@ import torch
 
 from eagle.cli import RequestError, WorkError
 from eagle.store.shard import Record
+from eagle.tensor_file import DTYPE_CODES
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
 _KEYS = ("input_ids", "loss_mask", "hidden_state")
-# How safetensors calls the dtypes, so that both kinds of source describe themselves alike.
-_DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class ClassicFolder:
@@ -31,7 +30,7 @@ class ClassicFolder:
         shapes = [_load(file)["hidden_state"] for file in files]
         self.lengths = np.array([len(hidden) for hidden in shapes], dtype=np.int64)
         self.hidden_size = int(shapes[0].shape[1])
-        self.dtype_code = self.stored_code = _DTYPE_CODES.get(shapes[0].dtype, str(shapes[0].dtype))
+        self.dtype_code = self.stored_code = DTYPE_CODES.get(shapes[0].dtype, str(shapes[0].dtype))
         for file, hidden in zip(files, shapes, strict=True):
             if hidden.shape[1] != self.hidden_size or hidden.dtype != shapes[0].dtype:
                 raise RequestError(

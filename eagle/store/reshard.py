@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle.cli import RequestError, fsync_folder, locked, read_json, write_json
+from eagle.cli import RequestError, fsync_folder, locked, output_folder, read_json, write_json
 from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
-from eagle.store.classic_dumps import ClassicFolder
-from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter, write_shard
+from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter
 from eagle.store.verify_store import skip_damaged
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
@@ -45,10 +44,9 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     Returns what every folder holds. Picks up an interrupted run. leave_out_damaged: what is damaged does not come
     along; otherwise it raises WorkError.
 
-    Raises: RequestError (nothing to reshard, `new` holds something else, fewer records than parts).
+    Raises: RequestError (nothing to reshard, `new` holds something else or is read-only, fewer records than
+    parts).
     """
-    if parts < 1:
-        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     in_place = old.resolve() == new.resolve()
     if not in_place and old.resolve() in new.resolve().parents:
         raise RequestError(
@@ -58,7 +56,7 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     store = None
     if not new.is_dir():
         store = _open(old, parts, leave_out_damaged)  # a wrong request makes no folder
-        new.mkdir(parents=True)
+    output_folder(new, "--new_folder")
     with locked(new, "--new_folder"):
         finished = _finish_interrupted(new)
         if in_place and finished and len(finished) == parts:
@@ -86,14 +84,12 @@ def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[
 
     Raises: RequestError as `reshard` does.
     """
-    if parts < 1:
-        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     layout = Layout(_open(old, parts, leave_out_damaged), parts)
     rewritten = 0
     for first, last in layout.stretches:
         for source, start, end in _pieces(layout.sources, first, last):
             if not _is_linked(source, start, end):
-                size = sum(file.stat().st_size for file in _files_of(source))
+                size = sum(file.stat().st_size for file in source.files)
                 rewritten += round(size * source.lengths[start:end].sum() / source.lengths.sum())
     return layout.summary, rewritten
 
@@ -113,6 +109,8 @@ class Layout:
 
 
 def _open(old: Path, parts: int, leave_out_damaged: bool) -> FeatureStore:
+    if parts < 1:
+        raise RequestError(f"--tp {parts}: expected the number of folders to make, 1 or more.")
     store = skip_damaged(old, "--old_folder") if leave_out_damaged else FeatureStore(old, "--old_folder")
     if len(store) < parts:
         raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
@@ -135,12 +133,18 @@ def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]
     manifest = _merged_manifest(store)
     layout = Layout(store, parts)
     summary = layout.summary
+    before = None
     for number, (part, (first, last)) in enumerate(zip(summary, layout.stretches, strict=True)):
         folder = staging / str(number)
-        folder.mkdir(parents=True)
+        writer = ShardWriter(folder, background=True)
         for source, start, end in _pieces(layout.sources, first, last):
-            _place(source, start, end, folder)
+            _place(source, start, end, writer)
+        if before:  # one shard is written while the next is checked
+            before.wait()
+        before = writer
         write_json(folder / DONE, {"records": part.records, "tokens": part.tokens, "dropped": {}, "repaired": {}})
+    if before:
+        before.wait()
     manifest |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
     write_json(staging / MANIFEST, manifest)
     plan = {
@@ -166,17 +170,12 @@ def _pieces(sources: list[RecordSource], first: int, last: int) -> Iterator[tupl
         at += len(source)
 
 
-def _place(source: RecordSource, start: int, end: int, folder: Path) -> None:
-    target = folder / f"shard-{sum(1 for _ in folder.glob('shard-*')):05d}.safetensors"
-    if isinstance(source, Shard):
-        if _is_linked(source, start, end):
-            _link(source.path, target)
-        else:
-            write_shard(target, [source.stored(position) for position in range(start, end)])
+def _place(source: RecordSource, start: int, end: int, writer: ShardWriter) -> None:
+    if _is_linked(source, start, end):
+        _link(source.path, writer.next_path())
         return
-    writer = ShardWriter(folder)
     for position in range(start, end):
-        writer.add(source.read(position))
+        writer.add(source.stored(position) if isinstance(source, Shard) else source.read(position))
         if writer.is_full:
             writer.close_shard()
     writer.close_shard()
@@ -185,10 +184,6 @@ def _place(source: RecordSource, start: int, end: int, folder: Path) -> None:
 def _is_linked(source: RecordSource, start: int, end: int) -> bool:
     """Whether these records are a whole file that need not be rewritten."""
     return isinstance(source, Shard) and source.is_whole and (start, end) == (0, len(source))
-
-
-def _files_of(source: RecordSource) -> list[Path]:
-    return source.files if isinstance(source, ClassicFolder) else [source.path]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -206,7 +201,7 @@ def _store_files(store: FeatureStore) -> list[Path]:
     for manifest in store.manifests:
         files += [path for name in (DONE, LOG) for path in manifest.parent.glob(f"*/{name}")]
     for source in store.sources:
-        files += _files_of(source)
+        files += source.files
     return sorted({file for file in files if file.exists()})
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from eagle.cli import RequestError, WorkError, fsync_folder
 from eagle.store.store_dtype import SAME, Packed, pack
-from eagle.tensor_file import write_tensors
+from eagle.tensor_file import DTYPE_CODES, write_pieces
 
 #: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features.
 FORMAT_VERSION, SCALED_VERSION = 1, 2
@@ -35,9 +35,6 @@ FORMAT_VERSION, SCALED_VERSION = 1, 2
 #: small enough that a killed worker loses minutes, not hours.
 SHARD_BYTES = 128 << 20
 
-#: What says where the records lie and whose they are; a checksum over it stands in the shard's metadata.
-_INDEX = ("offsets", "conversation", "crc32")
-_DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
@@ -69,12 +66,16 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record as it lies on disk: its features perhaps scaled. Copied between shards without a change."""
+    """A record as it lies on disk: its features perhaps scaled. Copied between shards without a change.
+
+    checked: its checksum, where it was read from a shard and found to match.
+    """
 
     conversation: int
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     features: Packed
+    checked: int | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -133,13 +134,17 @@ class ShardWriter:
         if not self._records:
             return
         self.wait()
-        path, records = self.folder / shard_name(self._next), self._records
-        self._next += 1
+        path, records = self.next_path(), self._records
         self._records, self._bytes = [], 0
         if self._pool:
             self._writing = self._pool.submit(write_shard, path, records, progress)
         else:
             write_shard(path, records, progress)
+
+    def next_path(self) -> Path:
+        """Where the next shard belongs, for a caller that has a whole one to put there."""
+        self._next += 1
+        return self.folder / shard_name(self._next - 1)
 
     def wait(self) -> None:
         """Until every closed shard is on the disk."""
@@ -152,29 +157,30 @@ def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress
     """Write `records` as one finished shard at `path`."""
     stored = [record.stored() if isinstance(record, Record) else record for record in records]
     features = [record.features for record in stored]
-    scaled, stored_dtype = features[0].scale is not None, features[0].values.dtype
-    tensors = {
-        # As bytes: not every torch can concatenate float8.
-        "hidden_state": torch.cat([packed.values.view(torch.uint8) for packed in features]).view(stored_dtype),
-        "input_ids": torch.cat([record.input_ids for record in stored]),
-        "loss_mask": torch.cat([record.loss_mask for record in stored]),
-        "offsets": torch.from_numpy(np.cumsum([0, *map(len, stored)], dtype=np.int64)),
-        "conversation": torch.tensor([record.conversation for record in stored], dtype=torch.int64),
-        "crc32": torch.tensor([record.crc32() for record in stored], dtype=torch.int64),
+    crcs = [record.crc32() if record.checked is None else record.checked for record in stored]
+    index = {
+        "offsets": np.cumsum([0, *map(len, stored)], dtype=np.int64),
+        "conversation": np.array([record.conversation for record in stored], dtype=np.int64),
+        "crc32": np.array(crcs, dtype=np.int64),
     }
-    index = [tensors[name].numpy() for name in _INDEX]
-    metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(_crc32(*index))}
-    if scaled:
-        tensors["scale"] = torch.cat([packed.scale for packed in features if packed.scale is not None])
+    tensors = {
+        "hidden_state": [packed.values for packed in features],
+        "input_ids": [record.input_ids for record in stored],
+        "loss_mask": [record.loss_mask for record in stored],
+        **{name: [torch.from_numpy(array)] for name, array in index.items()},
+    }
+    metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(_crc32(*index.values()))}
+    if features[0].scale is not None:
+        tensors["scale"] = [packed.scale for packed in features if packed.scale is not None]
         metadata |= {"format": str(SCALED_VERSION), "dtype": str(features[0].dtype).removeprefix("torch.")}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write_tensors(temporary, tensors, metadata)
-    except (OSError, SafetensorError) as error:
+        write_pieces(temporary, tensors, metadata)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise WorkError(
-            f"Could not write {path} ({sum(t.nbytes for t in tensors.values()) / 1e6:,.0f} MB, "
+            f"Could not write {path} ({sum(record.nbytes for record in stored) / 1e6:,.0f} MB, "
             f"{free / 1e6:,.0f} MB free): {error}. Every shard finished before is kept; make room and run the "
             "same command again to continue."
         ) from error
@@ -204,14 +210,17 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def drop_after_gap(folder: Path) -> None:
     """Delete the shards behind a missing one. A worker writes them in order, so it redoes everything from there."""
-    for number, path in enumerate(shard_paths(folder)):
-        if path.name != shard_name(number):
-            path.unlink()
+    for path in shard_paths(folder)[len(_before_gap(folder)) :]:
+        path.unlink()
+
+
+def _before_gap(folder: Path) -> list[Path]:
+    return [path for number, path in enumerate(shard_paths(folder)) if path.name == shard_name(number)]
 
 
 def last_progress(folder: Path) -> str | None:
-    """The `progress` string of the newest finished shard, None where there is none."""
-    paths = shard_paths(folder)
+    """The `progress` string of the newest finished shard before any that is missing; None where there is none."""
+    paths = _before_gap(folder)
     if not paths:
         return None
     with _open_shard(paths[-1]) as file:
@@ -239,6 +248,7 @@ class RecordSource(Protocol):
     """Something that holds records by position: a `Shard` or a folder of classic dumps."""
 
     path: Path
+    files: list[Path]
     conversations: np.ndarray
     lengths: np.ndarray
 
@@ -256,7 +266,7 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.files = path, [path]
         self._file: Any = None
         with _open_shard(path) as file:
             self.offsets = file.get_tensor("offsets").numpy()
@@ -268,7 +278,7 @@ class Shard:
             metadata = file.metadata()
         name, index_crc32 = metadata.get("dtype"), metadata.get("index_crc32")
         self.scaled_from = getattr(torch, name) if name else None
-        self.dtype_code = _DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
+        self.dtype_code = DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
         self.lengths = np.diff(self.offsets)
         self._kept = np.arange(len(self.conversations))
         whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1 and self.offsets[-1] == rows
@@ -318,13 +328,11 @@ class Shard:
         last = end if features else start
         values = self._file.get_slice("hidden_state")[start:last]
         scale = self._file.get_slice("scale")[start:last] if self.scaled_from else None
-        record = StoredRecord(
-            int(self.conversations[position]),
-            self._file.get_slice("input_ids")[start:end],
-            self._file.get_slice("loss_mask")[start:end],
-            Packed(values, scale, self.scaled_from or values.dtype),
-        )
-        if features and record.crc32() != int(self._crc32[number]):
+        conversation, expected = int(self.conversations[position]), int(self._crc32[number])
+        ids, mask = (self._file.get_slice(name)[start:end] for name in ("input_ids", "loss_mask"))
+        packed = Packed(values, scale, self.scaled_from or values.dtype)
+        record = StoredRecord(conversation, ids, mask, packed, expected if features else None)
+        if features and record.crc32() != expected:
             raise WorkError(
                 f"{self.path} is damaged: the checksum of record {number} (conversation {record.conversation}) "
                 "does not match. Restore the file from a copy, or delete it and run data generation again. "

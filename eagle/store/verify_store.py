@@ -23,7 +23,6 @@ import torch
 from eagle.cleaning import Tally
 from eagle.cli import WorkError, existing_path, progress_bar, read_json
 from eagle.features import DONE, FeatureStore
-from eagle.store.classic_dumps import ClassicFolder
 from eagle.store.shard import Record
 
 #: Lower edges of the length histogram's bins, in tokens.
@@ -99,7 +98,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
     content = hashlib.sha256()
     for conversation, digest in sorted(digests):
         content.update(conversation.to_bytes(8, "little") + digest)
-    files = [file for s in store.sources for file in (s.files if isinstance(s, ClassicFolder) else [s.path])]
+    files = [file for source in store.sources for file in source.files]
     return Summary(
         records=len(digests),
         tokens=tokens,

@@ -81,7 +81,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     data = write_sharegpt(work / "data.json", conversations(CONVERSATIONS, turns=2))
     return [
         "allocation.py", "--model_name", target, "--data_path", data, "--npu_indices", "0,1", "--dtype", "float32",
-        "--shard_mb", 1, "--batch_tokens", 1,
+        "--shard_mb", 3, "--batch_tokens", 1,
     ]  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eagle.store.shard.write_tensors", full)
+    monkeypatch.setattr("eagle.store.shard.write_pieces", full)
     with pytest.raises(WorkError, match=r"Could not write .*No space left.*run the same command again"):
         write_shard(tmp_path / "shard-00000.safetensors", [record(0, 4)])
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eagle.cli import RequestError
-from eagle.datagen.job import GenerationRequest, claim_outdir, parse_indices, resolve, worker_share
+from eagle.datagen.job import GenerationRequest, claim_outdir, node_share, parse_indices, resolve
 from eagle.features import MANIFEST
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -67,21 +67,21 @@ def test_wrong_options(tmp_path, inputs, changes, says):
         request(inputs, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_shares_cover_the_same_conversations_whatever_the_workers(tmp_path, inputs, workers):
-    job = resolve(request(inputs, tmp_path, npu_indices=tuple(range(workers)), end_num=13))
-    shares = [worker_share(job.manifest, worker) for worker in range(workers)]
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8])
+def test_shares_cover_the_same_conversations_whatever_the_nodes(tmp_path, inputs, nodes):
+    def share(**changes):
+        return node_share(resolve(request(inputs, tmp_path, end_num=13, **changes)).manifest)
+
+    shares = [share(num_nodes=nodes, node_rank=rank) for rank in range(nodes)]
     everything = sorted(index for share in shares for index in share)
     assert len(everything) == 13 == len(set(everything))
-    one = resolve(request(inputs, tmp_path, end_num=13))
-    assert everything == sorted(worker_share(one.manifest, 0))
-    other_seed = resolve(request(inputs, tmp_path, end_num=13, seed=1))
-    assert everything != sorted(worker_share(other_seed.manifest, 0))
+    assert everything == sorted(share())
+    assert everything != sorted(share(seed=1))
 
 
 def test_end_num_grows_by_adding(tmp_path, inputs):
     """A larger --end_num keeps the conversations of a smaller one."""
-    few, more = (worker_share(resolve(request(inputs, tmp_path, end_num=n)).manifest, 0) for n in (5, 12))
+    few, more = (node_share(resolve(request(inputs, tmp_path, end_num=n)).manifest) for n in (5, 12))
     assert more[:5] == few
 
 

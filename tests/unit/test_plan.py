@@ -11,6 +11,7 @@ from eagle.datagen.plan import dry_run_lines, make_plan
 from eagle.datagen.progress import saved_progress
 from eagle.datagen.worker import Worker
 from eagle.store.shard import shard_paths
+from tests.tiny import write_sharegpt
 from tests.unit.test_job import inputs, request  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,6 +67,15 @@ def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
     assert not (tmp_path / "store").exists()
 
 
+def test_dry_run_of_nothing(tmp_path, inputs):  # noqa: F811
+    """Conversations of which none can be used."""
+    empty = write_sharegpt(tmp_path / "empty.json", [{"conversations": []}] * 3)
+    job = resolve(request((inputs[0], empty), tmp_path / "store"))
+    tokens = encode_job(job)
+    lines = dry_run_lines(job, make_plan(job, tokens), tokens)
+    assert lines[1] == "nothing is left to compute" and "3  " in lines[2] and lines[-1].startswith("dry run")
+
+
 def test_nodes_share_a_job(tmp_path, inputs):  # noqa: F811
     """On a shared disk the nodes' folders lie side by side and are one store."""
     from eagle.features import FeatureStore
@@ -98,7 +108,7 @@ def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monke
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eagle.store.shard.write_tensors", full)
+    monkeypatch.setattr("eagle.store.shard.write_pieces", full)
     with pytest.raises(WorkError, match=r"Could not write .*No space left"):
         run_worker(job, 0)
     assert not shard_paths(tmp_path / "store" / "0")

@@ -5,6 +5,7 @@ import pytest
 
 from eagle.cleaning import Dropped, Tally, clean_record
 from eagle.conversation import load_encoder
+from eagle.datagen import tokens as tokens_module
 from eagle.datagen.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
 from eagle.model_config import load_config
 from eagle.records import RecordFile
@@ -50,6 +51,25 @@ def test_processes_change_nothing(inputs, processes):
     records, encoder = inputs
     order = range(len(records))
     assert same(encode_all(records, encoder, order, 4096, processes), encode(records, encoder, order, 4096))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_shares(inputs, monkeypatch, workers):
+    """Every usable conversation once, sorted by length in blocks that are dealt in turn."""
+    records, encoder = inputs
+    monkeypatch.setattr(tokens_module, "LENGTH_BLOCK", 32)
+    tokens = encode(records, encoder, range(len(records)), 4096)
+    shares = [tokens.share(worker, workers) for worker in range(workers)]
+    usable = [place for place in range(len(tokens)) if tokens.lengths[place]]
+    assert sorted(place for share in shares for place in share) == usable
+    for worker, share in enumerate(shares):
+        assert all(place % workers == worker for place in share)
+        blocks = [share[at : at + 32] for at in range(0, len(share), 32)]
+        assert [sorted(block) for block in blocks] == [sorted(share)[at : at + 32] for at in range(0, len(share), 32)]
+        for block in blocks:
+            lengths = tokens.lengths[block].tolist()
+            assert lengths == sorted(lengths, reverse=True)
+        assert tokens.lengths[share[0]] > tokens.lengths[share[31]], "there was something to sort"
 
 
 def test_kept_for_the_same_job_alone(inputs, tmp_path):

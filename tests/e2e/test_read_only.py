@@ -1,0 +1,107 @@
+"""Output where nothing may be written: said at once, with flag and fix, and nothing of the user's is touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import allocation
+import reassign_data_num
+from tests.e2e.commands import Answer, ask
+from tests.e2e.conftest import contents
+
+
+@pytest.fixture
+def folder(tmp_path: Path, store: Path) -> Iterator[Path]:
+    """A read-only folder with a finished store in it. Modes do not hold root back, but a read-only mount does."""
+    path = tmp_path / "read-only"
+    path.mkdir()
+    mounted = os.geteuid() == 0
+    if mounted and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], capture_output=True, check=False).returncode:
+        pytest.skip("root may write everywhere, and may not mount anything here")
+    shutil.copytree(store, path / "store")
+    if mounted:
+        subprocess.run(["mount", "-o", "remount,ro", path], check=True)
+    else:
+        for place in (path / "store" / "0", path / "store", path):
+            place.chmod(0o555)
+    try:
+        yield path
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", path], check=True)
+        else:
+            for place in (path, path / "store", path / "store" / "0"):
+                place.chmod(0o755)
+
+
+def check_refused(answer: Answer, flag: str, path: Path) -> None:
+    said = " ".join(answer.err.split())
+    assert answer.code == 2, answer
+    assert f"error: {flag} {path} cannot be written to: " in said
+    assert "Nothing was written or changed. Name a folder in which you may make files." in said
+    assert "Traceback" not in said
+
+
+@pytest.fixture
+def words(llama: Path, data: Path) -> list[object]:
+    return ["--model_name", llama, "--data_path", data, "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("name", ["new", "new/deeper", "store"])
+def test_generation(
+    folder: Path, words: list[object], store: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new store, and one that is there: to continue it, its folder must be written to."""
+    answer = ask(allocation.main, capsys, *words, "--outdir", folder / name)
+    check_refused(answer, "--outdir", folder / name)
+    assert contents(folder / "store") == contents(store)
+    assert [path.name for path in folder.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("name", ["new", "store"])
+def test_resharding(folder: Path, store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    to = folder / name
+    answer = ask(reassign_data_num.main, capsys, "--old_folder", folder / "store", "--new_folder", to, "--tp", 2)
+    check_refused(answer, "--new_folder", to)
+    assert contents(folder / "store") == contents(store)
+
+
+@pytest.mark.parametrize("path", ["/proc/features", "/sys/features"])
+def test_system_folders(path: str, words: list[object], store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path(path).parent.is_dir():
+        pytest.skip(f"there is no {Path(path).parent} here")
+    check_refused(ask(allocation.main, capsys, *words, "--outdir", path), "--outdir", Path(path))
+    answer = ask(reassign_data_num.main, capsys, "--old_folder", store, "--new_folder", path, "--tp", 2)
+    check_refused(answer, "--new_folder", Path(path))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_folder_that_takes_no_files(
+    tmp_path: Path, words: list[object], code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is there and only its first file fails, as on a share that is exported read-only."""
+
+    def refused(**_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("eagle.cli.tempfile.TemporaryFile", refused)
+    check_refused(ask(allocation.main, capsys, *words, "--outdir", tmp_path), "--outdir", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_not_a_wrong_request(
+    tmp_path: Path, words: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("eagle.cli.tempfile.TemporaryFile", full)
+    answer = ask(allocation.main, capsys, *words, "--outdir", tmp_path)
+    assert answer.code == 1 and "free some space and run again" in " ".join(answer.err.split())
