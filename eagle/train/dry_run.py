@@ -16,6 +16,7 @@ from eagle.model_config import ModelConfig, draft_config_for, load_config
 from eagle.target import parse_dtype
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, Setting, make_plan, trunk_values
 from eagle.train.options import TrainOptions
+from eagle.train.sharding import is_sharded
 
 MIB = 1 << 20
 
@@ -52,7 +53,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         compute=compute,
         runtime=runtime_bytes(target, kind),
         processes=accelerator.num_processes,
-        sharded=getattr(accelerator.state, "fsdp_plugin", None) is not None,
+        sharded=is_sharded(),
         fused=fused,
         fused_masked=fused_masked,
         store=store_bytes if kind == "cpu" else 0,
@@ -121,7 +122,7 @@ def attention_is_fused(where: torch.device, compute: int, masked: bool) -> bool:
 def lines(plan: MemoryPlan, options: TrainOptions, accelerator: Accelerator) -> list[str]:
     """The plan as a table in MiB, and what it means."""
     place = accelerator.device
-    shared = " sharing weights, gradients and optimizer state (FSDP)" if _sharded(accelerator) else ""
+    shared = " sharing weights, gradients and optimizer state (FSDP)" if is_sharded() else ""
     head = (
         f"memory plan of {'a' if accelerator.num_processes > 1 else 'the'} process, in MiB: "
         f"{options.bs} x {options.max_len} tokens, {options.ttt_steps} draft step(s), {accelerator.num_processes} "
@@ -144,10 +145,6 @@ def lines(plan: MemoryPlan, options: TrainOptions, accelerator: Accelerator) -> 
     verdict = "it fits" if plan.peak <= share else "it does NOT fit; lower --bs, --max_len or --ttt_steps"
     found.append(f"free on this {place.type}: {free / MIB:,.0f} MiB{each}: {verdict}")
     return found
-
-
-def _sharded(accelerator: Accelerator) -> bool:
-    return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def _line(name: str, size: int) -> str:

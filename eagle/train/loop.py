@@ -23,6 +23,7 @@ from eagle.train.losses import TOKEN_LOSSES, head_loss, smooth_l1
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
+from eagle.train.sharding import is_sharded, no_sync, shard, whole_draft, whole_optimizer
 from eagle.train.unroll import UnrolledDraft, chain_supervision
 from eagle.train.validate import Validation, validate
 
@@ -113,7 +114,11 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end: the last epoch, ``--max_steps``, or `patience` epochs without a better τ."""
-        model = self.accelerator.prepare_model(UnrolledDraft(self.draft))
+        model = UnrolledDraft(self.draft)
+        if is_sharded():
+            model = shard(self.accelerator, model, self.optimizer)
+        else:
+            model = self.accelerator.prepare_model(model)
         if self.position.step == 0:
             self.log.start_at(0, 0.0)  # takes back what a run wrote that was killed before its first checkpoint
             self._validate(model, "before training")
@@ -181,7 +186,7 @@ class Trainer:
         sums = torch.zeros(3, device=accelerator.device)
         for number, (cpu_batch, cpu_valid) in enumerate(zip(group, valid, strict=True)):
             batch, own = cpu_batch.to(accelerator.device, self.head.dtype), cpu_valid.to(accelerator.device)
-            with accelerator.no_sync(model) if number + 1 < len(group) else torch.enable_grad():
+            with no_sync(accelerator, model) if number + 1 < len(group) else torch.enable_grad():
                 features, tokens, correct = self._losses(model, batch, own)
                 token_loss = (tokens / counts.clamp_min(1)).mean()
                 feature_loss = features / counts[0].clamp_min(1)
@@ -263,10 +268,12 @@ class Trainer:
         if tau is not None:
             self.best_tau = max(self.best_tau, tau)
             self._epochs_without_gain = 0 if is_best else self._epochs_without_gain + 1
-        if self.accelerator.is_main_process:
+        writes = self.accelerator.is_main_process
+        weights, optimizer = whole_draft(self.draft, writes), whole_optimizer(self.optimizer, writes)
+        if writes:
             scaler = self.accelerator.scaler
             resume = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "best_tau": self.best_tau,
@@ -275,7 +282,7 @@ class Trainer:
                 "seconds": self.log.seconds,
             }
             cpdir, metrics = self.options.cpdir, result.metrics() if result else {}
-            folder = checkpoint.save(cpdir, self.draft, resume, self.position, self.run, metrics)
+            folder = checkpoint.save(cpdir, self.draft, resume, self.position, self.run, metrics, weights)
             if is_best:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)
             checkpoint.prune(cpdir, self.options.keep)

@@ -37,6 +37,7 @@ from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.losses import TOKEN_LOSSES
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
+from eagle.train.sharding import check_sharding
 from eagle.train.validate import DEPTH
 
 RUN = "train_options.json"
@@ -128,7 +129,8 @@ def check_cpdir(options: TrainOptions) -> None:
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises: RequestError for a tracker that is not installed, or a precision this device does not have."""
+    """Raises: RequestError for a tracker that is not installed, FSDP of a kind or a precision that is not there."""
+    check_sharding()
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
