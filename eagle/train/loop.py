@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +254,22 @@ class Trainer:
     def _validate(self, model: torch.nn.Module, when: str) -> Validation | None:
         if not len(self.validation_set):
             return None
-        own = range(self.accelerator.process_index, len(self.validation_set), self.processes)
-        keys = [[(0, index) for index in own[at : at + self.options.bs]] for at in range(0, len(own), self.options.bs)]
-        loader = DataLoader(self.validation_set, batch_sampler=keys, collate_fn=collate)
-        result = validate(self.accelerator, model, self.head, loader)
+        bs, own = self.options.bs, range(self.accelerator.process_index, len(self.validation_set), self.processes)
+        keys = [[(0, index) for index in own[at : at + bs]] for at in range(0, len(own), bs)]
+        # As many for every process, whose forward passes wait for each other; what fills up counts for nothing.
+        filling = math.ceil(len(self.validation_set) / self.processes / bs) - len(keys)
+        loader = DataLoader(self.validation_set, batch_sampler=keys + [[(0, 0)]] * filling, collate_fn=collate)
+        result = validate(self.accelerator, model, self.head, self._counting(loader, len(keys)))
         self.log.validation(self.position.step, self.position.epoch, when, result)
         return result
+
+    @staticmethod
+    def _counting(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+        """The batches, of which those after the first `count` supervise nothing."""
+        for number, batch in enumerate(batches):
+            if number >= count:
+                batch.supervised.zero_()
+            yield batch
 
     def _save(self, result: Validation | None) -> None:
         # Without validation records the newest is taken for the best.
