@@ -48,6 +48,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         accumulation=options.gradient_accumulation_steps,
         token_loss=options.token_loss,
         closed_form=options.init == "closed_form",
+        init_positions=options.init_positions,
         validates=options.val_ratio > 0,
         base_dtype=base_dtype,
         compute=compute,

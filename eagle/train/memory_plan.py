@@ -50,6 +50,7 @@ class Setting:
     accumulation: int = 1
     token_loss: str = "soft_cross_entropy"
     closed_form: bool = True
+    init_positions: int = CHUNK
     validates: bool = True
     base_dtype: int = 2
     compute: int = 4
@@ -147,9 +148,13 @@ def make_plan(setting: Setting) -> MemoryPlan:
         forward |= gradients
 
     phases = []
+    # A draft is shared out once it has its first weights, or those it is resumed from, with AdamW's state.
+    unshared = {"draft before it is shared out": SINGLE * trained - own} if setting.shards > 1 else {}
     if setting.closed_form:
-        phases.append(Phase("start: normal equations", equations_bytes(setting)))
-        phases.append(Phase("start: their solution", solution_bytes(setting)))
+        phases.append(Phase("start: normal equations", unshared | equations_bytes(setting)))
+        phases.append(Phase("start: their solution", unshared | solution_bytes(setting)))
+    if setting.shards > 1:
+        phases.append(Phase("resuming", {**unshared, "AdamW state before it is shared out": 2 * SINGLE * trained}))
     phases.append(Phase("training: forward and head loss", {**forward, **workspace}))
     # Every weight's gradient is there once the last step is through; the steps before it are still to come.
     early = {**forward, **kept, "gradients on their way": flowing_bytes(setting), **whole_gradient}
@@ -162,8 +167,9 @@ def make_plan(setting: Setting) -> MemoryPlan:
     phases.append(Phase("training: optimizer step", step_items))
     if setting.validates:
         phases.append(Phase("validation", {**adam, **batch, **whole, **validation_items(setting)}))
-    # One process gathers the shards to write them; the others help and keep their own.
-    gathered = {"gathered draft and AdamW state": 3 * SINGLE * trained} if setting.shards > 1 else {}
+    # The main process gathers the shards on the CPU to write them; a card holds one weight at a time.
+    gathered = {"gathered draft and AdamW state": SINGLE * (3 * trained if on_cpu else largest)}
+    gathered = gathered if setting.shards > 1 else {}
     phases.append(Phase("saving", {**adam, **kept, **gathered}))
     return MemoryPlan(held, phases, setting.store)
 
@@ -250,7 +256,7 @@ def equations_bytes(setting: Setting) -> dict[str, int]:
     """The closed-form start: sums in float64 on the CPU, one chunk's products in float32 on the device."""
     size = setting.config.hidden_size
     # Gathered one by one, then put together: twice.
-    rows = 2 * (CHUNK + setting.max_len) * 3 * size * SINGLE
+    rows = 2 * (min(CHUNK, setting.init_positions) + setting.max_len) * 3 * size * SINGLE
     items = {"chunk of positions": rows, "its products": 4 * size * size * SINGLE}
     if setting.kind == "cpu":
         items |= {

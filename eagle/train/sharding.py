@@ -75,6 +75,8 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
             name: distribute_tensor(value, mesh, sharded.placements) if value.shape == sharded.shape else value
             for name, value in optimizer.state.pop(parameter).items()
         }
+    # accelerate looks for the model whose gradients it clips, and unscales those of any other twice.
+    accelerator._models.append(model)
     return model
 
 
