@@ -110,6 +110,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the card, or on the CPU what the system could give a new process."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).mem_get_info(device)[0]
+    import psutil  # accelerate needs it too
+
+    return psutil.virtual_memory().available
+
+
 def describe(device: torch.device) -> str:
     """The hardware's name, for reports."""
     if device.type != "cpu":

@@ -195,10 +195,14 @@ def trained_state(model: DraftModel) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_draft(model: DraftModel, folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` (embedding included), a folder that loads by itself."""
+def save_draft(model: DraftModel, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` (embedding included), a folder that loads by itself.
+
+    whole: the weights by name, where the model itself holds only shards of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
+    named = dict(model.named_parameters()) if whole is None else whole
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / "config.json", model.config.to_json())
 

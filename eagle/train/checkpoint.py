@@ -44,8 +44,9 @@ def save(
     position: Position,
     run: dict[str, Any],
     metrics: dict[str, float],
+    whole: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write ``state_<step>`` and point `last` at it.
+    """Write ``state_<step>`` and point `last` at it. whole: the weights, where the model holds shards of them.
 
     Raises: WorkError where it cannot be written (disk full); the checkpoints before it stay as they are.
     """
@@ -53,7 +54,7 @@ def save(
     temporary = cpdir / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_draft(model, temporary)
+        save_draft(model, temporary, whole)
         torch.save(optimizer, temporary / OPTIMIZER)
         content = {"step": position.step, "epoch": position.epoch, "batch": position.batch}
         write_json(temporary / STATE, content | {"metrics": metrics, "run": run})

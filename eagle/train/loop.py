@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from eagle.train.losses import TOKEN_LOSSES, smooth_l1
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
+from eagle.train.sharding import is_sharded, no_sync, shard, whole_draft, whole_optimizer
 from eagle.train.unroll import UnrolledDraft, chain_supervision
 from eagle.train.validate import Validation, validate
 
@@ -114,11 +115,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end: the last epoch, ``--max_steps``, or `patience` epochs without a better τ."""
-        model = self.accelerator.prepare_model(UnrolledDraft(self.draft))
+        model = UnrolledDraft(self.draft)
+        if is_sharded():
+            model = shard(self.accelerator, model, self.optimizer)
+        else:
+            model = self.accelerator.prepare_model(model)
         if self.position.step == 0:
-            self.log.start_at(
-                0, self.log.seconds
-            )  # takes back what a run wrote that was killed before its first checkpoint
+            # Takes back what a run wrote that was killed before its first checkpoint.
+            self.log.start_at(0, self.log.seconds)
             self._validate(model, "before training")
         for epoch in range(self.position.epoch, self.options.num_epochs):
             if self.position.step >= self.total_steps or self._out_of_patience():
@@ -194,7 +198,7 @@ class Trainer:
         sums = torch.zeros(3, device=accelerator.device)
         for number, (cpu_batch, cpu_valid) in enumerate(zip(group, valid, strict=True)):
             batch, own = cpu_batch.to(accelerator.device, self.head.weight.dtype), cpu_valid.to(accelerator.device)
-            with accelerator.no_sync(model) if number + 1 < len(group) else torch.enable_grad():
+            with no_sync(accelerator, model) if number + 1 < len(group) else torch.enable_grad():
                 features, tokens, correct = self._losses(model, batch, own)
                 token_loss = (tokens / counts.clamp_min(1)).mean()
                 feature_loss = features / counts[0].clamp_min(1)
@@ -262,13 +266,23 @@ class Trainer:
     def _validate(self, model: torch.nn.Module, when: str) -> Validation | None:
         if not len(self.validation_set):
             return None
-        own = range(self.accelerator.process_index, len(self.validation_set), self.processes)
-        keys = [[(0, index) for index in own[at : at + self.options.bs]] for at in range(0, len(own), self.options.bs)]
-        loader = self._loader(self.validation_set, keys)
+        bs, own = self.options.bs, range(self.accelerator.process_index, len(self.validation_set), self.processes)
+        keys = [[(0, index) for index in own[at : at + bs]] for at in range(0, len(own), bs)]
+        # As many for every process, whose forward passes wait for each other; what fills up counts for nothing.
+        filling = math.ceil(len(self.validation_set) / self.processes / bs) - len(keys)
+        loader = self._loader(self.validation_set, keys + [[(0, 0)]] * filling)
         started = time.monotonic()
-        result = validate(self.accelerator, model, self.head, loader)
+        result = validate(self.accelerator, model, self.head, self._counting(loader, len(keys)))
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
+
+    @staticmethod
+    def _counting(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+        """The batches, of which those after the first `count` supervise nothing."""
+        for number, batch in enumerate(batches):
+            if number >= count:
+                batch.supervised.zero_()
+            yield batch
 
     def _save(self, result: Validation | None) -> None:
         # Without validation records the newest is taken for the best.
@@ -277,10 +291,12 @@ class Trainer:
         if tau is not None:
             self.best_tau = max(self.best_tau, tau)
             self._epochs_without_gain = 0 if is_best else self._epochs_without_gain + 1
-        if self.accelerator.is_main_process:
+        writes = self.accelerator.is_main_process
+        weights, optimizer = whole_draft(self.draft, writes), whole_optimizer(self.optimizer, writes)
+        if writes:
             scaler = self.accelerator.scaler
             resume = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "best_tau": self.best_tau,
@@ -289,7 +305,7 @@ class Trainer:
                 "seconds": self.log.seconds,
             }
             cpdir, metrics = self.options.cpdir, result.metrics() if result else {}
-            folder = checkpoint.save(cpdir, self.draft, resume, self.position, self.run, metrics)
+            folder = checkpoint.save(cpdir, self.draft, resume, self.position, self.run, metrics, weights)
             if is_best:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)
             checkpoint.prune(cpdir, self.options.keep)

@@ -11,6 +11,7 @@ interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -31,11 +32,13 @@ from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.cpu_group import become_group
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
+from eagle.train.dry_run import dry_run
 from eagle.train.head import FrozenHead
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.losses import TOKEN_LOSSES
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
+from eagle.train.sharding import check_sharding
 from eagle.train.validate import DEPTH
 
 RUN = "train_options.json"
@@ -45,8 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     defaults = {field: value.default for field, value in TrainOptions.__dataclass_fields__.items()}
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("--recipe", choices=RECIPES)
-    chosen = recipe.parse_known_args(argv)[0].recipe
-    defaults |= RECIPES.get(chosen, {})
+    recipe.add_argument("--dry_run", action="store_true")
+    first = recipe.parse_known_args(argv)[0]
+    defaults |= RECIPES.get(first.recipe, {})
     parser = argparse.ArgumentParser(
         prog="eagle.train.main",
         description="Step 4: train the draft on a store of features.",
@@ -54,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     def add(name: str, kind: type, text: str, **more: object) -> None:
-        default = {} if more.get("required") else {"default": defaults[name]}
+        # A dry run writes no checkpoints and takes its shapes from either config.
+        default = {"required": not first.dry_run} if name in ("cpdir", "basepath") else {"default": defaults[name]}
         parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
 
     add("tmpdir", Path, "the store of step 3 (or a folder of classic data_*.ckpt dumps)")
@@ -66,8 +71,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
-    add("cpdir", Path, "where checkpoints go; continued where it holds this run's", required=True)
-    add("basepath", Path, "folder of the base model", required=True)
+    add("cpdir", Path, "where checkpoints go; continued where it holds this run's")
+    add("basepath", Path, "folder of the base model")
     add("configpath", Path, "the draft's config: the base model's with num_hidden_layers 1 (default: derived)")
     add("bs", int, "sequences per device and micro-batch")
     parser.add_argument(
@@ -100,6 +105,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("num_workers", int, "data-loader processes per device (default: 2 on a card, else 0)")
     add("seed", int, "seed of split, order, noise and random initialisation")
     parser.add_argument("--skip_damaged", action="store_true", help="leave out what is damaged in the store")
+    parser.add_argument(
+        "--dry_run", action="store_true",
+        help="print how much memory the run will take, part by part, and end: nothing is loaded or written; of the "
+        "base model only config.json is needed, or --configpath alone",
+    )  # fmt: skip
     parser.add_argument("--recipe", choices=RECIPES, help="eagle1: the published hyperparameters as defaults")
     args = parser.parse_args(argv)
     del args.recipe  # it has done its work
@@ -120,7 +130,8 @@ def check_cpdir(options: TrainOptions) -> None:
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises: RequestError for a tracker that is not installed, or a precision this device does not have."""
+    """Raises: RequestError for a tracker that is not installed, FSDP of a kind or a precision that is not there."""
+    check_sharding()
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
@@ -214,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     options = TrainOptions(**vars(parse_args(argv)))
     if options.tmpdir:
         existing_path(options.tmpdir, "--tmpdir", "folder")
+    if options.dry_run:
+        return dry_run(options, make_accelerator(dataclasses.replace(options, report_to="none")))
     check_cpdir(options)
     accelerator = make_accelerator(options)
     set_seed(options.seed)

@@ -34,8 +34,8 @@ REFERENCE_LR, REFERENCE_WIDTH = 5e-4, 576
 class TrainOptions:
     """What `eagle.train.main` was asked for. Sizes are per process unless they say otherwise."""
 
-    cpdir: Path
-    basepath: Path
+    cpdir: Path | None
+    basepath: Path | None
     tmpdir: Path | None = None
     data_path: Path | None = None
     end_num: int | None = None
@@ -72,6 +72,7 @@ class TrainOptions:
     num_workers: int | None = None
     seed: int = 42
     skip_damaged: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -80,7 +81,8 @@ class TrainOptions:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if (self.tmpdir is None) == (self.data_path is None):
+        # A dry run plans from shapes; it needs no records.
+        if (self.tmpdir is None) == (self.data_path is None) and (self.tmpdir or not self.dry_run):
             raise RequestError(
                 "--tmpdir and --data_path: expected one of them, the store of step 3 or, to train without one, the "
                 "conversations themselves."
@@ -169,4 +171,5 @@ FREE_ON_RESUME = (
     "save_every",
     "eval_freq",
     "report_to",
+    "dry_run",
 )

@@ -118,3 +118,15 @@ def test_without_validation_the_newest_checkpoint_is_the_best(store: Path, llama
     newest = states(tmp_path / "run")
     assert len(newest) == 1
     assert resolve_pointer(tmp_path / "run" / "best") == resolve_pointer(tmp_path / "run" / "last") == newest[0]
+
+
+def test_a_process_without_validation_records_waits_for_nobody(store: Path, llama: Path, tmp_path: Path) -> None:
+    """One record is held out, so one of the two processes has none."""
+    launch = ["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "eagle.train.main"]
+    answer = command(*launch, *options(store, llama, tmp_path / "run", "--val_ratio", 0.02, "--num_epochs", 1))
+    assert "and 1 validation records" in answer.out
+    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "alone", "--val_ratio", 0.02, "--bs", 8,
+            "--num_epochs", 1))  # fmt: skip
+    ours, alone = (steps_of(tmp_path / name)[-1] for name in ("run", "alone"))
+    assert ours["val_positions"] == alone["val_positions"]
+    assert ours["val_token_loss"] == pytest.approx(alone["val_token_loss"], abs=1e-4)

@@ -1,0 +1,152 @@
+"""``python -m eagle.train.main --dry_run``: the memory plan of a run, printed; nothing is loaded, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from eagle import device
+from eagle.cli import RequestError, existing_path
+from eagle.draft import rotary_embedding
+from eagle.features import FeatureStore
+from eagle.model_config import ModelConfig, draft_config_for, load_config
+from eagle.target import parse_dtype
+from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, Setting, make_plan, trunk_values
+from eagle.train.options import TrainOptions
+from eagle.train.sharding import is_sharded
+
+MIB = 1 << 20
+
+
+def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
+    """Print the plan of this process (all are alike). Raises: FileNotFoundError, RequestError."""
+    plan = make_plan(setting_of(options, accelerator))
+    if accelerator.is_main_process:
+        print("\n".join(lines(plan, options, accelerator)))
+    return 0
+
+
+def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
+    """What the run that was asked for would be."""
+    target = planned_target(options)
+    kind = accelerator.device.type
+    store_bytes, base_dtype = _store(options.tmpdir, target)
+    compute = {"bf16": 2, "fp16": 2}.get(accelerator.mixed_precision, 4)
+    fused, fused_masked = (attention_is_fused(accelerator.device, compute, masked) for masked in (False, True))
+    trunk = 0
+    if options.data_path and options.basepath:
+        trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
+    return Setting(
+        config=target.draft(),
+        bs=options.bs,
+        max_len=options.max_len,
+        kind=kind,
+        ttt_steps=options.ttt_steps,
+        accumulation=options.gradient_accumulation_steps,
+        token_loss=options.token_loss,
+        closed_form=options.init == "closed_form",
+        init_positions=options.init_positions,
+        validates=options.val_ratio > 0,
+        base_dtype=base_dtype,
+        compute=compute,
+        runtime=runtime_bytes(target, kind),
+        processes=accelerator.num_processes,
+        sharded=is_sharded(),
+        fused=fused,
+        fused_masked=fused_masked,
+        store=store_bytes if kind == "cpu" else 0,
+        trunk=trunk,
+    )
+
+
+def planned_target(options: TrainOptions) -> ModelConfig:
+    """The base model's config, or with ``--configpath`` alone the draft's, which has its sizes.
+
+    Raises: FileNotFoundError, RequestError.
+    """
+    if options.basepath is not None:
+        existing_path(options.basepath, "--basepath", "folder")
+        target = load_config(options.basepath)
+        draft_config_for(target, options.configpath)
+        return target
+    if options.configpath is None:
+        raise RequestError(
+            "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "
+            "folder that holds nothing but config.json; --configpath one of configs/."
+        )
+    return load_config(options.configpath)
+
+
+def _store(tmpdir: Path | None, target: ModelConfig) -> tuple[int, int]:
+    """Bytes of the store's files, and of one value; without a store those of the base model's dtype."""
+    if tmpdir is None:
+        named = {"float32": 4, "float16": 2, "bfloat16": 2}
+        return 0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2)
+    store = FeatureStore(tmpdir)
+    if store.hidden_size != target.hidden_size:
+        raise RequestError(
+            f"--tmpdir {tmpdir} holds features of size {store.hidden_size}, but the base model has hidden_size "
+            f"{target.hidden_size}. They are of different models."
+        )
+    files = {source.path for source in store.sources}
+    size = sum(file.stat().st_size for path in files for file in ([path] if path.is_file() else path.iterdir()))
+    return size, store[0].hidden_state.element_size()
+
+
+def runtime_bytes(config: ModelConfig, kind: str) -> int:
+    """What a process holds before it loads anything: measured here on a CPU, by importing what training imports."""
+    if kind != "cpu":
+        return CONTEXT_BYTES
+    rotary_embedding(config.draft())
+    # Optimizers import torch's compiler when the first one is made.
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    return psutil.Process().memory_info().rss
+
+
+def attention_is_fused(where: torch.device, compute: int, masked: bool) -> bool:
+    """Whether this torch has a kernel here that keeps no scores; asked with tensors of a few values.
+
+    An NPU's own kernels are taken to be fused.
+    """
+    choice = getattr(torch, "_fused_sdp_choice", None)
+    if choice is None or where.type == "npu":
+        return where.type != "cpu"
+    dtype = torch.float32 if compute == 4 else torch.bfloat16
+    query = torch.zeros(1, 2, 16, 64, dtype=dtype, device=where, requires_grad=True)
+    mask = torch.ones(16, 16, dtype=torch.bool, device=where) if masked else None
+    return choice(query, query, query, mask, 0.0, not masked) != 0  # 0 is the one that multiplies out
+
+
+def lines(plan: MemoryPlan, options: TrainOptions, accelerator: Accelerator) -> list[str]:
+    """The plan as a table in MiB, and what it means."""
+    place = accelerator.device
+    shared = " sharing weights, gradients and optimizer state (FSDP)" if is_sharded() else ""
+    head = (
+        f"memory plan of {'a' if accelerator.num_processes > 1 else 'the'} process, in MiB: "
+        f"{options.bs} x {options.max_len} tokens, {options.ttt_steps} draft step(s), {accelerator.num_processes} "
+        f"process(es){shared}, mixed precision {accelerator.mixed_precision}, on {device.describe(place)}"
+    )
+    found = [head, "", "throughout"]
+    found += [_line(name, size) for name, size in plan.held.items()]
+    for phase in plan.phases:
+        found += ["", f"{phase.name}: {plan.total(phase) / MIB:,.0f} in all"]
+        found += [_line(name, size) for name, size in phase.items.items()]
+    found += ["", f"peak {plan.peak / MIB:,.0f} MiB, in {plan.fullest.name}"]
+    if plan.store:
+        found.append(
+            f"the store's pages may show as {plan.store / MIB:,.0f} MiB more; the system takes them back when it needs "
+            "the room"
+        )
+    free = device.free_memory(place)
+    share = free // accelerator.num_processes if place.type == "cpu" else free
+    each = f", {share / MIB:,.0f} for each of the processes" if share != free else ""
+    verdict = "it fits" if plan.peak <= share else "it does NOT fit; lower --bs, --max_len or --ttt_steps"
+    found.append(f"free on this {place.type}: {free / MIB:,.0f} MiB{each}: {verdict}")
+    return found
+
+
+def _line(name: str, size: int) -> str:
+    return f"  {name:<46} {size / MIB:>10,.1f}"

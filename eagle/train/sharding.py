@@ -1,0 +1,117 @@
+"""FSDP: the processes of a group share the draft's weights, gradients and optimizer state (configs/fsdp.yaml).
+
+Sharded by torch's ``fully_shard`` (FSDP version 2) and not by accelerate's ``prepare``, which would shard the frozen
+embedding too and gather its ``[V, H]`` for every batch. The embedding stays whole on every process, as the head does,
+which is read outside of the module. What is saved is what one process would save: whole tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from eagle.cli import RequestError
+from eagle.draft import DraftModel, trained_state
+from eagle.train.unroll import UnrolledDraft
+
+
+def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether accelerate's launcher was told to use FSDP."""
+    return environment.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def check_sharding(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises: RequestError for a kind of FSDP that is not supported, or a torch without it."""
+    if not is_sharded(environment):
+        return
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RequestError(
+            f"fsdp_version {version} in accelerate's config: expected 2 (accelerate 1.6 or newer). Use "
+            "--config_file configs/fsdp.yaml, or leave FSDP out."
+        )
+    if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise RequestError("fsdp_offload_params true in accelerate's config: expected false; offloading is not there.")
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
+    except ImportError as error:
+        raise RequestError(f"FSDP version 2 needs torch 2.6 or newer; this is {torch.__version__}.") from error
+
+
+def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim.Optimizer) -> UnrolledDraft:
+    """Shard a draft, whole and the same on every process, and its optimizer with what that holds, in place.
+
+    Three units: ``fc``, the feed-forward block (the largest by far) and the rest; each is gathered only while it runs.
+    Weights are gathered in the dtype computed in; gradients are summed in float32, as without sharding.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    draft = model.draft
+    old = trained_state(draft)
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    # A batch comes in the dtypes it has to have.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # Out of sight while the rest is sharded: torch before 2.7 cannot be told to leave a weight alone.
+    embedding = draft.embed_tokens.weight
+    del draft.embed_tokens.weight
+    for unit in (draft.fc, draft.layers[0].mlp, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    draft.embed_tokens.weight = embedding
+
+    new = {old[name]: parameter for name, parameter in trained_state(draft).items()}
+    for group in optimizer.param_groups:
+        group["params"] = [new[parameter] for parameter in group["params"]]
+    for parameter in list(optimizer.state):
+        sharded = new[parameter]
+        optimizer.state[sharded] = {
+            name: distribute_tensor(value, mesh, sharded.placements) if value.shape == sharded.shape else value
+            for name, value in optimizer.state.pop(parameter).items()
+        }
+    # accelerate looks for the model whose gradients it clips, and unscales those of any other twice.
+    accelerator._models.append(model)
+    return model
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Gradients add up in every process and are exchanged at the next backward pass outside of this."""
+    if not hasattr(model, "set_requires_gradient_sync"):
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
+    """The tensor itself, or a shard's whole on the CPU; every process takes part, those that `keep` it get it."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full = tensor.detach().full_tensor()
+    return full.cpu() if keep else None
+
+
+def whole_draft(draft: DraftModel, keep: bool) -> dict[str, torch.Tensor]:
+    """Every weight of the draft by its public name, the embedding included; every process calls this."""
+    return {name: whole(parameter, keep) for name, parameter in draft.named_parameters()}
+
+
+def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with whole tensors, as one process would write it; every process calls this."""
+    found = optimizer.state_dict()
+    state = {
+        number: {name: whole(value, keep) if torch.is_tensor(value) else value for name, value in values.items()}
+        for number, values in found["state"].items()
+    }
+    return {**found, "state": state}

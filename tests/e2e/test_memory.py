@@ -1,0 +1,83 @@
+"""``--dry_run``: the plan against what training really takes, and that it needs and leaves nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eagle.train import main as training
+from tests.e2e.commands import ROOT, ask, command
+from tests.random_run import planned_and_measured, write_random_store, write_random_target
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
+
+SHAPES = {
+    "wide, untied": ({"vocab": 32000, "hidden": 1024, "inner": 2816, "heads": 16, "kv_heads": 16}, 2, 512),
+    "large vocabulary, tied, grouped queries": (
+        {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "tied": True}, 4, 512,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_plan_is_what_training_takes(name: str, tmp_path: Path) -> None:
+    shape, bs, length = SHAPES[name]
+    target = write_random_target(tmp_path / "target", **shape)
+    store = write_random_store(
+        tmp_path / "store", vocab=shape["vocab"], hidden=shape["hidden"], records=3 * bs, length=length
+    )
+    options = ["--tmpdir", store, "--basepath", target, "--cpdir", tmp_path / "run", "--bs", bs, "--max_len", length]
+    found = planned_and_measured(lambda *words: command(*words).out, *options, "--num_epochs", 1, "--max_steps", 1)
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
+    # The runtime is measured, not planned: without it the rest has to be right too.
+    own = {key: found[key] - found["runtime"] for key in ("planned", "measured")}
+    assert own["planned"] == pytest.approx(own["measured"], rel=0.2), found
+
+
+@pytest.mark.parametrize("name", ["llama_2_chat_7B", "llama_2_chat_70B", "qwen2_7B", "qwen2_72B"])
+def test_a_config_is_enough(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / f"{name}_config.json"
+    answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--bs", 1)
+    assert answer.code == 0
+    folder = tmp_path / "target"
+    folder.mkdir()
+    shutil.copy(config, folder / "config.json")
+    by_folder = ask(training.main, capsys, "--dry_run", "--basepath", folder, "--cpdir", tmp_path / "run", "--bs", 1)
+    assert table(by_folder.out) == table(answer.out)
+    assert "peak" in answer.out
+    assert not (tmp_path / "run").exists()
+
+
+def table(text: str) -> list[str]:
+    """The plan without the runtime, which is measured, and what it adds to."""
+    return [line for line in text.splitlines() if line.startswith("  ") and "runtime" not in line]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--basepath or --configpath"),
+        (["--basepath", "nowhere"], "nowhere"),
+        (["--configpath", "nowhere.json"], "nowhere.json"),
+        (["--configpath", ROOT / "configs/qwen2_7B_config.json", "--bs", 0], "--bs 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options, message, capsys) -> None:
+    answer = ask(training.main, capsys, "--dry_run", *options)
+    assert answer.code == 2
+    assert message in answer.err
+
+
+def test_a_store_of_another_model_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "qwen2_7B_config.json"
+    answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--tmpdir", store)
+    assert answer.code == 2
+    assert "different models" in answer.err
+
+
+def test_without_a_dry_run_the_folders_are_required(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ask(training.main, capsys, "--configpath", ROOT / "configs" / "qwen2_7B_config.json")
+    assert answer.code == 2
+    assert "--cpdir" in answer.err and "--basepath" in answer.err

@@ -1,0 +1,104 @@
+"""A random target of any shape and a random store for it: all that training reads, and nothing that only names it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.store.shard import Record, write_shard
+from eagle.tensor_file import write_tensors
+
+
+def write_random_target(
+    folder: Path, *, vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, family: str = "llama",
+    tied: bool = False, dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
+    """A base model's folder: config.json and, of its weights, those that training reads."""
+    folder.mkdir(parents=True)
+    write_config(folder, vocab, hidden, inner, heads, kv_heads, family, tied)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).to(dtype)
+
+    layer = "model.layers.0"
+    tensors = {
+        "model.embed_tokens.weight": random(vocab, hidden),
+        "model.norm.weight": random(hidden),
+        f"{layer}.self_attn.q_proj.weight": random(hidden, hidden),
+        f"{layer}.mlp.down_proj.weight": random(hidden, inner),
+    }
+    if not tied:
+        tensors["lm_head.weight"] = random(vocab, hidden)
+    write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def write_config(
+    folder: Path, vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, family: str, tied: bool
+) -> None:
+    content: dict[str, Any] = {
+        "model_type": family,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+    }
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def write_random_store(
+    folder: Path, *, vocab: int, hidden: int, records: int, length: int, replied: int = 128,
+    dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
+    """A store of `records` conversations of `length` tokens each, the last `replied` of them the assistant's."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    content = [
+        Record(
+            number,
+            torch.randint(vocab, (length,), generator=generator, dtype=torch.int32),
+            (torch.arange(length) >= length - replied).to(torch.uint8),
+            torch.randn(length, hidden, generator=generator).to(dtype),
+        )
+        for number in range(records)
+    ]
+    write_shard(folder / "shard-00000.safetensors", content)
+    return folder
+
+
+#: Trains, then says how far this process's memory went. ru_maxrss would say what the parent's was, where that is more.
+_MEASURE = """
+import sys
+from eagle.train.main import main
+code = main(sys.argv[1:])
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("measured", int(peak.split()[1]) >> 10)
+sys.exit(code)
+"""
+
+
+def planned_and_measured(run: Callable[..., str], *options: object) -> dict[str, float]:
+    """MiB of a run's process: what ``--dry_run`` says, of that the runtime, and what the process really came to.
+
+    run: runs a command of words in a process of its own and gives what it printed.
+    """
+    text = run("-m", "eagle.train.main", *options, "--dry_run")
+    planned = _number(r"^peak ([\d,]+) MiB", text) + _number(r"may show as ([\d,]+) MiB more", text)
+    measured = _number(r"^measured (\d+)", run("-c", _MEASURE, *options))
+    return {"runtime": _number(r"^  runtime .*? ([\d,.]+)$", text), "planned": planned, "measured": measured}
+
+
+def _number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text, re.MULTILINE)
+    assert found, f"{pattern!r} is not in:\n{text}"
+    return float(found[1].replace(",", ""))
