@@ -35,8 +35,8 @@ if [ "${EAGLE_ENV:-}" = current ]; then
             exit 2
         }
     done
-    for package in gguf pytest; do
-        "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "$package"
+    for package in gguf pytest hypothesis xdist; do
+        "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "${package/#xdist/pytest-xdist}"
     done
 elif [ -n "${EAGLE_ENV:-}" ]; then
     echo "error: EAGLE_ENV=$EAGLE_ENV; expected 'current', or leave it unset for an environment of its own." >&2

@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 work=quickstart
 conversations="${CONVERSATIONS:-400}" # a few hundred are enough to see it work; the file holds 17,671
 length="${MAX_LENGTH:-512}"
-epochs="${EPOCHS:-1}"
+epochs="${EPOCHS:-2}"
 
 step() { printf '\n=== %s  (%d s so far)\n' "$1" "$SECONDS"; }
 

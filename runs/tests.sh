@@ -12,11 +12,14 @@ if "$PYTHON" -c "import ruff" 2>/dev/null; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
 fi
-"$PYTHON" -m pytest tests/unit tests/e2e
+# Side by side, one thread each: threads that share a core wait for each other.
+cores="$("$PYTHON" -c 'import os; print(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4))')"
+parallel=(-n "$cores" --dist worksteal)
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/unit tests/e2e
 
 if [ "${SKIP_OLDER:-}" != 1 ] && [ "${EAGLE_ENV:-}" != current ]; then
     make_environment .venv-older requirements-older.txt
-    .venv-older/bin/python -m pytest -q tests/unit
+    OMP_NUM_THREADS=1 .venv-older/bin/python -m pytest -q "${parallel[@]}" tests/unit
 fi
 
 if [ "${SKIP_VLLM:-}" != 1 ]; then

@@ -6,8 +6,6 @@ output through and training starts from that linear draft instead of from noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -32,34 +30,33 @@ class NormalEquations:
         self.xx = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
         self.xy = torch.zeros(2 * size, size, dtype=torch.float64)
         self.positions = 0
+        self._inputs: list[torch.Tensor] = []
+        self._outputs: list[torch.Tensor] = []
 
     @torch.no_grad()
-    def add(self, examples: Iterable[Example]) -> None:
-        """Take in the supervised positions of `examples`."""
-        inputs: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
-        waiting = 0
-        for example in examples:
-            chosen = example.supervised
-            features = example.features[chosen].to(self.device).float()
-            inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
-            outputs.append(example.targets[chosen].to(self.device).float())
-            waiting += len(features)
-            if waiting >= _CHUNK:
-                self._flush(inputs, outputs)
-                inputs, outputs, waiting = [], [], 0
-        self._flush(inputs, outputs)
+    def add(self, example: Example) -> None:
+        """Take in the supervised positions of `example`; in the sums they are after `flush` at the latest."""
+        chosen = example.supervised
+        features = example.features[chosen].to(self.device).float()
+        self._inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
+        self._outputs.append(example.targets[chosen].to(self.device).float())
+        self.positions += len(features)
+        if sum(map(len, self._inputs)) >= _CHUNK:
+            self.flush()
 
-    def _flush(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        if not inputs:
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add what was gathered to the sums."""
+        if not self._inputs:
             return
-        x, y = torch.cat(inputs), torch.cat(outputs)
+        x, y = torch.cat(self._inputs), torch.cat(self._outputs)
+        self._inputs, self._outputs = [], []
         self.xx += (x.T @ x).cpu().double()
         self.xy += (x.T @ y).cpu().double()
-        self.positions += len(x)
 
     def solve(self) -> torch.Tensor:
         """The ridge solution as ``fc.weight`` ``[H, 2H]`` float32."""
+        self.flush()
         ridge = RIDGE * self.xx.diagonal().mean()
         left = self.xx + ridge * torch.eye(len(self.xx), dtype=torch.float64)
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(left)).T.float().contiguous()

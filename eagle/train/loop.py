@@ -84,9 +84,10 @@ class Trainer:
         equations = NormalEquations(self.draft, self.accelerator.device)
         order = np.random.RandomState(self.options.seed).permutation(len(self.train_set))
         for index in order[self.accelerator.process_index :: self.processes]:
-            equations.add([shift(self.train_set.record(int(index)))])
+            equations.add(shift(self.train_set.record(int(index))))
             if equations.positions >= self.options.init_positions / self.processes:
                 break
+        equations.flush()
         for name in ("xx", "xy"):
             # NPUs have no float64 sums.
             dtype = torch.float32 if self.accelerator.device.type == "npu" else torch.float64

@@ -32,7 +32,8 @@ def linear_example(model: DraftModel, fc: torch.Tensor, seed: int, noise: float 
 def test_finds_the_linear_map(model):
     fc = torch.randn(32, 64, generator=torch.Generator().manual_seed(9))
     equations = NormalEquations(model, torch.device("cpu"))
-    equations.add(linear_example(model, fc, seed) for seed in range(20))
+    for seed in range(20):
+        equations.add(linear_example(model, fc, seed))
     assert equations.positions == 20 * 60
     solution = equations.solve()
     example = linear_example(model, fc, 99)
@@ -44,11 +45,13 @@ def test_equals_least_squares_and_does_not_depend_on_the_chunks(model, monkeypat
     fc = torch.randn(32, 64, generator=torch.Generator().manual_seed(9))
     examples = [linear_example(model, fc, seed, noise=1.0) for seed in range(20)]
     whole = NormalEquations(model, torch.device("cpu"))
-    whole.add(examples)
+    for example in examples:
+        whole.add(example)
+    whole.flush()
     monkeypatch.setattr("eagle.train.closed_form._CHUNK", 100)
     pieces = NormalEquations(model, torch.device("cpu"))
     for example in examples:
-        pieces.add([example])
+        pieces.add(example)
     torch.testing.assert_close(whole.solve(), pieces.solve(), rtol=1e-3, atol=1e-4)
     x = torch.cat([model.inputs(e.tokens[e.supervised], e.features[e.supervised]) for e in examples])
     y = torch.cat([e.targets[e.supervised] for e in examples])

@@ -62,7 +62,7 @@ def write(folder: Path, content: object, name: str = "config.json") -> Path:
 
 def test_every_config_has_a_base_and_every_base_a_config():
     assert sorted(file.stem for file in BASES_FOLDER.glob("*.json")) == BASES
-    assert sorted(file.name for file in CONFIGS_FOLDER.iterdir()) == sorted(f"{n}_config.json" for n in BASES)
+    assert sorted(file.name for file in CONFIGS_FOLDER.glob("*.json")) == sorted(f"{n}_config.json" for n in BASES)
 
 
 @pytest.mark.parametrize("name", BASES)
