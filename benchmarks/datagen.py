@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_name", required=True, help="folder of the base model")
     add("--data_path", type=Path, required=True, help="ShareGPT conversations")
     add("--lengths", type=int, nargs="+", default=[512, 64], help="conversations are cut to so many tokens")
-    add("--tokens", type=int, default=20_000, help="about how many tokens a run computes")
+    add("--tokens", type=int, default=30_000, help="about how many tokens a run computes")
     add("--repeats", type=int, default=2, help="runs of each variant")
     add("--dtype", default="bfloat16", help="of model and features")
     add("--device", default="auto", help="npu, cuda, cpu or auto")
