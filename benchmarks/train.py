@@ -294,7 +294,10 @@ def synthetic(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
     (folder / "model").mkdir()
     write_json(folder / "model" / "config.json", QWEN2)
     embedding = torch.randn(vocab, hidden, generator=generator).mul_(0.02).bfloat16()
-    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden)}
+    # Of the layers only what a base model is told by has to be there.
+    last = f"model.layers.{QWEN2['num_hidden_layers'] - 1}.mlp.down_proj.weight"
+    there = ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", last)
+    tensors = {"model.embed_tokens.weight": embedding, **{name: torch.zeros(1) for name in there}}
     write_tensors(folder / "model" / "model.safetensors", tensors)
     store, writer = FeatureStore(args.tmpdir), ShardWriter(folder / "store" / "0")
     for index in range(min(len(store), (args.steps + WARM_UP + 1) * args.bs)):

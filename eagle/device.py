@@ -76,10 +76,15 @@ def check_indices(kind: str, indices: list[int], flag: str = "--npu_indices") ->
         raise RequestError(f"{flag} names card {', '.join(missing)}, but {hint}: use {','.join(allowed)}.")
 
 
+def cores() -> int:
+    """The cores this process may use, which a container may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, str]:
     """Environment variables for one of `workers` processes: its cards, or its share of the CPU cores."""
     if kind == "cpu":
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, cores() // workers)
         return {} if workers == 1 else {"OMP_NUM_THREADS": str(threads)}
     return {VISIBILITY_VARIABLE[kind]: ",".join(map(str, cards))}
 

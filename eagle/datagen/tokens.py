@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from eagle.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, read_messages
 from eagle.cli import progress_bar
 from eagle.conversation import Encoded, Encoder
+from eagle.device import cores
 from eagle.records import RecordFile
 from eagle.tensor_file import write_tensors
 
@@ -127,7 +128,7 @@ def encode_all(
     if processes is None:
         # A process is worth its start from a few hundred conversations on. Only fork lets it see the mapped file.
         able = "fork" in multiprocessing.get_all_start_methods()
-        processes = min(_cores(), len(chunks) // 2) if able else 1
+        processes = min(cores(), len(chunks) // 2) if able else 1
     parts = []
     with progress_bar(len(indices), "conv", desc="tokenising", leave=False) as bar:
         for part in _in_order(records, encoder, chunks, max_length, processes):
@@ -166,11 +167,6 @@ def _encode_shared(chunk: Sequence[int]) -> Tokens:
     assert _shared
     records, encoder, max_length = _shared
     return encode(records, encoder, chunk, max_length)
-
-
-def _cores() -> int:
-    """The cores this process may use, which a container may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def key_of(manifest: dict) -> str:

@@ -30,7 +30,7 @@ from eagle.model_config import draft_config_for, load_config
 from eagle.store.verify_store import skip_damaged
 from eagle.target import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
-from eagle.train.cpu_group import become_group
+from eagle.train.cpu_launch import become_group, use_cores
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
 from eagle.train.dry_run import dry_run
 from eagle.train.head import FrozenHead
@@ -275,4 +275,5 @@ def leave(code: int) -> None:
 
 if __name__ == "__main__":
     become_group("eagle.train.main")
+    use_cores()
     leave(run(main))

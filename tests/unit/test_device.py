@@ -72,7 +72,7 @@ def test_indices_number_workers_on_a_cpu():
 
 
 def test_worker_environment(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("eagle.device.cores", lambda: 8)
     assert device.worker_environment("npu", [4, 5], 2) == {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}
     assert device.worker_environment("cuda", [1], 2) == {"CUDA_VISIBLE_DEVICES": "1"}
     assert device.worker_environment("cpu", [0], 1) == {}
