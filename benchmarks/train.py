@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tmpdir", type=Path, required=True, help="the store of step 3")
     add("--bs", type=int, default=4, help="sequences a step")
     add("--max_len", type=int, default=512, help="cut records to this many tokens")
-    add("--steps", type=int, default=12, help="timed steps a run")
+    add("--steps", type=int, default=12, help="timed steps a run; 0 leaves the rates out")
     add("--repeats", type=int, default=2, help="runs of each")
     add("--no_synthetic", action="store_true", help="leave out the pair of rows with Qwen2-0.5B's head")
     add("--to_tau", action="store_true", help="also measure the time to the same validation τ")
@@ -329,7 +329,7 @@ def time_to_tau(args: argparse.Namespace) -> dict:
     published = {"tau": checks[-1]["val_tau"][-1], "seconds": checks[-1]["seconds"]}
     published |= {"seconds_to_our_tau": first(ours["tau"]), "seconds_to_our_start": first(ours["start_tau"])}
     print(
-        f"ours: τ {ours['start_tau']:.3f} from the closed form in {start['start_seconds']:.0f} s, {ours['tau']:.3f} "
+        f"ours: τ {ours['start_tau']:.3f} from the closed form in {ours['start_seconds']:.0f} s, {ours['tau']:.3f} "
         f"after {ours['seconds']:.0f} s of training\n"
         f"published way: " + ", ".join(
             f"τ {tau:.3f} " + (f"after {seconds:.0f} s ({seconds / own:.1f} times)" if seconds else "not reached")
@@ -347,8 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.published:
         PublishedTrainer(args).fit()
         return 0
-    rows = [compare(args, f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step")]
-    if not args.no_synthetic:
+    rows = []
+    if args.steps:
+        rows.append(compare(args, f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step"))
+    if args.steps and not args.no_synthetic:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compare(synthetic(args, Path(folder)), "Qwen2-0.5B's shape, random features"))
     content: dict = {"rows": rows, "hardware": describe(torch_device(choose_kind()))}
