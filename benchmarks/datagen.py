@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import matrix_product_rate
 from eagle.cleaning import Tally, clean_record
 from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
@@ -165,18 +166,9 @@ def bare_forward(args: argparse.Namespace, folder: Path) -> tuple[int, float, in
     return tokens, time.perf_counter() - started, 0
 
 
-def matrix_product(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
-    """Floating-point operations, seconds of a large product."""
-    device, size = torch_device(choose_kind(args.device)), 2048
-    a, b = (torch.randn(size, size, device=device).to(parse_dtype(args.dtype)) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3, best, 0
+def matrix_product(args: argparse.Namespace, folder: Path) -> tuple[float, float, int]:
+    """Floating-point operations of large products in a second."""
+    return matrix_product_rate(torch_device(choose_kind(args.device)), parse_dtype(args.dtype)), 1.0, 0
 
 
 def flops_per_token(model_name: str) -> int:

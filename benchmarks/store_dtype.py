@@ -17,14 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import ROOT, train_command
 from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.device import choose_kind, describe, torch_device
 from eagle.features import FeatureStore
 from eagle.store.shard import ShardWriter
 from eagle.store.store_dtype import STORE_DTYPES
 from eagle.train.run_log import METRICS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,11 +63,8 @@ def relative_error(store: FeatureStore, other: FeatureStore) -> float:
 
 def train(args: argparse.Namespace, store: Path, cpdir: Path) -> dict:
     """Step 4's last validation."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1]
-    words += ["--dynamo_backend", "no", "-m", "--mixed_precision=bf16", "eagle.train.main", "--tmpdir", store]
-    words += ["--cpdir", cpdir, "--basepath", args.basepath, "--bs", args.bs, "--max_len", args.max_len]
-    words += ["--num_epochs", args.num_epochs]
-    result = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = train_command(args.basepath, store, cpdir, args.bs, args.max_len, args.num_epochs)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(result.stderr[-3000:])
     lines = [json.loads(line) for line in (cpdir / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -34,8 +34,9 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import ROOT, matrix_product_rate, train_command
 from eagle.cli import HelpFormatter, provenance, run, write_json
-from eagle.device import choose_kind, describe, synchronize, torch_device
+from eagle.device import choose_kind, describe, torch_device
 from eagle.draft import DraftModel
 from eagle.draft import describe as describe_draft
 from eagle.features import FeatureStore
@@ -50,7 +51,6 @@ from eagle.train.run_log import METRICS
 from eagle.train.unroll import UnrolledDraft
 from eagle.train.validate import validate
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Steps that warm caches up and are not timed.
 WARM_UP = 2
 #: Qwen2-0.5B's (its config.json).
@@ -190,12 +190,9 @@ class PublishedTrainer:
 
 def train_ours(args: argparse.Namespace, cpdir: Path, steps: int | None) -> list[str]:
     """Step 4's command."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    words += ["--dynamo_backend", "no", "-m", "--mixed_precision=bf16", "eagle.train.main"]
-    words += ["--basepath", args.basepath, "--tmpdir", args.tmpdir, "--cpdir", cpdir, "--bs", args.bs]
-    words += ["--max_len", args.max_len, "--num_epochs", 1, *(["--max_steps", steps] if steps else [])]
     # For a rate neither the start nor the validation matters; they are made small.
-    return [str(word) for word in words + (["--init_positions", 1, "--val_ratio", 0] if steps else [])]
+    more = ("--max_steps", steps, "--init_positions", 1, "--val_ratio", 0) if steps else ()
+    return train_command(args.basepath, args.tmpdir, cpdir, args.bs, args.max_len, 1, *more)
 
 
 def train_published(args: argparse.Namespace, folder: Path, *more: object) -> list[str]:
@@ -223,19 +220,6 @@ def rate(metrics: list[dict]) -> float:
     return sum(s["supervised_tokens"] for s in steps[WARM_UP:]) / (steps[-1]["seconds"] - steps[WARM_UP - 1]["seconds"])
 
 
-def matrix_product_rate() -> float:
-    """FLOP/s of a large bfloat16 product."""
-    device, size, best = torch_device(choose_kind()), 2048, float("inf")
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    for _ in range(12):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def flops_per_supervised(args: argparse.Namespace) -> float:
     """Of the products any trainer needs, for one supervised position and its share of the tokens around it."""
     config, store = draft_config_for(load_config(args.basepath), None), FeatureStore(args.tmpdir)
@@ -252,7 +236,7 @@ def compare(args: argparse.Namespace, title: str) -> dict:
     best: dict[str, tuple[float, int]] = {}
     product = 0.0
     for _ in range(args.repeats):
-        product = max(product, matrix_product_rate())
+        product = max(product, matrix_product_rate(torch_device(choose_kind()), torch.bfloat16))
         for name, command in (
             ("published way", lambda folder: train_published(args, folder)),
             ("ours", lambda folder: train_ours(args, folder / "run", args.steps + WARM_UP)),
@@ -347,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.published:
         PublishedTrainer(args).fit()
         return 0
+    args.basepath, args.tmpdir = args.basepath.resolve(), args.tmpdir.resolve()
     rows = []
     if args.steps:
         rows.append(compare(args, f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step"))
