@@ -12,6 +12,12 @@ if "$PYTHON" -c "import ruff" 2>/dev/null; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
 fi
+# vLLM takes minutes to install, most of them spent waiting.
+if [ "${SKIP_VLLM:-}" != 1 ]; then
+    bash runs/vllm_environment.sh .venv-vllm &
+    vllm_environment=$!
+    trap 'kill $vllm_environment 2>/dev/null || true' EXIT
+fi
 # Side by side, one thread each: threads that share a core wait for each other.
 cores="$("$PYTHON" -c 'import os; print(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
@@ -23,6 +29,6 @@ if [ "${SKIP_OLDER:-}" != 1 ] && [ "${EAGLE_ENV:-}" != current ]; then
 fi
 
 if [ "${SKIP_VLLM:-}" != 1 ]; then
-    bash runs/vllm_environment.sh .venv-vllm
+    wait "$vllm_environment"
     .venv-vllm/bin/python -m pytest tests/vllm -s
 fi
