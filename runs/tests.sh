@@ -30,5 +30,6 @@ fi
 
 if [ "${SKIP_VLLM:-}" != 1 ]; then
     wait "$vllm_environment"
+    trap - EXIT
     .venv-vllm/bin/python -m pytest tests/vllm -s
 fi
