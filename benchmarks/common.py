@@ -11,6 +11,8 @@ import torch
 from eagle.device import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
+#: The shape of Qwen2-0.5B (its config.json), as `tests.random_run` takes it.
+QWEN = {"vocab": 151936, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2, "tied": True, "family": "qwen2"}
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:

@@ -24,14 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import QWEN, ROOT
 from eagle.cli import provenance, run, write_json
 from eagle.device import describe
 from tests.random_run import planned_and_measured, write_random_store, write_random_target
 
-ROOT = Path(__file__).resolve().parent.parent
 SMOL = {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "tied": True}
 WIDE = {"vocab": 32000, "hidden": 1024, "inner": 2816, "heads": 16, "kv_heads": 16}
-QWEN = {"vocab": 151936, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2, "tied": True, "family": "qwen2"}
 #: shape, sequences, tokens of each, more options, mixed precision
 RUNS: list[tuple[str, dict[str, Any], int, int, list[object], str]] = [
     ("SmolLM2-135M", SMOL, 4, 512, [], "no"),

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, matrix_product_rate, train_command
+from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
 from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.device import choose_kind, describe, torch_device
 from eagle.draft import DraftModel
@@ -43,23 +43,16 @@ from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
 from eagle.store.shard import Record, ShardWriter
 from eagle.target import Weights, read_embedding, read_head
-from eagle.tensor_file import write_tensors
 from eagle.train.dataset import Batch, FeatureDataset, collate, split_store
 from eagle.train.head import FrozenHead
 from eagle.train.options import TrainOptions
 from eagle.train.run_log import METRICS
 from eagle.train.unroll import UnrolledDraft
 from eagle.train.validate import validate
+from tests.random_run import write_random_target
 
 #: Steps that warm caches up and are not timed.
 WARM_UP = 2
-#: Qwen2-0.5B's (its config.json).
-QWEN2 = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
-    "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
-    "tie_word_embeddings": True, "initializer_range": 0.02,
-}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -273,24 +266,16 @@ def _table(row: dict) -> str:
 
 def synthetic(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
     """A base model that is an embedding of Qwen2-0.5B's size, and random features for the lengths of the real store."""
-    hidden, vocab = QWEN2["hidden_size"], QWEN2["vocab_size"]
+    target = write_random_target(folder / "model", **QWEN, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    (folder / "model").mkdir()
-    write_json(folder / "model" / "config.json", QWEN2)
-    embedding = torch.randn(vocab, hidden, generator=generator).mul_(0.02).bfloat16()
-    # Of the layers only what a base model is told by has to be there.
-    last = f"model.layers.{QWEN2['num_hidden_layers'] - 1}.mlp.down_proj.weight"
-    there = ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", last)
-    tensors = {"model.embed_tokens.weight": embedding, **{name: torch.zeros(1) for name in there}}
-    write_tensors(folder / "model" / "model.safetensors", tensors)
     store, writer = FeatureStore(args.tmpdir), ShardWriter(folder / "store" / "0")
     for index in range(min(len(store), (args.steps + WARM_UP + 1) * args.bs)):
         mask = store.loss_mask(index)[: args.max_len]
-        ids = torch.randint(vocab, (len(mask),), generator=generator, dtype=torch.int32)
-        features = torch.randn(len(mask), hidden, generator=generator).bfloat16()
+        ids = torch.randint(QWEN["vocab"], (len(mask),), generator=generator, dtype=torch.int32)
+        features = torch.randn(len(mask), QWEN["hidden"], generator=generator).bfloat16()
         writer.add(Record(index, ids, mask, features))
     writer.close_shard()
-    return argparse.Namespace(**{**vars(args), "basepath": folder / "model", "tmpdir": folder / "store"})
+    return argparse.Namespace(**{**vars(args), "basepath": target, "tmpdir": folder / "store"})
 
 
 def time_to_tau(args: argparse.Namespace) -> dict:

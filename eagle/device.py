@@ -76,6 +76,11 @@ def check_indices(kind: str, indices: list[int], flag: str = "--npu_indices") ->
         raise RequestError(f"{flag} names card {', '.join(missing)}, but {hint}: use {','.join(allowed)}.")
 
 
+def compute_dtype(mixed_precision: str) -> torch.dtype:
+    """What accelerate's autocast computes in; without mixed precision everything is float32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+
+
 def cores() -> int:
     """The cores this process may use, which a container may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

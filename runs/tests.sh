@@ -19,7 +19,7 @@ if [ "${SKIP_VLLM:-}" != 1 ]; then
     trap 'kill $vllm_environment 2>/dev/null || true' EXIT
 fi
 # Side by side, one thread each: threads that share a core wait for each other.
-cores="$("$PYTHON" -c 'import os; print(min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4))')"
+cores="$("$PYTHON" -c 'from eagle.device import cores; print(min(cores(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/unit tests/e2e
 

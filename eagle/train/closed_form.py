@@ -13,7 +13,7 @@ from eagle.draft import DraftModel
 from eagle.train.dataset import Example
 
 #: Supervised positions are gathered until this many are together, then multiplied at once.
-_CHUNK = 4096
+CHUNK = 4096
 #: Relative to the mean diagonal of the normal equations: enough to make them well-posed, too little to bias.
 RIDGE = 1e-4
 
@@ -41,7 +41,7 @@ class NormalEquations:
         self._inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
         self._outputs.append(example.targets[chosen].to(self.device).float())
         self.positions += len(features)
-        if sum(map(len, self._inputs)) >= _CHUNK:
+        if sum(map(len, self._inputs)) >= CHUNK:
             self.flush()
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     target = planned_target(options)
     kind = accelerator.device.type
     store_bytes, base_dtype = _store(options.tmpdir, target)
-    compute = {"bf16": 2, "fp16": 2}.get(accelerator.mixed_precision, 4)
+    compute = device.compute_dtype(accelerator.mixed_precision).itemsize
     fused, fused_masked = (attention_is_fused(accelerator.device, compute, masked) for masked in (False, True))
     trunk = 0
     if options.data_path and options.basepath:

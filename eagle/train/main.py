@@ -18,7 +18,6 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -188,7 +187,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         raise RequestError(f"--tmpdir {where} holds {len(store)} records, too few to train on.")
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    compute = device.compute_dtype(accelerator.mixed_precision)
     model = DraftModel(config, read_embedding(weights, target).to(compute)).to(accelerator.device)
     # A tied lm_head is the embedding: one tensor then, not two.
     tied = target.tie_word_embeddings

@@ -17,13 +17,12 @@ import torch
 
 from eagle.draft import DraftModel
 from eagle.model_config import ModelConfig
+from eagle.train.closed_form import CHUNK
 from eagle.train.head import FrozenHead
 from eagle.train.validate import DEPTH
 
 #: Bytes of a float32, which weights, gradients and AdamW's two averages are kept in, and of a float64.
 SINGLE, DOUBLE = 4, 8
-#: Supervised positions that the closed-form start multiplies at once, at least (`eagle.train.closed_form`).
-CHUNK = 4096
 #: Parts of float32 logits that a token loss makes beyond the head's own three: the closed form of soft_cross_entropy
 #: makes one product; the others are differentiated automatically.
 LOSS_PARTS = {"soft_cross_entropy": 1, "top_k": 3, "lk": 4}

@@ -48,7 +48,7 @@ def test_equals_least_squares_and_does_not_depend_on_the_chunks(model, monkeypat
     for example in examples:
         whole.add(example)
     whole.flush()
-    monkeypatch.setattr("eagle.train.closed_form._CHUNK", 100)
+    monkeypatch.setattr("eagle.train.closed_form.CHUNK", 100)
     pieces = NormalEquations(model, torch.device("cpu"))
     for example in examples:
         pieces.add(example)
