@@ -97,7 +97,7 @@ def make_target(
         **config,
     }
     if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in sizes:
-        scaling = sizes.pop("rope_parameters")
+        scaling = dict(sizes.pop("rope_parameters"))  # the caller's own is used again for the next target
         sizes |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     if family == "llama":
         model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**sizes))
