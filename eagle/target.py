@@ -214,15 +214,17 @@ def load_trunk(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    attention: str = "sdpa",
     spread: bool = False,
     memory: dict[int | str, int] | None = None,
     offload_folder: Path | None = None,
 ) -> torch.nn.Module:
     """The target without its ``lm_head``: ``trunk(ids).last_hidden_state`` is the feature ``[B, T, H]``.
 
-    spread: place the layers over every card this process sees (70B-class targets) instead of on `device`. memory: bytes
-    that weights may take, by card (default: what leaves room for a batch). offload_folder: where layers go that fit on
-    no card; without it they are not accepted, since every batch would read them from disk.
+    attention: `attn_implementation` of transformers. spread: place the layers over every card this process sees
+    (70B-class targets) instead of on `device`. memory: bytes that weights may take, by card (default: what leaves room
+    for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
+    batch would read them from disk.
 
     Raises: RequestError where the cards are too small for the target.
     """
@@ -238,7 +240,7 @@ def load_trunk(
         placement["offload_folder"] = str(offload_folder)
     try:
         trunk = AutoModel.from_pretrained(
-            str(folder), **from_pretrained_dtype(dtype), attn_implementation="sdpa", **placement
+            str(folder), **from_pretrained_dtype(dtype), attn_implementation=attention, **placement
         )
     except ValueError as error:
         if not spread or "offload" not in str(error):

@@ -2,7 +2,8 @@
 
 The computing thread only starts forward passes. A second thread fetches their results, checks and scales them; a third
 (the `ShardWriter`'s) sums up, writes and syncs. Each is ahead of the next by a little, so that an error ends the work
-soon and memory stays bounded: a shard that is gathered, the one before while it is written, and a few batches.
+soon and memory stays bounded: a shard that is gathered, the one before while it is written, and a few batches. On a
+CPU, whose results need no fetching, the first two are one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Item:
 
 
 class Collector:
-    """Takes one batch after the other and closes a shard behind any; only its own thread touches `progress`.
+    """Takes one batch after the other and closes a shard behind any; one thread only touches `progress`.
 
     Its methods raise what went wrong with the batches before: WorkError, OSError.
     """
@@ -45,7 +46,10 @@ class Collector:
 
     def add(self, hidden: torch.Tensor, items: list[Item]) -> None:
         """Features ``[B, T, H]`` of a batch, on the device and perhaps still being computed."""
-        self._submit(lambda: self._store(hidden, items))
+        if hidden.device.type == "cpu":  # nothing to wait for, and a second thread would contend for the cores
+            self._store(hidden, items)
+        else:
+            self._submit(lambda: self._store(hidden, items))
 
     def close(self) -> None:
         """Write what is left and wait for it."""

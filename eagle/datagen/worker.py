@@ -25,6 +25,7 @@ import torch
 
 from eagle import device
 from eagle.cli import WorkError, run, write_json
+from eagle.cpu_attention import attention_for
 from eagle.datagen.collector import Collector, Item
 from eagle.datagen.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.datagen.job import COMPILE_MODES, node_share
@@ -83,13 +84,18 @@ class Worker:
         self.batch_tokens = options["batch_tokens"]
         self.device = device.torch_device(kind)
         model, dtype = self.manifest["target"]["name"], parse_dtype(self.manifest["dtype"])
-        self.trunk = load_trunk(model, dtype, self.device, spread=cards > 1 and kind != "cpu")
-        left = sum(self.lengths[self.progress.records :])
+        compiling = cards == 1 and should_compile(compile_mode, kind, sum(self.lengths[self.progress.records :]))
+        self.trunk = load_trunk(
+            model,
+            dtype,
+            self.device,
+            attention="sdpa" if compiling else attention_for(self.device, dtype),
+            spread=cards > 1 and kind != "cpu",
+        )
         self.step = 1
-        if cards == 1 and should_compile(compile_mode, kind, left):
-            compiled = compile_trunk(self.trunk, self.device)
-            if compiled is not None:
-                self.trunk, self.step = compiled, LENGTH_STEP
+        compiled = compile_trunk(self.trunk, self.device) if compiling else None
+        if compiled is not None:
+            self.trunk, self.step = compiled, LENGTH_STEP
 
     def work(self, shard_bytes: int) -> Iterator[Progress]:
         """Compute what is left of the share, then write ``done.json``. Yields the running progress.

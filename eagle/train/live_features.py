@@ -16,6 +16,7 @@ import torch
 
 from eagle.cli import RequestError
 from eagle.conversation import load_encoder
+from eagle.cpu_attention import attention_for
 from eagle.datagen.tokens import encode_all
 from eagle.datagen.worker import padded_features
 from eagle.model_config import load_config
@@ -61,7 +62,8 @@ class LiveFeatures:
         self.lengths = self.tokens_of.lengths[self._places]
         self.hidden_size = config.hidden_size
         self.device = device
-        self.trunk = load_trunk(basepath, parse_dtype(source.dtype), device)
+        dtype = parse_dtype(source.dtype)
+        self.trunk = load_trunk(basepath, dtype, device, attention=attention_for(device, dtype))
 
     @property
     def tokens(self) -> int:
