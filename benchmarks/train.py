@@ -7,7 +7,10 @@ padded to a batch's longest, the head over every padded position with all logits
 them, a gradient-checkpointed layer with plain attention, its accuracies taken from the full logits, values clipped. It
 starts at random, and is given the alignment and the learning rate of ours. Ours is the command of step 4 itself. Both
 train the same records in processes of their own, one after the other; the quickest of `--repeats` runs counts, and a
-process's peak memory is that of its whole life.
+process's peak memory is that of its whole life. With ``--eagle_llm`` the published trainer itself runs beside them (see
+eagle_llm.py), and ratios are to it; its wheel comes by
+
+    pip download --no-deps eagle-llm==1.2.1 && unzip -d eagle-llm eagle_llm-1.2.1-*.whl
 
 A second pair of rows has a head of Qwen2-0.5B's size over random features; no values matter for speed. With
 ``--to_tau`` ours trains one epoch, and the baseline until its validation reaches the τ that ours has at its end, at
@@ -19,15 +22,15 @@ token.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.nn import functional
@@ -36,13 +39,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
 from eagle.cli import HelpFormatter, provenance, run, write_json
-from eagle.device import choose_kind, describe, torch_device
+from eagle.device import choose_kind, describe, process_peak, torch_device
 from eagle.draft import DraftModel
 from eagle.draft import describe as describe_draft
 from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
 from eagle.store.shard import Record, ShardWriter
-from eagle.target import Weights, read_embedding, read_head
+from eagle.target import EMBEDDING, HEAD, Weights, read_embedding, read_head
+from eagle.tensor_file import write_tensors
 from eagle.train.dataset import Batch, FeatureDataset, collate, split_store
 from eagle.train.head import FrozenHead
 from eagle.train.options import TrainOptions
@@ -65,6 +69,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=12, help="timed steps a run; 0 leaves the rates out")
     add("--repeats", type=int, default=2, help="runs of each")
     add("--no_synthetic", action="store_true", help="leave out the pair of rows with Qwen2-0.5B's head")
+    add(
+        "--eagle_llm",
+        type=Path,
+        help="where the wheel of eagle-llm 1.2.1 was unpacked to: measure that trainer as well",
+    )
     add("--to_tau", action="store_true", help="also measure the time to the same validation τ")
     add("--patience", type=float, default=6, help="with --to_tau: the baseline's time, as a multiple of ours")
     add("--output", type=Path, help="write the numbers to this JSON file")
@@ -194,17 +203,48 @@ def train_published(args: argparse.Namespace, folder: Path, *more: object) -> li
     return [str(word) for word in words]
 
 
+def train_eagle_llm(args: argparse.Namespace, folder: Path) -> list[str]:
+    """The published trainer itself, over the records and the base model written as it reads them."""
+    target, weights, store = load_config(args.basepath), Weights(args.basepath), FeatureStore(args.tmpdir)
+    base, records = folder / "base", folder / "records"
+    base.mkdir()
+    records.mkdir()
+    tensors = {EMBEDDING: read_embedding(weights, target), HEAD: read_head(weights, target).clone()}
+    write_tensors(base / "model.safetensors", tensors)
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = json.loads((args.basepath / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+    draft = config | {"model_type": "llama", "num_hidden_layers": 1, "theta": target.rope_theta}
+    for name in ("rope_parameters", "rope_scaling"):
+        draft.pop(name, None)
+    (folder / "draft.json").write_text(json.dumps(draft), encoding="utf-8")
+    needed = (args.steps + WARM_UP + 1) * args.bs * 20 // 19  # it keeps a twentieth for validation
+    for number in range(min(len(store), needed)):
+        record = store[number]
+        ids, mask = record.input_ids[: args.max_len].long(), record.loss_mask[: args.max_len].long()
+        dump = {"input_ids": ids, "loss_mask": mask, "hidden_state": record.hidden_state[: args.max_len].clone()}
+        torch.save(dump, records / f"data_{number}.ckpt")
+    script = Path(__file__).with_name("eagle_llm.py")
+    words = [sys.executable, script, args.eagle_llm.resolve(), args.steps + WARM_UP, folder / METRICS]
+    words += ["--basepath", base, "--configpath", folder / "draft.json", "--tmpdir", records, "--bs", args.bs]
+    return [str(word) for word in [*words, "--cpdir", folder / "checkpoints"]]
+
+
 def follow(command: list[str], folder: Path) -> tuple[list[dict], int]:
     """Run a trainer to its end: its metrics, and the peak memory of its largest process in bytes."""
+    peak = 0
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        process = psutil.Popen(command, stdout=said, stderr=said, cwd=ROOT)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):  # one that just ended
+                peak = max(peak, *(process_peak(one.pid) for one in (process, *process.children(recursive=True))))
+            time.sleep(0.05)
+        if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    # Linux counts in kB. accelerate's launcher waits for the trainer; the maximum is over both.
-    return [json.loads(line) for line in lines], usage.ru_maxrss * 1024
+    return [json.loads(line) for line in lines], peak
 
 
 def rate(metrics: list[dict]) -> float:
@@ -225,15 +265,19 @@ def flops_per_supervised(args: argparse.Namespace) -> float:
 
 
 def compare(args: argparse.Namespace, title: str) -> dict:
-    """The two trainers, alternating."""
+    """The trainers, alternating. Ratios are to the first one."""
+    trainers = {
+        "published way": lambda folder: train_published(args, folder),
+        "ours": lambda folder: train_ours(args, folder / "run", args.steps + WARM_UP),
+    }
+    if args.eagle_llm:
+        trainers = {"eagle-llm 1.2.1": lambda folder: train_eagle_llm(args, folder)} | trainers
+    baseline = next(iter(trainers))
     best: dict[str, tuple[float, int]] = {}
     product = 0.0
     for _ in range(args.repeats):
         product = max(product, matrix_product_rate(torch_device(choose_kind()), torch.bfloat16))
-        for name, command in (
-            ("published way", lambda folder: train_published(args, folder)),
-            ("ours", lambda folder: train_ours(args, folder / "run", args.steps + WARM_UP)),
-        ):
+        for name, command in trainers.items():
             with tempfile.TemporaryDirectory() as folder:
                 metrics, peak = follow(command(Path(folder)), Path(folder) / ("run" if name == "ours" else ""))
             best[name] = max(best.get(name, (0.0, 0)), (rate(metrics), peak))
@@ -242,7 +286,7 @@ def compare(args: argparse.Namespace, title: str) -> dict:
     for name, (found, peak) in best.items():
         row[name] = {
             "supervised_tokens_per_second": found,
-            "ratio": found / best["published way"][0],
+            "ratio": found / best[baseline][0],
             "of_matrix_product": found * flops / product,
             "peak_memory": peak,
         }
@@ -255,8 +299,9 @@ def _table(row: dict) -> str:
         f"{row['title']}; matrix products at {row['matrix_product_gflops']:,.0f} GFLOP/s",
         f"  {'':16}{'supervised/s':>14}{'ratio':>8}{'of product':>12}{'peak MB':>10}",
     ]
-    for name in ("published way", "ours"):
-        one = row[name]
+    for name, one in row.items():
+        if not isinstance(one, dict):
+            continue
         lines.append(
             f"  {name:16}{one['supervised_tokens_per_second']:14,.0f}{one['ratio']:8.2f}"
             f"{one['of_matrix_product']:12.0%}{one['peak_memory'] / 1e6:10,.0f}"

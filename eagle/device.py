@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -115,9 +116,22 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors on the card took so far, or on the CPU the process."""
     if device.type != "cpu":
         return getattr(torch, device.type).max_memory_allocated(device)
-    import resource  # not on Windows
+    return process_peak()
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def process_peak(pid: int | None = None) -> int:
+    """Bytes: the most memory that a process, this one by default, took since its program began."""
+    status = Path(f"/proc/{pid or 'self'}/status")
+    if not status.exists() and pid is None:  # not Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Not ru_maxrss, which begins with what the parent's memory was.
+    with contextlib.suppress(OSError):  # it has just ended
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def free_memory(device: torch.device) -> int:

@@ -76,13 +76,13 @@ def write_random_store(
     return folder
 
 
-#: Trains, then says how far this process's memory went. ru_maxrss would say what the parent's was, where that is more.
+#: Trains, then says how far this process's memory went.
 _MEASURE = """
 import sys
+from eagle.device import process_peak
 from eagle.train.main import main
 code = main(sys.argv[1:])
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print("measured", int(peak.split()[1]) >> 10)
+print("measured", process_peak() >> 20)
 sys.exit(code)
 """
 

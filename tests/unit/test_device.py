@@ -83,5 +83,6 @@ def test_worker_environment(monkeypatch):
 def test_what_reports_say_about_the_machine():
     cpu = torch.device("cpu")
     assert device.describe(cpu).startswith("cpu ") and "thread" in device.describe(cpu)
-    assert device.peak_memory(cpu) > 1e7  # bytes
+    assert device.peak_memory(cpu) == device.process_peak() > 1e7  # bytes
+    assert device.process_peak(1 << 30) == 0  # no such process
     device.synchronize(cpu)
