@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from eagle.cli import RequestError, existing_path, progress_bar, provenance, run, write_json
+from eagle.cli import RequestError, existing_path, output_folder, progress_bar, provenance, run, write_json
 from eagle.conversation import Encoder, load_encoder
 from eagle.decode.costs import Estimate, estimate
 from eagle.decode.drafter import MODES, DraftOptions
@@ -200,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch_device(choose_kind(args.device))
     encoder = load_encoder(args.base_path, config, args.chat_template)
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
+    if args.output:
+        output_folder(args.output, "--output")
     target = load_target(args.base_path, dtype, device, spread=args.spread)
     draft = load_fitting_draft(args.draft_path, args.base_path, target)
     decoder = SpeculativeDecoder(target, draft, drafting.drafter(target.device, sampling), sampling)
@@ -220,7 +222,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     print("\n".join(report_lines(report)))
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / REPORT, {**report, "made_by": provenance()})
         write_replies(args.output / REPLIES, replies, depth, encoder)
         picture = draw_report(report, args.output)

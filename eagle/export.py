@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from eagle.cli import RequestError, WorkError, existing_path, read_json, write_json
+from eagle.cli import RequestError, WorkError, existing_path, output_folder, read_json, write_json
 from eagle.draft import WEIGHTS_FILE, read_draft_state
 from eagle.export_check import check_export
 from eagle.export_note import serving_note
@@ -262,6 +262,7 @@ def export(
     skipped: list[str] = []
     is_new = not output.exists()
     try:
+        output_folder(next(iter(folders.values())).parent, "--output-path")
         for name, folder in list(folders.items()):
             try:
                 export_layout(draft, name, base_path, base, target, folder)

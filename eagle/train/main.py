@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from eagle import device
-from eagle.cli import HelpFormatter, RequestError, existing_path, locked, provenance, run, write_json
+from eagle.cli import HelpFormatter, RequestError, existing_path, locked, output_folder, provenance, run, write_json
 from eagle.draft import DraftModel, describe, load_trained_state, read_draft_state
 from eagle.features import FeatureStore
 from eagle.model_config import draft_config_for, load_config
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(options)
     set_seed(options.seed)
     trainer = build(options, accelerator)
-    options.cpdir.mkdir(parents=True, exist_ok=True)
+    output_folder(options.cpdir, "--cpdir")
     with locked(options.cpdir, "--cpdir") if accelerator.is_main_process else nullcontext():
         return train(options, accelerator, trainer)
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from eagle.cli import RequestError
+from eagle.device import compute_dtype
 from eagle.draft import DraftModel, trained_state
 from eagle.train.unroll import UnrolledDraft
 
@@ -55,9 +56,11 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
 
     draft = model.draft
     old = trained_state(draft)
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    # A batch comes in the dtypes it has to have.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(accelerator.mixed_precision),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # a batch comes in the dtypes it has to have
+    )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Out of sight while the rest is sharded: torch before 2.7 cannot be told to leave a weight alone.
     embedding = draft.embed_tokens.weight

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 import allocation
+import convert_eagle_ckpt_to_vllm_compatible
 import reassign_data_num
+from eagle import evaluate
+from eagle.draft import save_draft
+from eagle.train import main
 from tests.e2e.commands import Answer, ask
-from tests.e2e.conftest import contents
+from tests.e2e.conftest import contents, draft_of
+from tools import get_quickstart_data
 
 
 @pytest.fixture
@@ -71,6 +76,23 @@ def test_resharding(folder: Path, store: Path, name: str, capsys: pytest.Capture
     answer = ask(reassign_data_num.main, capsys, "--old_folder", folder / "store", "--new_folder", to, "--tp", 2)
     check_refused(answer, "--new_folder", to)
     assert contents(folder / "store") == contents(store)
+
+
+def test_training_export_and_evaluation(
+    folder: Path, store: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_draft(draft_of(llama), tmp_path / "draft")
+    before = contents(folder / "store")
+    new = folder / "new"
+    train = ["--tmpdir", store, "--basepath", llama]
+    base = ["--base-path", llama, "--draft-path", tmp_path / "draft"]
+    check_refused(ask(main.main, capsys, *train, "--cpdir", new), "--cpdir", new)
+    check_refused(ask(evaluate.main, capsys, *base, "--output", new), "--output", new)
+    check_refused(ask(get_quickstart_data.main, capsys, "--output-path", new), "--output-path", new)
+    step_5 = convert_eagle_ckpt_to_vllm_compatible.main
+    check_refused(ask(step_5, capsys, *base, "--output-path", new, "--layout", "both"), "--output-path", new)
+    check_refused(ask(step_5, capsys, *base, "--output-path", new, "--layout", "v1"), "--output-path", folder)
+    assert contents(folder / "store") == before and not new.exists()
 
 
 @pytest.mark.parametrize("path", ["/proc/features", "/sys/features"])
