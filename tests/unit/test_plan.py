@@ -119,10 +119,14 @@ def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monke
     [
         ("off", "cuda", 10**12, False),
         ("auto", "npu", 10**12, False),
-        ("auto", "cpu", WORTH_TOKENS["cpu"] - 1, False),
+        ("auto", "cpu", 10**12, False),
+        ("auto", "cuda", WORTH_TOKENS - 1, False),
+        ("auto", "cuda", WORTH_TOKENS, True),
+        ("on", "cuda", 1, True),
     ],
 )
-def test_when_to_compile(mode, kind, tokens, expected):
+def test_when_to_compile(mode, kind, tokens, expected, monkeypatch):
+    monkeypatch.setattr("eagle.datagen.compiled._missing", lambda kind: None)
     assert should_compile(mode, kind, tokens) is expected
 
 
@@ -130,7 +134,8 @@ def test_compiling_where_it_cannot_be(monkeypatch):
     from eagle.cli import RequestError
 
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert should_compile("auto", "cpu", 10**12) is False
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert should_compile("auto", "cuda", 10**12) is False
     with pytest.raises(RequestError, match=r"--compile on: there is no C\+\+ compiler"):
         should_compile("on", "cpu", 10)
     with pytest.raises(RequestError, match="no backend for NPUs"):
