@@ -38,7 +38,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
-from eagle.cli import HelpFormatter, provenance, run, write_json
+from eagle.cli import HelpFormatter, existing_path, provenance, run, write_json
 from eagle.device import choose_kind, describe, process_peak, torch_device
 from eagle.draft import DraftModel
 from eagle.draft import describe as describe_draft
@@ -362,6 +362,8 @@ def main(argv: list[str] | None = None) -> int:
         PublishedTrainer(args).fit()
         return 0
     args.basepath, args.tmpdir = args.basepath.resolve(), args.tmpdir.resolve()
+    if args.eagle_llm:
+        existing_path(args.eagle_llm / "eagle" / "train" / "main.py", "--eagle_llm", "file")
     rows = []
     if args.steps:
         rows.append(compare(args, f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step"))

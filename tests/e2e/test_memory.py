@@ -31,9 +31,10 @@ def test_the_plan_is_what_training_takes(name: str, tmp_path: Path) -> None:
     options = ["--tmpdir", store, "--basepath", target, "--cpdir", tmp_path / "run", "--bs", bs, "--max_len", length]
     found = planned_and_measured(lambda *words: command(*words).out, *options, "--num_epochs", 1, "--max_steps", 1)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
-    # The runtime is measured, not planned: without it the rest has to be right too.
+    # The runtime is measured, not planned: without it the rest has to be right too. It is half of the whole, of which
+    # the allocator may give back a few percent more or less.
     own = {key: found[key] - found["runtime"] for key in ("planned", "measured")}
-    assert own["planned"] == pytest.approx(own["measured"], rel=0.2), found
+    assert own["planned"] == pytest.approx(own["measured"], rel=0.3), found
 
 
 @pytest.mark.parametrize("name", ["llama_2_chat_7B", "llama_2_chat_70B", "qwen2_7B", "qwen2_72B"])

@@ -163,8 +163,11 @@ def test_features_are_the_targets_own(chain: Chain) -> None:
     target = AutoModelForCausalLM.from_pretrained(chain.target, dtype=dtype)
     for record in store:
         expected = target.model(record.input_ids[None].long()).last_hidden_state[0]
-        tolerance = {"rtol": 0, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(record.hidden_state, expected, **tolerance)
+        if dtype == torch.bfloat16:  # in a batch, and with another attention, it is rounded elsewhere
+            difference = (record.hidden_state.float() - expected.float()).norm(dim=-1)
+            assert (difference < 0.03 * expected.float().norm(dim=-1)).all()
+        else:
+            torch.testing.assert_close(record.hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_resharding_keeps_every_record(chain: Chain) -> None:
