@@ -46,7 +46,7 @@ class Collector:
 
     def add(self, hidden: torch.Tensor, items: list[Item]) -> None:
         """Features ``[B, T, H]`` of a batch, on the device and perhaps still being computed."""
-        if hidden.device.type == "cpu":  # nothing to wait for, and a second thread would contend for the cores
+        if hidden.device.type == "cpu":  # nothing to wait for
             self._store(hidden, items)
         else:
             self._submit(lambda: self._store(hidden, items))
