@@ -57,17 +57,16 @@ def write_config(
 
 
 def write_random_store(
-    folder: Path, *, vocab: int, hidden: int, records: int, length: int, replied: int = 128,
-    dtype: torch.dtype = torch.float32,
-) -> Path:  # fmt: skip
-    """A store of `records` conversations of `length` tokens each, the last `replied` of them the assistant's."""
+    folder: Path, *, vocab: int, hidden: int, records: int, length: int, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A store of `records` conversations of `length` tokens each, all supervised: the most a batch can hold."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     content = [
         Record(
             number,
             torch.randint(vocab, (length,), generator=generator, dtype=torch.int32),
-            (torch.arange(length) >= length - replied).to(torch.uint8),
+            torch.ones(length, dtype=torch.uint8),
             torch.randn(length, hidden, generator=generator).to(dtype),
         )
         for number in range(records)

@@ -29,12 +29,11 @@ def test_the_plan_is_what_training_takes(name: str, tmp_path: Path) -> None:
         tmp_path / "store", vocab=shape["vocab"], hidden=shape["hidden"], records=3 * bs, length=length
     )
     options = ["--tmpdir", store, "--basepath", target, "--cpdir", tmp_path / "run", "--bs", bs, "--max_len", length]
-    found = planned_and_measured(lambda *words: command(*words).out, *options, "--num_epochs", 1, "--max_steps", 1)
+    found = planned_and_measured(lambda *words: command(*words).out, *options, "--num_epochs", 1, "--max_steps", 2)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
-    # The runtime is measured, not planned: without it the rest has to be right too. It is half of the whole, of which
-    # the allocator may give back a few percent more or less.
+    # The runtime is measured, not planned: without it the rest has to be right too.
     own = {key: found[key] - found["runtime"] for key in ("planned", "measured")}
-    assert own["planned"] == pytest.approx(own["measured"], rel=0.3), found
+    assert own["planned"] == pytest.approx(own["measured"], rel=0.2), found
 
 
 @pytest.mark.parametrize("name", ["llama_2_chat_7B", "llama_2_chat_70B", "qwen2_7B", "qwen2_72B"])
