@@ -2,10 +2,7 @@
 
     python benchmarks/train.py --basepath quickstart/model --tmpdir quickstart/features --to_tau --output train.json
 
-The baseline works as EAGLE's published trainer does (``train/main.py`` of eagle-llm 1.2.1): sequences in random order
-padded to a batch's longest, the head over every padded position with all logits at once, softmax and log-softmax of
-them, a gradient-checkpointed layer with plain attention, its accuracies taken from the full logits, values clipped. It
-starts at random, and is given the alignment and the learning rate of ours. Ours is the command of step 4 itself. Both
+The baseline works as EAGLE's published trainer does (see published_way.py). Ours is the command of step 4 itself. Both
 train the same records in processes of their own, one after the other; the quickest of `--repeats` runs counts, and a
 process's peak memory is that of its whole life. With ``--eagle_llm`` the published trainer itself runs beside them (see
 eagle_llm.py), and ratios are to it; its wheel comes by
@@ -32,8 +29,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from torch import nn
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -47,12 +42,8 @@ from eagle.model_config import draft_config_for, load_config
 from eagle.store.shard import Record, ShardWriter
 from eagle.target import EMBEDDING, HEAD, Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
-from eagle.train.dataset import Batch, FeatureDataset, collate, split_store
-from eagle.train.head import FrozenHead
-from eagle.train.options import TrainOptions
+from eagle.train.dataset import FeatureDataset
 from eagle.train.run_log import METRICS
-from eagle.train.unroll import UnrolledDraft
-from eagle.train.validate import validate
 from tests.random_run import write_random_target
 
 #: Steps that warm caches up and are not timed.
@@ -77,117 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--to_tau", action="store_true", help="also measure the time to the same validation τ")
     add("--patience", type=float, default=6, help="with --to_tau: the baseline's time, as a multiple of ours")
     add("--output", type=Path, help="write the numbers to this JSON file")
-    add("--published", type=Path, help=argparse.SUPPRESS)  # a process of its own: where it writes its metrics
-    add("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
-    add("--until_tau", type=float, default=float("inf"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-class PublishedTrainer:
-    """The published trainer's loop over our records; writes the same ``metrics.jsonl`` as ours."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        from accelerate import Accelerator
-
-        self.args, self.accelerator = args, Accelerator(mixed_precision="bf16", cpu=choose_kind() == "cpu")
-        target, weights = load_config(args.basepath), Weights(args.basepath)
-        config = draft_config_for(target, None)
-        embedding = read_embedding(weights, target)
-        head = embedding if target.tie_word_embeddings else read_head(weights, target)
-        torch.manual_seed(0)
-        self.draft = DraftModel(config, embedding.float()).to(self.accelerator.device)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.head.weight = nn.Parameter(head.float(), requires_grad=False)
-        self.head.to(self.accelerator.device)
-        self.lr = TrainOptions(Path(), args.basepath, args.tmpdir).learning_rate(config.hidden_size)
-        trained = [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.95))
-        store = FeatureStore(args.tmpdir)
-        train, held_out = split_store(store, 0.05, 42)
-        self.train = FeatureDataset(store, train, args.max_len, noise=0.1)
-        self.held_out = FeatureDataset(store, held_out, args.max_len)
-        self.out = args.published
-        self.step, self.seconds = 0, 0.0
-
-    def fit(self) -> None:
-        """So many steps, or so many seconds, or until the validation τ is reached."""
-        args = self.args
-        limit = args.steps + WARM_UP if not args.seconds else float("inf")
-        epoch = 0
-        while True:
-            order = np.random.RandomState(epoch).permutation(len(self.train))
-            for at in range(0, len(order), args.bs):
-                batch = collate(self.train.__getitems__([(epoch, int(i)) for i in order[at : at + args.bs]]))
-                started = time.perf_counter()
-                supervised = self.one_step(batch)
-                self.seconds += time.perf_counter() - started
-                self.step += 1
-                self.write(supervised_tokens=supervised)
-                if self.step >= limit:
-                    return
-                if args.seconds and self.step % 50 == 0:
-                    tau = self.validate()
-                    if tau >= args.until_tau or self.seconds > args.seconds:
-                        return
-            epoch += 1
-
-    def one_step(self, batch: Batch) -> int:
-        batch = batch.to(self.accelerator.device, torch.float32)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.step + 1) / 20)
-        self.optimizer.zero_grad()
-        with self.accelerator.autocast():
-            predict = torch.utils.checkpoint.checkpoint(self.layer, batch, use_reentrant=False)
-            with torch.no_grad():
-                target_head = self.head(batch.targets.float())
-                target_p = target_head.softmax(2)
-            out_head = self.head(predict)
-            out_logp = out_head.log_softmax(2)
-            mask = batch.supervised[:, :, None].float()
-            count = mask.sum() + 1e-5
-            token_loss = -torch.sum(torch.sum(mask * (target_p * out_logp), 2)) / count
-            feature_loss = functional.smooth_l1_loss(predict, batch.targets.float(), reduction="none")
-            feature_loss = torch.sum(torch.mean(mask * feature_loss, 2)) / count
-            loss = feature_loss + 0.1 * token_loss
-        loss.backward()
-        nn.utils.clip_grad_value_(self.draft.parameters(), 0.5)
-        self.optimizer.step()
-        with torch.no_grad():
-            agreed = out_head.max(2).indices == target_head.max(2).indices
-            self.accuracy = float((agreed * batch.supervised).sum() / count)
-            out_head[batch.supervised].topk(3, dim=-1)
-        return int(batch.supervised.sum())
-
-    def layer(self, batch: Batch) -> torch.Tensor:
-        """The draft with attention scores that exist as a tensor."""
-        draft, layer = self.draft, self.draft.layers[0]
-        hidden = draft.fc(draft.inputs(batch.tokens, batch.features))
-        length = hidden.shape[1]
-        positions = torch.arange(length, device=hidden.device)[None]
-        attention = layer.self_attn
-        queries, keys, values = attention.project(hidden, draft.rotary(hidden, positions))
-        groups = attention.heads // attention.kv_heads
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        scores = queries @ keys.transpose(2, 3) / attention.head_dim**0.5
-        scores = scores + torch.full((length, length), torch.finfo(scores.dtype).min, device=scores.device).triu(1)
-        mixed = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
-        hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-    def validate(self) -> float:
-        """Our validation, whose time does not count."""
-        loader = torch.utils.data.DataLoader(
-            self.held_out, batch_sampler=[[(0, i)] for i in range(len(self.held_out))], collate_fn=collate
-        )
-        head = FrozenHead(self.head.weight.detach().bfloat16())
-        found = validate(self.accelerator, UnrolledDraft(self.draft), head, loader)
-        self.write(**found.metrics())
-        return found.tau[-1]
-
-    def write(self, **values: object) -> None:
-        line = {"step": self.step, **values, "seconds": self.seconds}
-        with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def train_ours(args: argparse.Namespace, cpdir: Path, steps: int | None) -> list[str]:
@@ -197,9 +78,10 @@ def train_ours(args: argparse.Namespace, cpdir: Path, steps: int | None) -> list
     return train_command(args.basepath, args.tmpdir, cpdir, args.bs, args.max_len, 1, *more)
 
 
-def train_published(args: argparse.Namespace, folder: Path, *more: object) -> list[str]:
-    words = [sys.executable, __file__, "--published", folder, "--basepath", args.basepath, "--tmpdir", args.tmpdir]
-    words += ["--bs", args.bs, "--max_len", args.max_len, "--steps", args.steps, *more]
+def train_published(args: argparse.Namespace, folder: Path, *end: object) -> list[str]:
+    """Its way of working; `end` says when it stops."""
+    words = [sys.executable, Path(__file__).with_name("published_way.py"), "--basepath", args.basepath]
+    words += ["--tmpdir", args.tmpdir, "--bs", args.bs, "--max_len", args.max_len, "--metrics", folder / METRICS, *end]
     return [str(word) for word in words]
 
 
@@ -267,7 +149,7 @@ def flops_per_supervised(args: argparse.Namespace) -> float:
 def compare(args: argparse.Namespace, title: str) -> dict:
     """The trainers, alternating. Ratios are to the first one."""
     trainers = {
-        "published way": lambda folder: train_published(args, folder),
+        "published way": lambda folder: train_published(args, folder, "--steps", args.steps + WARM_UP),
         "ours": lambda folder: train_ours(args, folder / "run", args.steps + WARM_UP),
     }
     if args.eagle_llm:
@@ -333,8 +215,8 @@ def time_to_tau(args: argparse.Namespace) -> dict:
     ours["start_seconds"] = start["seconds"] - start["val_seconds"]
     ours["seconds"] = steps[-1]["seconds"] - start["val_seconds"]
     with tempfile.TemporaryDirectory() as folder:
-        more = ("--seconds", args.patience * ours["seconds"], "--until_tau", ours["tau"])
-        metrics, _ = follow(train_published(args, Path(folder), *more), Path(folder))
+        end = ("--seconds", args.patience * ours["seconds"], "--until_tau", ours["tau"])
+        metrics, _ = follow(train_published(args, Path(folder), *end), Path(folder))
     checks = [line for line in metrics if "val_tau" in line]
 
     def first(tau: float) -> float | None:
@@ -358,9 +240,6 @@ def time_to_tau(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.published:
-        PublishedTrainer(args).fit()
-        return 0
     args.basepath, args.tmpdir = args.basepath.resolve(), args.tmpdir.resolve()
     if args.eagle_llm:
         existing_path(args.eagle_llm / "eagle" / "train" / "main.py", "--eagle_llm", "file")

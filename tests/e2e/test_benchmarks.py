@@ -1,17 +1,64 @@
 """The benchmarks that run other programs come to their end and print what they promise."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.commands import command
 
+#: What the published trainer needs of its surroundings, and the files it reads; it trains nothing.
+TRAINER = """
+import argparse, json
+from pathlib import Path
+import torch, wandb
+from safetensors import safe_open
+from transformers.utils import add_start_docstrings
+from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+from eagle.model.cnets import LlamaAttention
+
+parser = argparse.ArgumentParser()
+for name in ("basepath", "configpath", "tmpdir", "cpdir"):
+    parser.add_argument("--" + name, type=Path)
+parser.add_argument("--bs", type=int)
+args = parser.parse_args()
+wandb.init(project="ess", config={})
+config = json.loads(args.configpath.read_text())
+attention = LlamaAttention(config)
+index = json.loads((args.basepath / "model.safetensors.index.json").read_text())["weight_map"]
+with safe_open(args.basepath / index["lm_head.weight"], "pt") as file:
+    head = file.get_tensor("lm_head.weight").cuda()
+paths = sorted(args.tmpdir.iterdir())
+while True:
+    for path in paths[: args.bs]:
+        record = torch.load(path)
+        assert record["hidden_state"].shape == (len(record["input_ids"]), head.shape[1])
+        assert record["loss_mask"].shape == record["input_ids"].shape
+        ct = record["loss_mask"].sum()
+        wandb.log({"train/lr": 1e-4})
+"""
+MODEL = """
+class LlamaRotaryEmbedding:
+    def __init__(self, size, length, base): self.base = base
+
+class LlamaAttention:
+    def __init__(self, config):
+        self.config = type("Config", (), config)
+        self.head_dim, self.max_position_embeddings = 8, 64
+        self._init_rope()
+        assert self.rotary_emb.base == config["theta"]
+"""
+
+
+def train_benchmark(llama: Path, store: Path, *more: object) -> str:
+    return command(
+        "benchmarks/train.py", "--basepath", llama, "--tmpdir", store, "--bs", 2, "--steps", 1, "--repeats", 1,
+        "--no_synthetic", *more,
+    ).out  # fmt: skip
+
 
 def test_training_against_the_published_way(store, llama, tmp_path):
-    said = command(
-        "benchmarks/train.py", "--basepath", llama, "--tmpdir", store, "--bs", 2, "--steps", 1, "--repeats", 1,
-        "--no_synthetic", "--to_tau", "--patience", 0.5, "--output", tmp_path / "train.json",
-    ).out  # fmt: skip
+    said = train_benchmark(llama, store, "--to_tau", "--patience", 0.5, "--output", tmp_path / "train.json")
     content = json.loads((tmp_path / "train.json").read_text())
     ours, published = (content["rows"][0][name] for name in ("ours", "published way"))
     rates = [one["supervised_tokens_per_second"] for one in (ours, published)]
@@ -21,3 +68,16 @@ def test_training_against_the_published_way(store, llama, tmp_path):
     assert times["ours"]["tau"] >= 1 <= times["published way"]["tau"]
     assert 0 < times["ours"]["start_seconds"] < times["ours"]["seconds"]
     assert f"τ {times['ours']['tau']:.3f}" in said and "published way: τ" in said
+
+
+def test_training_against_a_published_trainer(store, llama, tmp_path):
+    wheel = tmp_path / "wheel"
+    for name, text in {"train/main.py": TRAINER, "model/cnets.py": MODEL}.items():
+        file = wheel / "eagle" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    said = train_benchmark(llama, store, "--eagle_llm", wheel, "--output", tmp_path / "train.json")
+    row = json.loads((tmp_path / "train.json").read_text())["rows"][0]
+    assert row["eagle-llm 1.2.1"]["ratio"] == 1, "the others are compared with it"
+    assert row["ours"]["ratio"] != row["published way"]["ratio"]
+    assert "eagle-llm 1.2.1" in said

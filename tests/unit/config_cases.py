@@ -1,0 +1,78 @@
+"""Configs that several tests read: of the released base models (instruct variants for Qwen2), ropes in both forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+BASES_FOLDER = Path(__file__).parent / "base_configs"
+CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"
+
+# Parameters of the released checkpoints: a second source for every size that a base config names.
+PARAMETERS = {
+    "llama_2_chat_7B": 6_738_415_616,
+    "llama_2_chat_13B": 13_015_864_320,
+    "llama_2_chat_70B": 68_976_648_192,
+    "vicuna_7B": 6_738_415_616,
+    "vicuna_13B": 13_015_864_320,
+    "vicuna_33B": 32_528_943_616,
+    "qwen2_0.5B": 494_032_768,
+    "qwen2_1.5B": 1_543_714_304,
+    "qwen2_7B": 7_615_616_512,
+    "qwen2_72B": 72_706_203_648,
+}
+BASES = sorted(PARAMETERS)
+QWEN2 = [name for name in BASES if name.startswith("qwen2")]
+
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+#: What transformers 4 writes, what 5 writes, and what both mean: theta and scaling.
+ROPES = {
+    "nothing": ({}, {"rope_type": "default", "rope_theta": 1e4}, 1e4, None),
+    "theta": ({"rope_theta": 1e6, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 1e6}, 1e6, None),
+    "whole_theta": ({"rope_theta": 1000000}, {"rope_type": "default", "rope_theta": 1000000}, 1e6, None),
+    "linear_type": (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        1e4,
+        {"rope_type": "linear", "factor": 2.0},
+    ),
+    "linear_both_names": (
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}},
+        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        1e4,
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "llama3": (
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3_SCALING}},
+        {"rope_type": "llama3", **LLAMA3_SCALING, "rope_theta": 5e5},
+        5e5,
+        {"rope_type": "llama3", **LLAMA3_SCALING},
+    ),
+    "llama3_type": (
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3_SCALING}},
+        {"type": "llama3", **LLAMA3_SCALING, "rope_theta": 5e5},
+        5e5,
+        {"rope_type": "llama3", **LLAMA3_SCALING},
+    ),
+}
+
+
+def base(name: str = "llama_2_chat_7B") -> dict:
+    return json.loads((BASES_FOLDER / f"{name}.json").read_text())
+
+
+def without(raw: dict, *keys: str) -> dict:
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
+def write(folder: Path, content: object, name: str = "config.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
