@@ -13,18 +13,18 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from eagle.cli import WorkError
 from eagle.draft import DraftModel
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from eagle.train.closed_form import NormalEquations, start_from
 from eagle.train.dataset import Batch, FeatureDataset, collate, epoch_batches, micro_batches, shift
+from eagle.train.divergence import LossGrowth, check_finite
 from eagle.train.head import FrozenHead
 from eagle.train.losses import TOKEN_LOSSES, smooth_l1
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
-from eagle.train.sharding import is_sharded, no_sync, shard, whole_draft, whole_optimizer
+from eagle.train.sharding import is_sharded, no_sync, shard, whole, whole_draft, whole_optimizer
 from eagle.train.unroll import UnrolledDraft, chain_supervision
 from eagle.train.validate import Validation, validate
 
@@ -125,6 +125,7 @@ class Trainer:
             # Takes back what a run wrote that was killed before its first checkpoint.
             self.log.start_at(0, self.log.seconds)
             self._validate(model, "before training")
+        growth = LossGrowth()
         for epoch in range(self.position.epoch, self.options.num_epochs):
             if self.position.step >= self.total_steps or self._out_of_patience():
                 break
@@ -132,6 +133,7 @@ class Trainer:
                 result, save_now = self._step(model, group)
                 self.position = Position(self.position.step + 1, epoch, self.position.batch + 1)
                 self.log.step(self.position.step, epoch, result)
+                growth.check(self.position.step, result, group)
                 if save_now:
                     self._save(None)
                 if self.position.step >= self.total_steps:
@@ -213,11 +215,13 @@ class Trainer:
             sums += torch.stack([feature_loss.detach().float(), token_loss.detach().float(), correct.float()])
         save_now = accelerator.is_main_process and self._save_is_due()
         flag = torch.tensor([float(save_now)], device=accelerator.device)
-        feature_loss, token_loss, correct, save = accelerator.reduce(torch.cat([sums, flag])).tolist()
-        self._check_finite(feature_loss + token_loss, group)
-        if options.grad_clip:
-            accelerator.clip_grad_norm_(model.parameters(), options.grad_clip)
+        norm = whole(accelerator.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf), keep=True)
+        said = torch.cat([sums, flag, norm.to(accelerator.device, torch.float32).reshape(1)])
+        feature_loss, token_loss, correct, save, norms = accelerator.reduce(said).tolist()
         lr = self.scheduler.get_last_lr()[0]
+        # Gradients that overflow in float16 are its scaler's business.
+        judged = feature_loss + token_loss + (norms if accelerator.scaler is None else 0)
+        check_finite(judged, self.position.step + 1, group, lr)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -245,19 +249,6 @@ class Trainer:
         loss = TOKEN_LOSSES[self.options.token_loss]
         found = self.head.loss(predicted, targets, valid[:, chosen], loss=loss)
         return smooth_l1(predicted[0], targets).sum(), found.token_loss, found.agrees[0].sum()
-
-    def _check_finite(self, loss: float, group: list[Batch]) -> None:
-        """Raises: WorkError before a broken gradient reaches the weights."""
-        if math.isfinite(loss):
-            return
-        records = sorted({number for batch in group for number in batch.conversations.tolist()})
-        shown = ", ".join(map(str, records[:16])) + (", ..." if len(records) > 16 else "")
-        raise WorkError(
-            f"The loss is not finite at step {self.position.step + 1}, in a batch of the conversations {shown} (on "
-            f"process {self.accelerator.process_index}; other processes have others). The weights were not touched and "
-            f"the last checkpoint is whole. Lower --lr (it is {self.scheduler.get_last_lr()[0]:.2e}); in float16 try "
-            "--mixed_precision=bf16; if it happens at step 1, check these conversations' features."
-        )
 
     def _save_is_due(self) -> bool:
         every = self.options.save_interval()

@@ -183,8 +183,8 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         )
     train, held_out = split_store(store, options.val_ratio, options.seed)
     if not len(train):
-        where = options.tmpdir or options.data_path
-        raise RequestError(f"--tmpdir {where} holds {len(store)} records, too few to train on.")
+        where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
+        raise RequestError(f"{where} holds {len(store)} records, too few to train on.")
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = device.compute_dtype(accelerator.mixed_precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from eagle.draft import load_draft
+from eagle.features import FeatureStore
 from eagle.train.checkpoint import resolve_pointer, states
 from tests.e2e.commands import command
 
@@ -130,3 +132,26 @@ def test_a_process_without_validation_records_waits_for_nobody(store: Path, llam
     ours, alone = (steps_of(tmp_path / name)[-1] for name in ("run", "alone"))
     assert ours["val_positions"] == alone["val_positions"]
     assert ours["val_token_loss"] == pytest.approx(alone["val_token_loss"], abs=1e-4)
+
+
+def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(store: Path, llama: Path, tmp_path: Path) -> None:
+    """The store's own writer refuses it, a folder of dumps made elsewhere can hold it."""
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
+    for number, record in enumerate(FeatureStore(store)):
+        features = record.hidden_state.clone()
+        if number == 11:
+            features[-3] = float("nan")
+        content = {"input_ids": record.input_ids, "loss_mask": record.loss_mask, "hidden_state": features}
+        torch.save(content, dumps / f"data_{number}.ckpt")
+    run = options(dumps, llama, tmp_path / "run", "--bs", 4, "--init", "random", "--val_ratio", 0, "--save_every", 1)
+    answer = command("-m", "eagle.train.main", *run, code=1)
+    assert "not finite at step" in answer.err and re.search(r"conversations [\d, ]*\b11\b", answer.err), answer.err
+    for state in states(tmp_path / "run"):
+        assert all(tensor.isfinite().all() for tensor in load_file(state / "model.safetensors").values())
+
+
+def test_a_run_whose_loss_keeps_growing_is_ended(store: Path, llama: Path, tmp_path: Path) -> None:
+    run = options(store, llama, tmp_path / "run", "--bs", 2, "--lr", 2, "--grad_clip", 0, "--val_ratio", 0)
+    answer = command("-m", "eagle.train.main", *run, "--num_epochs", 10, code=1)
+    assert "keeps growing" in answer.err and "lower --lr" in answer.err and "conversations" in answer.err
