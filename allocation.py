@@ -16,9 +16,18 @@ import sys
 from pathlib import Path
 
 from eagle.cleaning import Tally
-from eagle.cli import HelpFormatter, WorkError, locked, run
+from eagle.cli import HelpFormatter, WorkError, locked, output_folder, run
 from eagle.conversation import BUILT_IN_TEMPLATES
-from eagle.datagen.job import COMPILE_MODES, GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
+from eagle.datagen.job import (
+    COMPILE_MODES,
+    GenerationRequest,
+    check_outdir,
+    claim_outdir,
+    encode_job,
+    finish,
+    parse_indices,
+    resolve,
+)
 from eagle.datagen.launch import run_workers
 from eagle.datagen.plan import dry_run_lines, make_plan
 from eagle.datagen.progress import finished
@@ -79,13 +88,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{job.conversations:,} conversations, {len(job.groups)} worker(s) on {job.kind}")
     for note in job.notes:
         print(f"  {note}")
+    check_outdir(job)
     if args.dry_run:
-        tokens = encode_job(job)
+        tokens = encode_job(job, save=False)
         plan = make_plan(job, tokens)
         print("\n".join([*plan.lines(), *dry_run_lines(job, plan, tokens)]))
+        plan.check_space(request.folder)
         return 0
-    claim_outdir(job)
+    output_folder(request.folder, "--outdir")
     with locked(request.folder, "--outdir"):
+        claim_outdir(job)
         if not all(finished(request.folder / str(number)) for number in range(len(job.groups))):
             plan = make_plan(job, encode_job(job))
             print("\n".join(f"  {line}" for line in plan.lines()))

@@ -50,12 +50,7 @@ class FeatureStore:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: no such folder; expected the output folder of allocation.py.")
-        for name in INTERRUPTED_RESHARD:
-            if (self.folder / name).is_dir():
-                raise RequestError(
-                    f"{flag} {folder}: resharding was interrupted here. Nothing is lost; run the same "
-                    "reassign_data_num.py command again to finish it."
-                )
+        check_no_reshard(self.folder, flag)
         self.manifests: dict[Path, dict] = {}
         self.damage: list[str] = []
         self.damaged_files: list[Path] = []
@@ -159,6 +154,40 @@ class FeatureStore:
         """The folders of jobs whose data generation has not come to its end."""
         return [path.parent for path, manifest in self.manifests.items() if not manifest.get("complete")]
 
+    def missing_nodes(self) -> list[str]:
+        """Which nodes of jobs over several machines have no store below the folder, in words."""
+        return [
+            f"{', '.join(map(str, sorted(set(range(count)) - ranks)))} of {count}"
+            for (_, count), ranks in self._nodes().items()
+            if len(ranks) < count
+        ]
+
+    def _nodes(self) -> dict[tuple[str | None, int], set[int]]:
+        """The nodes that are there, by data file and number of nodes."""
+        found: dict[tuple[str | None, int], set[int]] = {}
+        for manifest in self.manifests.values():
+            options = manifest.get("options", {})
+            if options.get("num_nodes", 1) > 1 and "resharded_into" not in manifest:
+                job = manifest["data"].get("digest"), options["num_nodes"]
+                found.setdefault(job, set()).add(options["node_rank"])
+        return found
+
+    def notes(self) -> list[str]:
+        """What somebody who uses the store should know: what is not there yet."""
+        notes = [
+            f"data generation into {folder} has not finished; what is there is used" for folder in self.unfinished()
+        ]
+        return notes + [f"the store of node {nodes} is not below {self.folder}" for nodes in self.missing_nodes()]
+
+    def identity(self) -> list[str]:
+        """What the features are of and how they are stored, whatever workers, shards and folders there are."""
+        known = {manifest["data"].get("digest") for manifest in self.manifests.values()}
+        found = {
+            describe_features(digest if digest in known else "", source.dtype_code, source.stored_code)
+            for digest, source in zip(self._digests, self.sources, strict=True)
+        }
+        return sorted(found)
+
     def check_target(self, digest: str, basepath: Path) -> None:
         """Raises: RequestError where a manifest names another target than the one with that fingerprint."""
         for path, manifest in self.manifests.items():
@@ -171,13 +200,33 @@ class FeatureStore:
                 )
 
 
+def describe_features(data_digest: str, dtype: str, stored_as: str) -> str:
+    """Features of one data file, for a person and to be compared; empty digest: unknown data."""
+    return f"{dtype} stored as {stored_as}, of data {data_digest[:12] or '?'}"
+
+
+def check_no_reshard(folder: Path, flag: str) -> None:
+    """Raises: RequestError where a reshard was interrupted after it began to change the folder."""
+    if any((folder / name).is_dir() for name in INTERRUPTED_RESHARD):
+        raise RequestError(
+            f"{flag} {folder}: resharding was interrupted here. Nothing is lost; run the same reassign_data_num.py "
+            "command again to finish it."
+        )
+
+
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def read_manifest(path: Path) -> dict:
     """Raises: RequestError for a file that is not a manifest or of a newer format."""
-    manifest = read_json(path, "a store's manifest")
+    try:
+        manifest = read_json(path, "a store's manifest")
+    except RequestError as error:
+        raise RequestError(
+            f"{error} It is damaged: restore it from a copy. Without it the records can be used, but not continued: "
+            "move it out of the way."
+        ) from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise RequestError(
             f"{path}: store format {manifest.get('format_version')!r}; this version reads format {FORMAT_VERSION}."

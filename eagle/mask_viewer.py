@@ -203,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     indices = range(args.start, min(args.start + args.num, len(records)))
     shown = [show_record(records, encoder, index, args.max_length) for index in indices]
     if args.html:
+        if args.html.exists():
+            raise FileExistsError(f"--html {args.html} exists; name a new file, or delete that one.")
         title = f"What is trained on: {args.data_path.name}"
         about = f"Base model {model.resolve().name}, chat template {encoder.template_name}, "
         about += f"at most {args.max_length:,} tokens."

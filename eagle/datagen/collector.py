@@ -36,11 +36,16 @@ class Item:
 class Collector:
     """Takes one batch after the other and closes a shard behind any; one thread only touches `progress`.
 
+    batches, shards: how many batches come and how many shards they have to become; None: as many as they fill.
+
     Its methods raise what went wrong with the batches before: WorkError, OSError.
     """
 
-    def __init__(self, writer: ShardWriter, progress: Progress, dtype: str) -> None:
+    def __init__(
+        self, writer: ShardWriter, progress: Progress, dtype: str, batches: int = 0, shards: int | None = None
+    ) -> None:
         self.writer, self.progress, self.dtype = writer, progress, dtype
+        self._batches, self._shards = batches, shards
         self._pool = ThreadPoolExecutor(1, "collector")
         self._pending: deque[Future[None]] = deque()
 
@@ -79,8 +84,18 @@ class Collector:
             self.progress.records += 1
             self.progress.tokens += length
             self.progress.supervised_tokens += int(item.encoded.loss_mask.sum())
-        if self.writer.is_full:
+        self._batches -= 1
+        if self._is_closed_here():
             self._close_shard()
+
+    def _is_closed_here(self) -> bool:
+        if self._shards is None:
+            return self.writer.is_full
+        # The last shard takes what is left; a batch each where else there would be too few.
+        if self._shards == 1 or not (self.writer.is_full or self._batches < self._shards):
+            return False
+        self._shards -= 1
+        return True
 
     def _close_shard(self) -> None:
         self.writer.close_shard(json.dumps(self.progress.to_json()))

@@ -7,7 +7,6 @@ The parent (`eagle.datagen.launch`) resolves the request once and writes it to t
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from eagle import device
 from eagle.cleaning import Tally
 from eagle.cli import RequestError, existing_path, output_folder, provenance, write_json
 from eagle.conversation import Encoder, load_encoder
+from eagle.datagen.progress import finished
 from eagle.datagen.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
-from eagle.features import DONE, MANIFEST, read_manifest
+from eagle.features import MANIFEST, check_no_reshard, read_manifest
 from eagle.model_config import FAMILIES, load_config
 from eagle.records import RecordFile
 from eagle.store.shard import FORMAT_VERSION
@@ -205,9 +205,19 @@ _IDENTITY = (
 
 
 def claim_outdir(job: Job) -> None:
-    """Write the manifest of a new job, or check that the folder's is of the same job so that it can go on.
+    """Make the folder this job's: `check_outdir`, and the manifest of a new job.
 
-    Raises: RequestError for a folder that holds something else, a job with other options, or is read-only.
+    Raises: RequestError as `check_outdir` does, or where the folder cannot be written to.
+    """
+    output_folder(job.request.folder, "--outdir")
+    if not check_outdir(job):
+        write_json(job.request.folder / MANIFEST, job.manifest)
+
+
+def check_outdir(job: Job) -> bool:
+    """Whether the folder holds this job already, so that it can go on. Changes nothing.
+
+    Raises: RequestError for a folder that holds something else, or a job with other options.
     """
     outdir, root = job.request.folder, job.request.outdir
     if outdir != root and root.is_dir():
@@ -219,6 +229,8 @@ def claim_outdir(job: Job) -> None:
             )
     if outdir.exists() and not outdir.is_dir():
         raise RequestError(f"--outdir {outdir} is a file; expected a folder to write the store to.")
+    for place in (root, outdir):
+        check_no_reshard(place, "--outdir")
     path = outdir / MANIFEST
     if path.is_file():
         existing = read_manifest(path)
@@ -230,15 +242,13 @@ def claim_outdir(job: Job) -> None:
                 f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
                 "command to continue it, or name another folder."
             )
-        output_folder(outdir, "--outdir")
-        return
+        return True
     if outdir.is_dir() and any(not entry.name.startswith(".") for entry in outdir.iterdir()):
         found = sorted(entry.name for entry in outdir.iterdir())[:3]
         raise RequestError(
             f"--outdir {outdir} is not empty ({', '.join(found)}, ...) and is no store. Name a new or empty folder."
         )
-    output_folder(outdir, "--outdir")
-    write_json(path, job.manifest)
+    return False
 
 
 def _differences(old: dict, new: dict) -> list[str]:
@@ -268,29 +278,30 @@ def node_share(manifest: dict) -> Sequence[int]:
     return order[: options["conversations"]][options["node_rank"] :: options["num_nodes"]].tolist()
 
 
-def encode_job(job: Job) -> Tokens:
+def encode_job(job: Job, *, save: bool = True) -> Tokens:
     """The tokens of this node's conversations: encoded in all cores, or as an earlier run left them in the folder.
 
-    Left there for the workers where the folder has been claimed.
+    save: leave them there for the workers, in a folder that is claimed.
     """
     path, key = job.request.folder / TOKENS, key_of(job.manifest)
     tokens = load_tokens(path, key)
     if tokens is None:
         tokens = encode_all(job.records, job.encoder, node_share(job.manifest), job.request.max_length)
-        if (job.request.folder / MANIFEST).is_file():
+        if save:
             save_tokens(path, tokens, key)
     return tokens
 
 
 def finish(job: Job) -> dict:
-    """Add up what the workers did into the manifest and mark it complete. Returns the manifest."""
+    """Add up what the workers did, all of them finished, into the manifest and mark it complete. Returns it."""
     path = job.request.folder / MANIFEST
     manifest = read_manifest(path)
     total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
     for worker in range(len(job.groups)):
-        done = json.loads((job.request.folder / str(worker) / DONE).read_text(encoding="utf-8"))
-        total = {key: total[key] + done[key] for key in total}
-        tally.add(Tally.from_json(done))
+        done = finished(job.request.folder / str(worker))
+        assert done
+        total = {key: value + getattr(done, key) for key, value in total.items()}
+        tally.add(done.tally)
     manifest |= total | tally.to_json() | {"complete": True}
     write_json(path, manifest)
     (job.request.folder / TOKENS).unlink(missing_ok=True)

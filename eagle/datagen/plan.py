@@ -14,7 +14,7 @@ from pathlib import Path
 from eagle.cli import WorkError, write_json
 from eagle.datagen.job import Job
 from eagle.datagen.launch import worker_command, worker_variables
-from eagle.datagen.progress import saved_progress
+from eagle.datagen.progress import missing
 from eagle.datagen.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.features import MANIFEST
 from eagle.store.store_dtype import STORE_DTYPES, bytes_per_value
@@ -37,12 +37,16 @@ class WorkerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is left of the job. free: bytes that the disk of the store has. tokens: of the whole job."""
+    """What is left of this node's part of the job.
+
+    tokens: of all of it. free: bytes that the disk of the store has. nodes: that share the job.
+    """
 
     workers: list[WorkerPlan]
     tokens: int
     free: int
     shrinkable: dict[str, int]
+    nodes: int = 1
 
     @property
     def bytes(self) -> int:
@@ -50,11 +54,12 @@ class Plan:
 
     def lines(self) -> list[str]:
         each = ", ".join(_size(worker.bytes) for worker in self.workers)
+        shared = f"; {self.nodes} nodes on one disk need about as much each" if self.nodes > 1 else ""
         return [
             f"{sum(worker.records for worker in self.workers):,} records, "
             f"{sum(worker.tokens for worker in self.workers):,} tokens to compute",
             f"{_size(self.bytes)} to write" + (f" (by worker: {each})" if len(self.workers) > 1 else "")
-            + f", {_size(self.free)} free",
+            + f", {_size(self.free)} free{shared}",
         ]  # fmt: skip
 
     def check_space(self, folder: Path) -> None:
@@ -83,10 +88,10 @@ def store_bytes(tokens: int, records: int, hidden_size: int, dtype: str, store_d
 def make_plan(job: Job, tokens: Tokens) -> Plan:
     """What every worker has left to do."""
     folder, lengths, hidden = job.request.folder, tokens.lengths, job.manifest["target"]["hidden_size"]
-    shares = [
-        tokens.share(number, len(job.groups))[saved_progress(folder / str(number)).records :]
-        for number in range(len(job.groups))
-    ]
+    shares = []
+    for number in range(len(job.groups)):
+        share = tokens.share(number, len(job.groups))
+        shares.append([place for stretch in missing(folder / str(number)) for place in stretch.of(share)])
     counts = [int(lengths[share].sum()) for share in shares]
 
     def sizes(store_dtype: str) -> list[int]:
@@ -101,7 +106,7 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
     smaller = {name: sum(sizes(name)) for name in STORE_DTYPES[1:]}
     shrinkable = {name: total for name, total in smaller.items() if total < 0.9 * sum(chosen)}
     place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    return Plan(workers, int(lengths.sum()), shutil.disk_usage(place).free, shrinkable)
+    return Plan(workers, int(lengths.sum()), shutil.disk_usage(place).free, shrinkable, job.request.num_nodes)
 
 
 def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:

@@ -16,7 +16,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eagle.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, read_messages
-from eagle.cli import progress_bar
+from eagle.cli import WorkError, progress_bar
 from eagle.conversation import Encoded, Encoder
 from eagle.device import cores
 from eagle.records import RecordFile
@@ -123,6 +128,8 @@ def encode_all(
     """`encode` spread over the CPU cores, with a progress bar.
 
     processes: how many to use (default: one for every core, as far as there is work for them).
+
+    Raises: WorkError where one of them is killed.
     """
     chunks = [indices[at : at + _CHUNK] for at in range(0, len(indices), _CHUNK)]
     if processes is None:
@@ -148,10 +155,18 @@ def _in_order(
     # The tokenizer's own threads do not survive a fork.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    fork = multiprocessing.get_context("fork")
+    # Not a `multiprocessing.Pool`, which would wait for ever for a process that was killed.
+    pool = ProcessPoolExecutor(processes, fork, _begin, (os.getpid(),))
     try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            yield from pool.imap(_encode_shared, chunks)
+        yield from pool.map(_encode_shared, chunks)
+    except BrokenProcessPool as error:
+        raise WorkError(
+            "A process that tokenises conversations was killed (out of memory?). Nothing is lost: make room and run "
+            "the same command again."
+        ) from error
     finally:
+        pool.shutdown(cancel_futures=True)
         _shared = None
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
@@ -161,6 +176,18 @@ def _in_order(
 
 #: What the forked processes find in their copy of this one.
 _shared: tuple[RecordFile, Encoder, int] | None = None
+
+
+def _begin(parent: int) -> None:
+    """In a forked process: Ctrl-C is the parent's to answer, and when that is killed, this one ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode_shared(chunk: Sequence[int]) -> Tokens:

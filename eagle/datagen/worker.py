@@ -11,6 +11,7 @@ worker ends when its stdin closes: it does not outlive the parent that holds the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -29,10 +30,10 @@ from eagle.cpu_attention import attention_for
 from eagle.datagen.collector import Collector, Item
 from eagle.datagen.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.datagen.job import COMPILE_MODES, node_share
-from eagle.datagen.progress import Progress, finished, saved_progress
+from eagle.datagen.progress import Progress, Stretch, finished, missing
 from eagle.datagen.tokens import TOKENS, key_of, load_tokens
 from eagle.features import DONE, MANIFEST, read_manifest
-from eagle.store.shard import ShardWriter, drop_after_gap
+from eagle.store.shard import ShardWriter
 from eagle.target import load_trunk, parse_dtype
 
 
@@ -76,7 +77,7 @@ class Worker:
         tokens = load_tokens(outdir / TOKENS, key_of(self.manifest))
         if tokens is None:
             raise WorkError(f"{outdir / TOKENS} is missing or damaged; run the same allocation.py command again.")
-        self.tokens, self.progress = tokens, saved_progress(self.folder)
+        self.tokens, self.missing = tokens, missing(self.folder)
         #: The conversations of this worker in its order, by their place in the tokens.
         self.places = tokens.share(number, options["workers"])
         self.lengths = tokens.lengths[self.places].tolist()
@@ -84,7 +85,10 @@ class Worker:
         self.batch_tokens = options["batch_tokens"]
         self.device = device.torch_device(kind)
         model, dtype = self.manifest["target"]["name"], parse_dtype(self.manifest["dtype"])
-        compiling = cards == 1 and should_compile(compile_mode, kind, sum(self.lengths[self.progress.records :]))
+        left = [length for stretch in self.missing for length in stretch.of(self.lengths)]
+        #: What the shards hold.
+        self.held = Progress(len(self.lengths) - len(left), sum(self.lengths) - sum(left))
+        compiling = cards == 1 and should_compile(compile_mode, kind, sum(left))
         self.trunk = load_trunk(
             model,
             dtype,
@@ -98,33 +102,41 @@ class Worker:
             self.trunk, self.step = compiled, LENGTH_STEP
 
     def work(self, shard_bytes: int) -> Iterator[Progress]:
-        """Compute what is left of the share, then write ``done.json``. Yields the running progress.
+        """Compute what is missing of the share, then write ``done.json``. Yields how much of it there is.
 
         Raises: WorkError (features that are not finite, disk full), OSError.
         """
-        writer = ShardWriter(
-            self.folder,
-            shard_bytes=shard_bytes,
-            store_dtype=self.manifest["options"]["store_dtype"],
-            background=True,
-        )
-        collector = Collector(writer, self.progress, self.manifest["dtype"])
-        records, tokens = self.progress.records, self.progress.tokens
-        for batch in self.batches():
-            collector.add(self.forward(batch), batch)
-            records += len(batch)
-            tokens += sum(len(item.encoded.input_ids) for item in batch)
-            yield Progress(records, tokens)
-        collector.close()
-        self.progress.tally = self.tokens.tally(slice(self.number, None, self.manifest["options"]["workers"]))
-        write_json(self.folder / DONE, self.progress.to_json())
-        yield self.progress
+        records, tokens, done = self.held.records, self.held.tokens, Progress()
+        for stretch in self.missing:
+            writer = ShardWriter(
+                self.folder,
+                shard_bytes=shard_bytes,
+                store_dtype=self.manifest["options"]["store_dtype"],
+                background=True,
+                first=stretch.first,
+            )
+            todo = self.batches(stretch)
+            done = dataclasses.replace(stretch.begin)
+            collector = Collector(writer, done, self.manifest["dtype"], len(todo), stretch.shards)
+            for batch in map(self.items, todo):
+                collector.add(self.forward(batch), batch)
+                records += len(batch)
+                tokens += sum(len(item.encoded.input_ids) for item in batch)
+                yield Progress(records, tokens)
+            collector.close()
+        # The last stretch reaches the end of the share.
+        done.tally = self.tokens.tally(slice(self.number, None, self.manifest["options"]["workers"]))
+        write_json(self.folder / DONE, done.to_json())
+        yield done
 
-    def batches(self) -> Iterator[list[Item]]:
-        """The batches of what is left of the share."""
-        for batch in batches(self.lengths, self.batch_tokens, self.progress.records):
-            places = [self.places[index] for index in batch]
-            yield [Item(self.conversations[place], self.tokens[place]) for place in places]
+    def batches(self, stretch: Stretch) -> list[range]:
+        """The batches of a stretch, as indices into the share."""
+        return list(batches(self.lengths[: stretch.end], self.batch_tokens, stretch.begin.records))
+
+    def items(self, batch: range) -> list[Item]:
+        """The conversations of a batch."""
+        places = [self.places[index] for index in batch]
+        return [Item(self.conversations[place], self.tokens[place]) for place in places]
 
     def forward(self, batch: list[Item]) -> torch.Tensor:
         """The features ``[B, T, H]`` of a batch on the device, where they may still be being computed."""
@@ -132,9 +144,10 @@ class Worker:
 
     def probe(self, seconds: float) -> tuple[int, float]:
         """Tokens computed and seconds taken: as many batches as fit into `seconds`, the first one not counted."""
-        tokens, started, some = 0, None, list(self.batches())
+        tokens, started = 0, None
+        some = [batch for stretch in self.missing for batch in self.batches(stretch)]
         random.Random(0).shuffle(some)  # the first ones are all long
-        for batch in some:
+        for batch in map(self.items, some):
             if started is None:  # the first one compiles, reads the weights, fills caches
                 self.forward(batch)[0, 0, 0].item()
                 started = time.monotonic()
@@ -174,7 +187,6 @@ def main(argv: list[str] | None = None) -> int:
         end_with_parent()
 
     folder, kind = args.outdir / str(args.worker), device.choose_kind(args.device)
-    drop_after_gap(folder)
     progress = finished(folder)
     if progress:
         _report(progress)
@@ -184,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         tokens, seconds = worker.probe(args.probe)
         print(json.dumps({"tokens": tokens, "seconds": seconds}))
         return 0
-    _report(worker.progress)
+    _report(worker.held)
     for progress in worker.work(args.shard_mb << 20):
         _report(progress)
     return 0

@@ -63,6 +63,12 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
             return finished
         shutil.rmtree(new / BUILDING, ignore_errors=True)
         store = store or _open(old, parts, leave_out_damaged)
+        if in_place and store.unfinished():
+            raise RequestError(
+                f"data generation into {store.unfinished()[0]} has not finished, and could not be continued once the "
+                "store is resharded in place. Finish it with the same allocation.py command, or name another "
+                "--new_folder."
+            )
         present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
         if not in_place and present:
             done = _made_before(store, new, parts)

@@ -35,6 +35,7 @@ FORMAT_VERSION, SCALED_VERSION = 1, 2
 #: small enough that a killed worker loses minutes, not hours.
 SHARD_BYTES = 128 << 20
 
+_TENSORS = {"hidden_state", "input_ids", "loss_mask", "offsets", "conversation", "crc32"}
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
@@ -98,8 +99,10 @@ class ShardWriter:
     """Appends records to the numbered shards of one folder.
 
     Every finished shard carries `progress`, the caller's own JSON string, as it was when the shard was closed:
-    a resumed writer reads it back with `last_progress`. The caller decides when a shard may be closed, since
+    a resumed caller reads it back with `read_progress`. The caller decides when a shard may be closed, since
     only it knows where its work can be taken up again.
+
+    first: the number of the first shard; default: behind those that are there.
 
     background: write in a thread, one shard at a time; what goes wrong is raised by the next call or by `wait`.
 
@@ -107,7 +110,13 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, *, shard_bytes: int = SHARD_BYTES, store_dtype: str = SAME, background: bool = False
+        self,
+        folder: Path,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        store_dtype: str = SAME,
+        background: bool = False,
+        first: int | None = None,
     ) -> None:
         self.folder = folder
         self.shard_bytes, self.store_dtype = shard_bytes, store_dtype
@@ -118,7 +127,8 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".shard-*.tmp"):
             leftover.unlink()
-        self._next = len(shard_paths(folder))
+        behind = max((shard_number(path) + 1 for path in shard_paths(folder)), default=0)
+        self._next = behind if first is None else first
 
     def add(self, record: Record | StoredRecord) -> None:
         stored = record.stored(self.store_dtype) if isinstance(record, Record) else record
@@ -170,6 +180,7 @@ def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress
         **{name: [torch.from_numpy(array)] for name, array in index.items()},
     }
     metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(_crc32(*index.values()))}
+    metadata["progress_crc32"] = str(zlib.crc32(progress.encode()))
     if features[0].scale is not None:
         tensors["scale"] = [packed.scale for packed in features if packed.scale is not None]
         metadata |= {"format": str(SCALED_VERSION), "dtype": str(features[0].dtype).removeprefix("torch.")}
@@ -203,39 +214,40 @@ def is_shard_name(name: str) -> bool:
     return _SHARD_NAME.fullmatch(name) is not None
 
 
+def shard_number(path: Path) -> int:
+    return int(path.name.removeprefix("shard-").removesuffix(".safetensors"))
+
+
 def shard_paths(folder: Path) -> list[Path]:
     """The finished shards of one folder, in order."""
-    return sorted(path for path in folder.glob("shard-*.safetensors") if is_shard_name(path.name))
+    return sorted((p for p in folder.glob("shard-*.safetensors") if is_shard_name(p.name)), key=shard_number)
 
 
-def drop_after_gap(folder: Path) -> None:
-    """Delete the shards behind a missing one. A worker writes them in order, so it redoes everything from there."""
-    for path in shard_paths(folder)[len(_before_gap(folder)) :]:
-        path.unlink()
+def read_progress(path: Path) -> str:
+    """The `progress` string of a finished shard. Raises: WorkError for a damaged one."""
+    with _open_shard(path) as file:
+        metadata = file.metadata()
+    progress, expected = metadata["progress"], metadata.get("progress_crc32")
+    if expected is not None and zlib.crc32(progress.encode()) != int(expected):  # earlier shards have none
+        raise WorkError(_damaged(path, "the checksum of its progress does not match"))
+    return progress
 
 
-def _before_gap(folder: Path) -> list[Path]:
-    return [path for number, path in enumerate(shard_paths(folder)) if path.name == shard_name(number)]
-
-
-def last_progress(folder: Path) -> str | None:
-    """The `progress` string of the newest finished shard before any that is missing; None where there is none."""
-    paths = _before_gap(folder)
-    if not paths:
-        return None
-    with _open_shard(paths[-1]) as file:
-        return file.metadata()["progress"]
+def _damaged(path: Path, what: str, left_out: str = "it") -> str:
+    return (
+        f"{path} is damaged: {what}. Restore it from a copy, or delete it and run the same allocation.py command "
+        f"again, which computes what is missing. --skip_damaged goes on without {left_out}."
+    )
 
 
 def _open_shard(path: Path) -> Any:
     try:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise WorkError(
-            f"{path} is damaged: {error}. Restore it from a copy, or delete it and run data generation again: it "
-            "redoes what is missing. --skip_damaged goes on without it."
-        ) from error
+        raise WorkError(_damaged(path, str(error))) from error
     version = (file.metadata() or {}).get("format")
+    if not (version or "").isdigit() or set(file.keys()) not in (_TENSORS, _TENSORS | {"scale"}):
+        raise WorkError(_damaged(path, "its header names what no shard holds"))
     if version not in (str(FORMAT_VERSION), str(SCALED_VERSION)):
         raise RequestError(
             f"{path} has store format {version!r}; this version reads the formats {FORMAT_VERSION} and "
@@ -269,13 +281,13 @@ class Shard:
         self.path, self.files = path, [path]
         self._file: Any = None
         with _open_shard(path) as file:
+            metadata = file.metadata()
             self.offsets = file.get_tensor("offsets").numpy()
             self.conversations = file.get_tensor("conversation").numpy()
             self._crc32 = file.get_tensor("crc32").numpy()
             hidden = file.get_slice("hidden_state")
             rows, self.hidden_size = hidden.get_shape()
             self.stored_code = hidden.get_dtype()
-            metadata = file.metadata()
         name, index_crc32 = metadata.get("dtype"), metadata.get("index_crc32")
         self.scaled_from = getattr(torch, name) if name else None
         self.dtype_code = DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
@@ -285,10 +297,7 @@ class Shard:
         if index_crc32 is not None:  # shards of an earlier version have none
             whole &= _crc32(self.offsets, self.conversations, self._crc32) == int(index_crc32)
         if not whole:
-            raise WorkError(
-                f"{path} is damaged: its index does not fit its {rows:,} rows. Restore it from a copy, or delete it "
-                "and run data generation again. --skip_damaged goes on without it."
-            )
+            raise WorkError(_damaged(path, f"its index does not fit its {rows:,} rows"))
 
     def __getstate__(self) -> dict[str, Any]:
         # A data-loader worker opens its own mapping; handles do not travel between processes.
@@ -333,9 +342,6 @@ class Shard:
         packed = Packed(values, scale, self.scaled_from or values.dtype)
         record = StoredRecord(conversation, ids, mask, packed, expected if features else None)
         if features and record.crc32() != expected:
-            raise WorkError(
-                f"{self.path} is damaged: the checksum of record {number} (conversation {record.conversation}) "
-                "does not match. Restore the file from a copy, or delete it and run data generation again. "
-                "--skip_damaged goes on without that record."
-            )
+            what = f"the checksum of record {number} (conversation {record.conversation}) does not match"
+            raise WorkError(_damaged(self.path, what, "that record"))
         return record

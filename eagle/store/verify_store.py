@@ -4,7 +4,9 @@
     python -m eagle.features verify ./features --json     the same as one JSON object
 
 The content digest is a sha256 over every record's conversation, tokens, mask and features in the order of the
-conversations: two stores that hold the same have the same one, however many workers, shards and folders made them.
+conversations: two stores that hold the same have the same one, however their shards and folders are cut. Features are
+the same to the noise of their dtype only, where others were computed with them in a batch (another number of workers,
+another --batch_tokens); the token digest leaves them out, and is the same then too.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Summary:
     """What a store holds and what is wrong with it.
 
     supervised_tokens: tokens that belong to a reply. lengths: records by the lower edge of their bin. damage: one
-    message for every file or record that cannot be read, and for every count that is not what was promised. All
-    the rest is about the records that can be read.
+    message for every file or record that cannot be read, and for every count that is not what was promised.
+    missing_nodes: of jobs over several machines, in words. All the rest is about the records that can be read.
     """
 
     records: int
@@ -51,6 +53,8 @@ class Summary:
     repaired: dict[str, int]
     complete: bool
     content_digest: str
+    token_digest: str
+    missing_nodes: list[str]
     damage: list[str]
 
     def lines(self) -> list[str]:
@@ -66,9 +70,10 @@ class Summary:
         for edge, count in self.lengths.items():
             lines.append(f"  {_bin_name(edge):>12} tokens  {count:>9,}  {'█' * round(40 * count / widest)}")
         lines += Tally(Counter(self.dropped), Counter(self.repaired)).lines()
-        if not self.complete:
+        if not self.complete and not self.missing_nodes:
             lines.append("data generation has not finished; the same allocation.py command continues it")
-        return [*lines, f"content digest {self.content_digest}"]
+        lines += [f"the store of node {nodes} is not here" for nodes in self.missing_nodes]
+        return [*lines, f"content digest {self.content_digest}", f"token digest   {self.token_digest}"]
 
 
 def _bin_name(edge: int) -> str:
@@ -83,21 +88,23 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
     """
     store = FeatureStore(folder, flag, skip_damaged=True)
     damage = list(store.damage)
-    digests: list[tuple[int, bytes]] = []
+    digests: list[tuple[int, bytes, bytes]] = []
     tokens = supervised = 0
     lengths: Counter[int] = Counter()
     for record in _whole_records(store, damage, []):
         tokens += len(record)
         supervised += int(record.loss_mask.sum())
         lengths[max(edge for edge in LENGTH_EDGES if edge <= len(record))] += 1
-        digests.append((record.conversation, _digest(record)))
+        tokens_alone = _digest(record.input_ids, record.loss_mask)
+        digests.append((record.conversation, tokens_alone, _digest(record.hidden_state)))
     tally = Tally()
     for path, manifest in store.manifests.items():
         tally.add(Tally.from_json({"dropped": {}, "repaired": {}} | manifest))
         damage += _wrong_counts(path.parent, manifest, store)
-    content = hashlib.sha256()
-    for conversation, digest in sorted(digests):
-        content.update(conversation.to_bytes(8, "little") + digest)
+    content, token_content = hashlib.sha256(), hashlib.sha256()
+    for conversation, tokens_alone, features in sorted(digests):
+        token_content.update(conversation.to_bytes(8, "little") + tokens_alone)
+        content.update(conversation.to_bytes(8, "little") + tokens_alone + features)
     files = [file for source in store.sources for file in source.files]
     return Summary(
         records=len(digests),
@@ -110,8 +117,10 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         bytes=sum(file.stat().st_size for file in files),
         lengths=dict(sorted(lengths.items())),
         **tally.to_json(),
-        complete=not store.unfinished(),
+        complete=not store.unfinished() and not store.missing_nodes(),
         content_digest=content.hexdigest(),
+        token_digest=token_content.hexdigest(),
+        missing_nodes=store.missing_nodes(),
         damage=damage,
     )
 
@@ -149,9 +158,9 @@ def _whole_records(store: FeatureStore, damage: list[str], damaged: list[int]) -
             bar.update(int(store.lengths[index]))
 
 
-def _digest(record: Record) -> bytes:
-    digest = hashlib.sha256(len(record).to_bytes(8, "little"))
-    for tensor in (record.input_ids, record.loss_mask, record.hidden_state):
+def _digest(*tensors: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(len(tensors[0]).to_bytes(8, "little"))
+    for tensor in tensors:
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.digest()
 

@@ -69,7 +69,7 @@ def save(
             f"Could not save {folder}: {reason}. The checkpoints before it are whole; make room and run the same "
             "command again to continue from the last one."
         ) from error
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     temporary.rename(folder)
     fsync_folder(cpdir)
     point(cpdir, LAST, folder.name)
@@ -109,7 +109,16 @@ def prune(cpdir: Path, keep: int) -> None:
     pinned = {resolve_pointer(cpdir / pointer).name for pointer in (BEST, LAST) if os.path.lexists(cpdir / pointer)}
     for path in states(cpdir)[:-keep]:
         if path.name not in pinned:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; killed meanwhile, none is left that looks whole."""
+    hidden = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def load_last(cpdir: Path) -> tuple[Path, dict] | None:

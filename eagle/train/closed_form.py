@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from eagle.cli import WorkError
 from eagle.draft import DraftModel
 from eagle.train.dataset import Example
 
@@ -35,8 +36,16 @@ class NormalEquations:
 
     @torch.no_grad()
     def add(self, example: Example) -> None:
-        """Take in the supervised positions of `example`; in the sums they are after `flush` at the latest."""
+        """Take in the supervised positions of `example`; in the sums they are after `flush` at the latest.
+
+        Raises: WorkError for features that are not finite.
+        """
         chosen = example.supervised
+        if not (example.features[chosen].isfinite().all() and example.targets[chosen].isfinite().all()):
+            raise WorkError(
+                f"The features of conversation {example.conversation} are not finite. Compute them again (float16 "
+                "overflows on some models: use --dtype bfloat16), or leave that record out."
+            )
         features = example.features[chosen].to(self.device).float()
         self._inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
         self._outputs.append(example.targets[chosen].to(self.device).float())

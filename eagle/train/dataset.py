@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -51,9 +50,23 @@ class Batch:
         moved = Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
         return dataclasses.replace(moved, features=moved.features.to(dtype))
 
+    def not_finite(self) -> list[int]:
+        """The conversations whose features are not finite where they count."""
+        counts = self.supervised[..., None]
+        features, targets = (
+            (tensor.isfinite() | ~counts).flatten(1).all(1) for tensor in (self.features, self.targets)
+        )
+        return self.conversations[~(features & targets)].tolist()
+
     def pin_memory(self) -> Batch:
         """In page-locked memory, from which a card copies by itself; the data loader calls this."""
         return Batch(*(getattr(self, name).pin_memory() for name in self.__slots__))
+
+
+def named(conversations: list[int]) -> str:
+    """Some of these conversations, for a message."""
+    shown = ", ".join(map(str, conversations[:16])) + (", ..." if len(conversations) > 16 else "")
+    return f"the conversations {shown} (on this process; others have others)"
 
 
 def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:
@@ -90,7 +103,8 @@ class RecordStore(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
     def read(self, indices: Sequence[int]) -> list[Record]: ...
-    def unfinished(self) -> list[Path]: ...
+    def notes(self) -> list[str]: ...
+    def identity(self) -> list[str]: ...
 
 
 class FeatureDataset(Dataset):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eagle.cli import WorkError
-from eagle.train.dataset import Batch
+from eagle.train.dataset import Batch, named
 from eagle.train.run_log import StepResult
 
 #: Steps whose mean loss is compared: one batch of hard conversations is not a run that goes wrong.
@@ -17,12 +17,14 @@ WINDOW = 20
 GROWTH = 3.0
 
 
-def check_finite(loss: float, step: int, batches: Iterable[Batch], lr: float) -> None:
+def check_finite(loss: float, step: int, batches: list[Batch], lr: float) -> None:
     """Raises: WorkError for a loss or a gradient norm that is not finite, before it reaches the weights."""
     if math.isfinite(loss):
         return
+    broken = sorted({number for batch in batches for number in batch.not_finite()})
+    found = f"in the features of {named(broken)}" if broken else f"in a batch of {named(_conversations(batches))}"
     raise WorkError(
-        f"The loss or its gradient is not finite at step {step}, in a batch of {_named(_conversations(batches))}. The "
+        f"The loss or its gradient is not finite at step {step}, {found}. The "
         f"weights were not touched and the last checkpoint is whole. Lower --lr (it is {lr:.2e}); in float16 try "
         "--mixed_precision=bf16; if it happens at step 1, check these conversations' features."
     )
@@ -57,15 +59,10 @@ class LossGrowth:
             raise WorkError(
                 f"The loss keeps growing: {mean:.3f} on average over the last {WINDOW} steps, {self._lowest:.3f} over "
                 f"the {WINDOW} steps up to step {self._lowest_at}. The largest was {worst.loss:.3f} at step "
-                f"{worst.number}, in a batch of {_named(worst.conversations)}. Step {number} was not saved; "
+                f"{worst.number}, in a batch of {named(worst.conversations)}. Step {number} was not saved; "
                 f"checkpoints before it stay. Train into a new --cpdir with a lower --lr (it is {result.lr:.2e})."
             )
 
 
 def _conversations(batches: Iterable[Batch]) -> list[int]:
     return sorted({number for batch in batches for number in batch.conversations.tolist()})
-
-
-def _named(conversations: list[int]) -> str:
-    shown = ", ".join(map(str, conversations[:16])) + (", ..." if len(conversations) > 16 else "")
-    return f"the conversations {shown} (on this process; others have others)"

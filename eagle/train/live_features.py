@@ -19,10 +19,12 @@ from eagle.conversation import load_encoder
 from eagle.cpu_attention import attention_for
 from eagle.datagen.tokens import encode_all
 from eagle.datagen.worker import padded_features
+from eagle.features import describe_features
 from eagle.model_config import load_config
 from eagle.records import RecordFile
 from eagle.store.shard import Record
 from eagle.target import load_trunk, parse_dtype
+from eagle.tensor_file import DTYPE_CODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,9 @@ class LiveFeatures:
         self.conversations = chosen[self._places]
         self.lengths = self.tokens_of.lengths[self._places]
         self.hidden_size = config.hidden_size
-        self.device = device
-        dtype = parse_dtype(source.dtype)
-        self.trunk = load_trunk(basepath, dtype, device, attention=attention_for(device, dtype))
+        self.data_digest = records.digest()
+        self.device, self.dtype = device, parse_dtype(source.dtype)
+        self.trunk = load_trunk(basepath, self.dtype, device, attention=attention_for(device, self.dtype))
 
     @property
     def tokens(self) -> int:
@@ -90,5 +92,9 @@ class LiveFeatures:
             for row, (index, one) in enumerate(zip(indices, encoded, strict=True))
         ]
 
-    def unfinished(self) -> list[Path]:
+    def notes(self) -> list[str]:
         return []
+
+    def identity(self) -> list[str]:
+        """As `eagle.features.FeatureStore.identity`."""
+        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype])]

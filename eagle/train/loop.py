@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from eagle.cli import RequestError, WorkError
 from eagle.draft import DraftModel
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
@@ -64,7 +65,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         # accelerate's wrapper unscales float16 gradients; it changes nothing else.
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.best_tau, self._epochs_without_gain = 0.0, 0
+        self.best_tau, self._validations_without_gain = 0.0, 0
         tracker = None if options.report_to == "none" else accelerator
         self.log = RunLog(
             options.cpdir, active=accelerator.is_main_process, total_steps=self.total_steps, tracker=tracker
@@ -93,6 +94,11 @@ class Trainer:
             dtype = torch.float32 if self.accelerator.device.type == "npu" else torch.float64
             total = self.accelerator.reduce(getattr(equations, name).to(self.accelerator.device, dtype))
             setattr(equations, name, total.cpu().double())
+        if not equations.xx.any():
+            raise RequestError(
+                f"No position of the {len(self.train_set):,} training records is supervised within --max_len "
+                f"{self.options.max_len} tokens: every reply comes later. Raise --max_len."
+            )
         start_from(self.draft, equations.solve())
         seconds = time.monotonic() - started
         self.log.say(f"closed-form start from {equations.positions:,} positions per process in {seconds:.1f} s")
@@ -103,7 +109,7 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.position = Position(state["step"], state["epoch"], state["batch"])
-        self.best_tau, self._epochs_without_gain = saved["best_tau"], saved["epochs_without_gain"]
+        self.best_tau, self._validations_without_gain = saved["best_tau"], saved["validations_without_gain"]
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.log.start_at(self.position.step, saved["seconds"])
@@ -125,7 +131,7 @@ class Trainer:
             # Takes back what a run wrote that was killed before its first checkpoint.
             self.log.start_at(0, self.log.seconds)
             self._validate(model, "before training")
-        growth = LossGrowth()
+        growth, save_now = LossGrowth(), False
         for epoch in range(self.position.epoch, self.options.num_epochs):
             if self.position.step >= self.total_steps or self._out_of_patience():
                 break
@@ -134,27 +140,30 @@ class Trainer:
                 self.position = Position(self.position.step + 1, epoch, self.position.batch + 1)
                 self.log.step(self.position.step, epoch, result)
                 growth.check(self.position.step, result, group)
-                if save_now:
+                ends = self.position.step >= self.total_steps or self.position.batch == self.steps_per_epoch
+                if save_now and not ends:
                     self._save(None)
                 if self.position.step >= self.total_steps:
                     break
-            self._end_epoch(model, epoch)
+            self._end_epoch(model, epoch, save_now)
         self.log.close()
 
-    def _end_epoch(self, model: torch.nn.Module, epoch: int) -> None:
+    def _end_epoch(self, model: torch.nn.Module, epoch: int, save_now: bool) -> None:
+        """Validate and save where it is due; the best one so far always is. save_now: `--save_every` wants it."""
         options = self.options
         self.position = Position(self.position.step, epoch + 1, 0)
         last = epoch + 1 == options.num_epochs or self.position.step >= self.total_steps
         checked = None
         if last or (epoch + 1) % options.eval_freq == 0:
             checked = self._validate(model, f"epoch {epoch + 1}")
-        if last or (epoch + 1) % options.save_freq == 0 or self._out_of_patience():
-            self._save(checked)
+        is_best = self._is_best(checked)
+        if last or save_now or is_best or (epoch + 1) % options.save_freq == 0 or self._out_of_patience():
+            self._save(checked, is_best)
         if self._out_of_patience() and not last:
             self.log.say(f"stopping: no better τ for {options.patience} validations")
 
     def _out_of_patience(self) -> bool:
-        return bool(self.options.patience) and self._epochs_without_gain >= self.options.patience
+        return bool(self.options.patience) and self._validations_without_gain >= self.options.patience
 
     def _groups(self, epoch: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of every global batch left in the epoch."""
@@ -177,10 +186,14 @@ class Trainer:
 
     def _batches(self, data: FeatureDataset, keys: list[list[tuple[int, int]]], empty: list[bool]) -> Iterator[Batch]:
         """The batches with these keys; those that are `empty` keep processes in step and supervise nothing."""
-        for batch, is_empty in zip(self._loader(data, keys), empty, strict=True):
-            if is_empty:
-                batch.supervised.zero_()
-            yield batch
+        try:
+            for batch, is_empty in zip(self._loader(data, keys), empty, strict=True):
+                if is_empty:
+                    batch.supervised.zero_()
+                yield batch
+        except WorkError as error:
+            # A loader's process hands its error on as the text of a traceback, whose last line is the message.
+            raise WorkError(str(error).rsplit(f"{WorkError.__name__}: ", 1)[-1].strip()) from error
 
     def _loader(self, data: FeatureDataset, keys: list[list[tuple[int, int]]]) -> DataLoader:
         device = self.accelerator.device
@@ -273,13 +286,18 @@ class Trainer:
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
 
-    def _save(self, result: Validation | None) -> None:
+    def _is_best(self, result: Validation | None) -> bool:
+        """Whether a validation is the best one so far, which it then is; `--patience` counts those that are not."""
+        if result is None:
+            return False
+        is_best = result.tau[-1] > self.best_tau
+        self.best_tau = max(self.best_tau, result.tau[-1])
+        self._validations_without_gain = 0 if is_best else self._validations_without_gain + 1
+        return is_best
+
+    def _save(self, result: Validation | None, is_best: bool = False) -> None:
         # Without validation records the newest is taken for the best.
-        tau = result.tau[-1] if result else None
-        is_best = tau > self.best_tau if tau is not None else not len(self.validation_set)
-        if tau is not None:
-            self.best_tau = max(self.best_tau, tau)
-            self._epochs_without_gain = 0 if is_best else self._epochs_without_gain + 1
+        is_best = is_best or not len(self.validation_set)
         writes = self.accelerator.is_main_process
         weights, optimizer = whole_draft(self.draft, writes), whole_optimizer(self.optimizer, writes)
         if writes:
@@ -289,7 +307,7 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "best_tau": self.best_tau,
-                "epochs_without_gain": self._epochs_without_gain,
+                "validations_without_gain": self._validations_without_gain,
                 "is_best": is_best,
                 "seconds": self.log.seconds,
             }

@@ -140,9 +140,6 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=str(options.cpdir) if tracker else None)
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
-    if tracker:
-        settings = {k: v for k, v in options.to_json().items() if isinstance(v, (int, float, str, bool))}
-        accelerator.init_trackers("eagle", config=settings)
     return accelerator
 
 
@@ -198,13 +195,17 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         state = read_draft_state(Weights(source, flag="--init"))
         for name in ("embed_tokens.weight", "lm_head.weight"):
             state.pop(name, None)  # the base model's are used
+        bias = state.pop("fc.bias", None)  # published drafts carry one; vLLM has none to load it into
         load_trained_state(model, state, f"--init {source}")
+        if bias is not None and bias.any() and accelerator.is_main_process:
+            print(f"note: --init {source}: the bias of its fc is left out, which vLLM would not load")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {
         "target": identity,
         "records": len(store),
         "tokens": store.tokens,
+        "features": store.identity(),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         **settings,
@@ -242,14 +243,17 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         checkpoint.check_same_run(options.cpdir, saved[1]["run"], trainer.run)
     if accelerator.is_main_process:
         write_json(options.cpdir / RUN, {"options": options.to_json(), "made_by": provenance()})
+    if options.report_to != "none":  # only now: a tracker writes to the folder, which a refused run must not
+        settings = {k: v for k, v in options.to_json().items() if isinstance(v, (int, float, str, bool))}
+        accelerator.init_trackers("eagle", config=settings)
     trainer.log.say(
         f"{len(trainer.train_set):,} training and {len(trainer.validation_set):,} validation records; a draft of "
         f"{describe(trainer.draft)['trainable'] / 1e6:.1f} M weights; {trainer.total_steps:,} steps of "
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
-    for folder in trainer.train_set.store.unfinished():
-        trainer.log.say(f"note: data generation into {folder} has not finished; training on what is there")
+    for note in trainer.train_set.store.notes():
+        trainer.log.say(f"note: {note}")
     if saved:
         trainer.resume(*saved)
     elif options.init == "closed_form":

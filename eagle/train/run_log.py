@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,5 +98,13 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.tracker is not None:
-            flat = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            self.tracker.log(flat, step=step)
+            self.tracker.log(dict(_numbers(values)), step=step)
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """One name for every number: those of a list are counted, n-α from 0 and τ from K = 1."""
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f"{name}_{number}", one) for number, one in enumerate(value, int(name == "val_tau")))
+        else:
+            yield name, value

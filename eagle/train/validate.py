@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from eagle.train.dataset import Batch
+from eagle.cli import WorkError
+from eagle.train.dataset import Batch, named
 from eagle.train.head import FrozenHead
 from eagle.train.losses import smooth_l1
 from eagle.train.unroll import chain_supervision
@@ -70,7 +71,10 @@ def chain_counts(agrees: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tenso
 def validate(
     accelerator: Accelerator, model: torch.nn.Module, head: FrozenHead, batches: Iterable[Batch]
 ) -> Validation:
-    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them."""
+    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them.
+
+    Raises: WorkError for a loss that is not finite.
+    """
     model.eval()
     counts = torch.zeros(3, DEPTH, dtype=torch.float64)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -86,7 +90,14 @@ def validate(
         agrees[:, chosen] = result.agrees
         counts += torch.stack(chain_counts(agrees, valid)).cpu()
         own = (smooth_l1(predicted[0], targets).sum(), result.token_loss[0], result.in_top_3[0].sum())
-        sums += torch.tensor([value.item() for value in own], dtype=sums.dtype)
+        values = torch.tensor([value.item() for value in own], dtype=sums.dtype)
+        if not values.isfinite().all():
+            numbers = cpu_batch.not_finite() or cpu_batch.conversations.tolist()
+            raise WorkError(
+                f"The validation loss is not finite, in a batch of {named(numbers)}. Check their features, or lower "
+                "--lr."
+            )
+        sums += values
     model.train()
     exact = torch.float32 if accelerator.device.type == "npu" else torch.float64  # NPUs have no float64 sums
     everything = torch.cat([counts.flatten(), sums]).to(accelerator.device, exact)

@@ -16,7 +16,6 @@ from eagle.datagen.job import GenerationRequest, claim_outdir, encode_job, finis
 from eagle.datagen.progress import finished
 from eagle.datagen.worker import Worker
 from eagle.features import FeatureStore
-from eagle.store.shard import drop_after_gap
 from eagle.store.verify_store import check_store
 from tests.e2e.commands import command, start
 from tests.e2e.conftest import contents
@@ -36,7 +35,6 @@ def whole_job(request: GenerationRequest) -> None:
     for number in range(len(job.groups)):
         folder = request.folder / str(number)
         folder.mkdir(exist_ok=True)
-        drop_after_gap(folder)
         if not finished(folder):
             list(Worker(request.folder, number, "cpu", 1).work(20_000))
     finish(job)

@@ -157,6 +157,7 @@ ROWS = [
         ["target fingerprint was", "name another folder"],
     ),
     (allocation, {"--outdir": "@resharded"}, ["holds a resharded store, which cannot be continued"]),
+    (allocation, {"--outdir": "@interrupted"}, ["--outdir", "resharding was interrupted here"]),
     (reassign, {"--old_folder": "@nowhere"}, ["--old_folder", "nowhere: no such file or folder", "Check the path"]),
     (reassign, {"--old_folder": "@text.txt"}, ["--old_folder", "is not a folder"]),
     (reassign, {"--old_folder": "@empty"}, ["--old_folder", "no finished records in it", "data_*.ckpt"]),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eagle.draft import load_draft
 from eagle.features import FeatureStore
@@ -134,21 +135,100 @@ def test_a_process_without_validation_records_waits_for_nobody(store: Path, llam
     assert ours["val_token_loss"] == pytest.approx(alone["val_token_loss"], abs=1e-4)
 
 
-def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(store: Path, llama: Path, tmp_path: Path) -> None:
-    """The store's own writer refuses it, a folder of dumps made elsewhere can hold it."""
-    dumps = tmp_path / "dumps"
-    dumps.mkdir()
+@pytest.fixture(scope="module")
+def broken(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversation 11 holds a NaN: data generation refuses it, a folder of dumps made elsewhere can hold it."""
+    dumps = tmp_path_factory.mktemp("broken")
     for number, record in enumerate(FeatureStore(store)):
         features = record.hidden_state.clone()
         if number == 11:
             features[-3] = float("nan")
         content = {"input_ids": record.input_ids, "loss_mask": record.loss_mask, "hidden_state": features}
         torch.save(content, dumps / f"data_{number}.ckpt")
-    run = options(dumps, llama, tmp_path / "run", "--bs", 4, "--init", "random", "--val_ratio", 0, "--save_every", 1)
+    return dumps
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--init", "random", "--val_ratio", 0, "--bs", 4], r"not finite at step \d+, in the features of"),
+        (["--init", "random", "--val_ratio", 0, "--num_workers", 2], r"not finite at step \d+, in the features of"),
+        (["--init", "closed_form", "--val_ratio", 0], "The features of"),
+        (["--init", "random", "--val_ratio", 0.9, "--seed", 3], "validation loss is not finite, in a batch of"),
+    ],
+    ids=["training", "loader processes", "closed form", "validation"],
+)
+def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(
+    more: list[object], says: str, broken: Path, llama: Path, tmp_path: Path
+) -> None:
+    run = options(broken, llama, tmp_path / "run", *more, "--save_every", 1)
     answer = command("-m", "eagle.train.main", *run, code=1)
-    assert "not finite at step" in answer.err and re.search(r"conversations [\d, ]*\b11\b", answer.err), answer.err
+    assert re.search(says + r"( the)? conversations? 11\b", " ".join(answer.err.split())), answer.err
     for state in states(tmp_path / "run"):
         assert all(tensor.isfinite().all() for tensor in load_file(state / "model.safetensors").values())
+
+
+def test_replies_behind_max_len_are_said_to_be(store: Path, llama: Path, tmp_path: Path) -> None:
+    answer = command("-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--max_len", 3), code=2)
+    assert "supervised within --max_len 3 tokens" in " ".join(answer.err.split())
+
+
+def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama: Path, tmp_path: Path) -> None:
+    """Checkpoints every third step, an epoch's last among them, which is validated and saved once."""
+    run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_every", 3, "--keep", 1, "--num_workers", 1)
+    epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
+    assert epoch > 3
+    for where, at in (("step", 4), ("step", epoch + 1), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
+        command("-c", KILLER, where, at, *run, code=-signal.SIGKILL)
+        for state in states(tmp_path / "run"):
+            load_draft(state)
+    command("-m", "eagle.train.main", *run)
+    assert steps_of(tmp_path / "run") == steps_of(undisturbed)
+    assert all(torch.equal(weights(tmp_path / "run")[name], tensor) for name, tensor in weights(undisturbed).items())
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    svg = (tmp_path / "run" / "metrics.svg").read_text()
+    assert svg.startswith("<svg") and "τ" in svg
+
+
+def test_the_best_is_the_validation_with_the_largest_tau(store: Path, llama: Path, tmp_path: Path) -> None:
+    """However rarely checkpoints are wanted; `--patience` counts validations."""
+    run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_freq", 50, "--patience", 2)
+    command("-m", "eagle.train.main", *run, "--num_epochs", 30, "--lr", 0.02, "--val_ratio", 0.3)
+    taus = {
+        line["step"]: line["val_tau"][-1] for line in steps_of(tmp_path / "run") if "val_tau" in line and line["step"]
+    }
+    best = max(taus, key=lambda step: (taus[step], -step))
+    assert resolve_pointer(tmp_path / "run" / "best").name == f"state_{best}"
+    assert list(taus).index(best) == len(taus) - 3, "two validations without a gain, then the end"
+
+
+def test_other_features_are_another_run(
+    undisturbed: Path, data: Path, store: Path, llama: Path, tmp_path: Path
+) -> None:
+    """The same conversations, stored in another way: the same counts."""
+    command(
+        "allocation.py", "--outdir", tmp_path / "int8", "--model_name", llama, "--data_path", data,
+        "--dtype", "float32", "--store_dtype", "int8",
+    )  # fmt: skip
+    answer = command("-m", "eagle.train.main", *options(tmp_path / "int8", llama, undisturbed, "--bs", 4), code=2)
+    said = " ".join(answer.err.split())
+    assert "holds checkpoints of another run" in said and "F32 stored as F32" in said and "stored as I8" in said
+
+
+def test_starting_from_a_draft(undisturbed: Path, store: Path, llama: Path, tmp_path: Path) -> None:
+    """A run of ours as it is; a published draft with a bias on fc, which no vLLM reads."""
+    once = ["--bs", 4, "--num_epochs", 1, "--max_steps", 1]
+    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "ours", "--init", undisturbed, *once))
+    first = steps_of(tmp_path / "ours")[0]
+    assert first["val_tau"] == max((line for line in steps_of(undisturbed) if "val_tau" in line and line["step"]),
+                                   key=lambda line: line["val_tau"][-1])["val_tau"]  # fmt: skip
+    published = tmp_path / "published"
+    shutil.copytree(resolve_pointer(undisturbed), published)
+    tensors = load_file(published / "model.safetensors")
+    save_file(tensors | {"fc.bias": torch.ones_like(tensors["fc.weight"][:, 0])}, published / "model.safetensors")
+    run = options(store, llama, tmp_path / "theirs", "--init", published, *once)
+    assert "the bias of its fc is left out" in command("-m", "eagle.train.main", *run).out
+    assert steps_of(tmp_path / "theirs")[0]["val_tau"] == first["val_tau"]
 
 
 def test_a_run_whose_loss_keeps_growing_is_ended(store: Path, llama: Path, tmp_path: Path) -> None:

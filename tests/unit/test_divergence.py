@@ -12,7 +12,9 @@ from eagle.train.run_log import StepResult
 
 
 def batch(*conversations: int) -> Batch:
-    return Batch(*[torch.zeros(1)] * 4, conversations=torch.tensor(conversations))
+    features = torch.zeros(len(conversations), 3, 2)
+    supervised = torch.tensor([[True, True, False]] * len(conversations))
+    return Batch(supervised.long(), features, features.clone(), supervised, torch.tensor(conversations))
 
 
 def run(losses: list[float], tokens: int | list[int] = 100) -> None:
@@ -45,3 +47,12 @@ def test_what_is_not_finite_is_named(loss):
     check_finite(1.0, 1, [batch(1)], 1e-3)
     with pytest.raises(WorkError, match=r"at step 7, in a batch of the conversations 4, 5 .*--lr \(it is 1\.00e-03\)"):
         check_finite(loss, 7, [batch(5), batch(4)], 1e-3)
+
+
+def test_the_conversations_whose_features_are_to_blame_are_named():
+    batches = [batch(*range(40)), batch(50)]
+    batches[0].features[30, 1] = float("nan")
+    batches[0].targets[31, 0, 1] = float("inf")
+    batches[1].features[0, 2] = float("nan")  # not supervised
+    with pytest.raises(WorkError, match=r"at step 2, in the features of the conversations 30, 31 \("):
+        check_finite(float("nan"), 2, batches, 1e-3)

@@ -10,7 +10,7 @@ import torch
 
 from eagle.cli import RequestError, WorkError, write_json
 from eagle.features import MANIFEST, FeatureStore, cut_evenly
-from eagle.store.shard import FORMAT_VERSION, Record, Shard, ShardWriter, last_progress, shard_paths, write_shard
+from eagle.store.shard import FORMAT_VERSION, Record, Shard, ShardWriter, read_progress, shard_paths, write_shard
 
 
 def record(conversation: int, length: int, hidden: int = 8, dtype: torch.dtype = torch.bfloat16) -> Record:
@@ -69,18 +69,17 @@ def test_order_does_not_depend_on_workers_or_shards(tmp_path):
 
 def test_writer_resumes_behind_the_last_finished_shard(tmp_path):
     writer = ShardWriter(tmp_path)
-    assert last_progress(tmp_path) is None
     writer.add(record(0, 4))
     writer.close_shard("first")
     writer.close_shard("nothing was added, so nothing is written")
     (tmp_path / ".shard-00001.safetensors.tmp").write_bytes(b"half")  # a killed writer's
     again = ShardWriter(tmp_path)
-    assert last_progress(tmp_path) == "first"
+    assert read_progress(shard_paths(tmp_path)[-1]) == "first"
     assert not list(tmp_path.glob(".*.tmp"))
     again.add(record(1, 4))
     again.close_shard("second")
     assert [path.name for path in shard_paths(tmp_path)] == ["shard-00000.safetensors", "shard-00001.safetensors"]
-    assert last_progress(tmp_path) == "second"
+    assert read_progress(shard_paths(tmp_path)[-1]) == "second"
 
 
 def test_unfinished_and_foreign_files_are_not_seen(tmp_path):

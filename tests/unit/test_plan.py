@@ -1,16 +1,19 @@
 """The plan of a job: exact bytes, what is left after an interruption, and stopping when they do not fit."""
 
 import dataclasses
+import shutil
 
 import pytest
 
-from eagle.cli import WorkError
+import allocation
+from eagle.cli import WorkError, run
 from eagle.datagen.compiled import WORTH_TOKENS, should_compile
 from eagle.datagen.job import claim_outdir, encode_job, finish, resolve
 from eagle.datagen.plan import dry_run_lines, make_plan
-from eagle.datagen.progress import saved_progress
+from eagle.datagen.progress import missing
 from eagle.datagen.worker import Worker
 from eagle.store.shard import shard_paths
+from eagle.store.verify_store import check_store
 from tests.tiny import write_sharegpt
 from tests.unit.test_job import inputs, request  # noqa: F401
 
@@ -45,12 +48,12 @@ def test_what_is_done_is_not_planned_again(tmp_path, inputs):  # noqa: F811
     after = make_plan(job, tokens)
     assert (after.workers[0].tokens, after.workers[0].bytes) == (0, 0)
     assert after.workers[1] == before.workers[1]
-    assert saved_progress(tmp_path / "store" / "0").tokens == before.workers[0].tokens
+    assert missing(tmp_path / "store" / "0")[-1].begin.tokens == before.workers[0].tokens
 
 
 def test_a_store_that_does_not_fit_is_refused(tmp_path, inputs):  # noqa: F811
     job = resolve(request(inputs, tmp_path / "store"))
-    plan = make_plan(job, encode_job(job))
+    plan = make_plan(job, encode_job(job, save=False))
     plan.check_space(tmp_path)
     with pytest.raises(WorkError, match=r"its disk has 0.0 MB free.*--store_dtype int8 needs .*--end_num"):
         dataclasses.replace(plan, free=1).check_space(tmp_path)
@@ -60,18 +63,46 @@ def test_a_store_that_does_not_fit_is_refused(tmp_path, inputs):  # noqa: F811
 def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
     monkeypatch.setattr("eagle.datagen.plan.PROBE_SECONDS", 0.1)
     job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
-    tokens = encode_job(job)
+    tokens = encode_job(job, save=False)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
     assert "--worker 1" in lines[1] and "OMP_NUM_THREADS=" in lines[1]
     assert "tokens/s by each of 2 workers" in lines[2]
     assert not (tmp_path / "store").exists()
 
 
+def test_dry_run_of_a_store_that_is_there(tmp_path, inputs, monkeypatch, capsys):  # noqa: F811
+    """Finished, with other options, on a full disk: every file stays as it is, and none is added."""
+    monkeypatch.setattr("eagle.datagen.plan.PROBE_SECONDS", 0.1)
+    job = resolve(request(inputs, tmp_path / "store"))
+    claim_outdir(job)
+    encode_job(job)
+    run_worker(job, 0)
+    finish(job)
+
+    def files():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "store").rglob("*")}
+
+    def dry_run(*more, outdir="store"):
+        words = ["--model_name", inputs[0], "--data_path", inputs[1], "--outdir", tmp_path / outdir, "--device", "cpu"]
+        code = run(lambda: allocation.main([*map(str, [*words, *more]), "--dry_run"]))
+        return code, *capsys.readouterr()
+
+    before = files()
+    code, out, _ = dry_run()
+    assert code == 0 and "nothing is left to compute" in out
+    code, _, err = dry_run("--max_length", 64)
+    assert code == 2 and "max_length was 2048, now 64" in err
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    code, out, err = dry_run(outdir="new")
+    assert code == 1 and "worker 0: " in out and "its disk has 0.0 MB free" in err
+    assert files() == before and not (tmp_path / "new").exists()
+
+
 def test_dry_run_of_nothing(tmp_path, inputs):  # noqa: F811
     """Conversations of which none can be used."""
     empty = write_sharegpt(tmp_path / "empty.json", [{"conversations": []}] * 3)
     job = resolve(request((inputs[0], empty), tmp_path / "store"))
-    tokens = encode_job(job)
+    tokens = encode_job(job, save=False)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
     assert lines[1] == "nothing is left to compute" and "3  " in lines[2] and lines[-1].startswith("dry run")
 
@@ -96,7 +127,11 @@ def test_nodes_share_a_job(tmp_path, inputs):  # noqa: F811
     assert sum(job.conversations for job in jobs) == 20
     one, many = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "many")
     assert [(r.conversation, r.crc32()) for r in one] == [(r.conversation, r.crc32()) for r in many]
-    assert not many.unfinished()
+    assert not many.notes() and check_store(tmp_path / "many").complete
+    shutil.rmtree(tmp_path / "many" / "node-1")
+    assert FeatureStore(tmp_path / "many").notes() == [f"the store of node 1 of 3 is not below {tmp_path / 'many'}"]
+    found = check_store(tmp_path / "many")
+    assert not found.complete and "the store of node 1 of 3 is not here" in found.lines()
 
 
 def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monkeypatch):  # noqa: F811

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eagle.cli import RequestError
 from eagle.features import FeatureStore
 from eagle.store.reshard import preview, reshard
 from eagle.store.shard import Record, ShardWriter
@@ -57,3 +58,15 @@ def test_a_record_larger_than_that_is_the_only_excuse(tmp_path, parts):
     found = tokens_of(tmp_path / "new", parts)
     assert abs(found - found.mean()).max() <= max(lengths.max(), 0.02 * found.mean())
     assert (found > 0).all()
+
+
+def test_an_unfinished_store_is_not_resharded_in_place(tmp_path):
+    """Data generation could not go on in it; into another folder it may be."""
+    root = make_store(tmp_path / "old", [5] * 12)
+    content = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps(content | {"complete": False}))
+    before = sorted(root.rglob("*.safetensors"))
+    with pytest.raises(RequestError, match="has not finished"):
+        reshard(root, root, 2)
+    assert sorted(root.rglob("*.safetensors")) == before
+    assert sum(part.records for part in reshard(root, tmp_path / "new", 2)) == 12

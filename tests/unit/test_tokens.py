@@ -1,9 +1,16 @@
 """A job's conversations as tokens: the same however they are encoded, kept, and what they count."""
 
+import contextlib
+import os
+import signal
+import time
+
 import numpy as np
+import psutil
 import pytest
 
 from eagle.cleaning import Dropped, Tally, clean_record
+from eagle.cli import WorkError
 from eagle.conversation import load_encoder
 from eagle.datagen import tokens as tokens_module
 from eagle.datagen.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
@@ -51,6 +58,41 @@ def test_processes_change_nothing(inputs, processes):
     records, encoder = inputs
     order = range(len(records))
     assert same(encode_all(records, encoder, order, 4096, processes), encode(records, encoder, order, 4096))
+
+
+def test_a_process_that_is_killed_ends_the_job(inputs, monkeypatch):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(tokens_module, "encode", killed)
+    with pytest.raises(WorkError, match="tokenises conversations was killed"):
+        encode_all(*inputs, range(290), 4096, processes=2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_processes_end_with_their_parent(inputs, monkeypatch):
+    monkeypatch.setattr(tokens_module, "encode", lambda *_: time.sleep(600))
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        encode_all(*inputs, range(290), 4096, processes=2)
+    deadline = time.monotonic() + 30
+    while len(group_of(child)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while group_of(child):
+        assert time.monotonic() < deadline, "they outlived it"
+        time.sleep(0.05)
+
+
+def group_of(leader):
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            found += [pid] * (os.getpgid(pid) == leader)
+    return found
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

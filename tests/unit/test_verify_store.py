@@ -8,7 +8,7 @@ import torch
 from eagle.cli import WorkError, run, write_json
 from eagle.features import DONE, MANIFEST, FeatureStore, main
 from eagle.store.reshard import preview, reshard
-from eagle.store.shard import Shard, ShardWriter
+from eagle.store.shard import Shard, ShardWriter, read_progress
 from eagle.store.verify_store import check_store, skip_damaged
 from tests.unit.test_features import equal, manifest, record
 
@@ -89,6 +89,23 @@ def test_a_damaged_index_is_found_when_the_file_is_opened(tmp_path, name):
     with pytest.raises(WorkError, match=r"shard-00001.safetensors is damaged: its index"):
         Shard(root / "0" / "shard-00001.safetensors")
     assert "should hold 4 records, but 3 are there" in " ".join(check_store(root).damage)
+
+
+@pytest.mark.parametrize("what", [b'"format":"', b'"input_ids"', b'"loss_mask"', b'"progress":"'])
+def test_a_flipped_bit_in_the_header_is_named(tmp_path, capsys, what):
+    root = make_store(tmp_path)
+    path = sorted(root.rglob("shard-*.safetensors"))[2]
+    content = bytearray(path.read_bytes())
+    at = content.index(what) + len(what) - (0 if what.endswith(b':"') else 2)
+    content[at] ^= 0x40
+    path.write_bytes(content)
+    if what == b'"progress":"':  # only data generation reads it
+        with pytest.raises(WorkError, match=f"{path.name} is damaged: the checksum of its progress"):
+            read_progress(path)
+        return
+    assert run(lambda: main(["verify", str(root)])) == 1
+    assert f"{path.name} is damaged" in capsys.readouterr().err.replace("\n", " ")
+    assert len(skip_damaged(root, "--tmpdir")) == 3
 
 
 def test_a_missing_shard_is_missed(tmp_path):

@@ -5,9 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
+from eagle.cli import WorkError
 from eagle.datagen import tokens as tokens_module
 from eagle.datagen.job import claim_outdir, encode_job, finish, resolve
-from eagle.datagen.progress import finished, saved_progress
+from eagle.datagen.progress import finished, missing
 from eagle.datagen.worker import Worker, batches
 from eagle.features import DONE
 from eagle.store.shard import Shard, shard_paths
@@ -95,7 +96,7 @@ def test_killed_behind_any_shard(job, outdir, tmp_path):
         (again / "0" / DONE).unlink()
         for path in shard_paths(again / "0")[kept:]:
             path.unlink()
-        before = saved_progress(again / "0")
+        before = missing(again / "0")[-1].begin
         reported = work(job, again, SHARD_BYTES)
         assert contents(again) == undisturbed
         if kept:
@@ -118,9 +119,61 @@ def test_dirty_records_are_counted_once_whatever_happens(job, outdir):
 def test_a_worker_with_a_missing_shard_is_not_finished(job, outdir):
     work(job, outdir, SHARD_BYTES)
     assert finished(outdir / "0")
-    shard_paths(outdir / "0")[1].unlink()
+    shards = [Shard(path) for path in shard_paths(outdir / "0")]
+    shards[1].path.unlink()
     assert finished(outdir / "0") is None
-    assert saved_progress(outdir / "0").records == len(Shard(shard_paths(outdir / "0")[0]))
+    gap, end = missing(outdir / "0")
+    assert (gap.first, gap.shards, gap.begin.records) == (1, 1, len(shards[0]))
+    assert gap.end == len(shards[0]) + len(shards[1])
+    assert end.begin.records == sum(map(len, shards)) and end.end is None
+
+
+@pytest.mark.parametrize("gone", [[0], [2], [1, 2, 4], [0, 3, 4, -1]], ids=str)
+@pytest.mark.parametrize("with_done", [True, False])
+def test_shards_that_were_deleted_are_computed_again_and_no_others(job, outdir, gone, with_done):
+    work(job, outdir, SHARD_BYTES)
+    undisturbed, paths = contents(outdir), shard_paths(outdir / "0")
+    if not with_done:
+        (outdir / "0" / DONE).unlink()
+    lost = [paths[number] for number in gone]
+    records = sum(len(Shard(path)) for path in lost)
+    for path in lost:
+        path.unlink()
+    kept = {path: path.stat().st_ino for path in shard_paths(outdir / "0")}
+    reported = work(job, outdir, SHARD_BYTES)
+    assert contents(outdir) == undisturbed
+    assert {path: path.stat().st_ino for path in kept} == kept, "not written again"
+    assert reported[-1].records == undisturbed[1].records
+    assert reported[0].records > undisturbed[1].records - records
+
+
+@pytest.mark.parametrize("shard_bytes", [SHARD_BYTES // 8, SHARD_BYTES * 8])
+def test_deleted_shards_are_filled_in_whatever_size_shards_have_now(job, outdir, shard_bytes):
+    work(job, outdir, SHARD_BYTES)
+    paths = shard_paths(outdir / "0")
+    whole = sorted(entry for shard in contents(outdir)[0].values() for entry in shard)
+    for number in (1, 2, 4):
+        paths[number].unlink()
+    work(job, outdir, shard_bytes)
+    assert shard_paths(outdir / "0") == paths and finished(outdir / "0")
+    assert sorted(entry for shard in contents(outdir)[0].values() for entry in shard) == whole
+
+
+def test_a_shard_that_does_not_belong_there_is_named(job, outdir):
+    work(job, outdir, SHARD_BYTES)
+    paths = shard_paths(outdir / "0")
+    shutil.copyfile(paths[1], paths[3])
+    with pytest.raises(WorkError, match=f"{paths[3].name} does not follow"):
+        missing(outdir / "0")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"records": 3}'])
+def test_damaged_counts_are_made_anew(job, outdir, content):
+    work(job, outdir, SHARD_BYTES)
+    done = finished(outdir / "0")
+    (outdir / "0" / DONE).write_text(content)
+    assert finished(outdir / "0") is None
+    assert work(job, outdir, SHARD_BYTES) == [done] == [finished(outdir / "0")]
 
 
 def test_manifest_adds_up_the_workers(tmp_path):
