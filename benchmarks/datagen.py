@@ -95,7 +95,7 @@ def published(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     options = from_pretrained_dtype(parse_dtype(args.dtype))
     model = AutoModelForCausalLM.from_pretrained(args.model_name, **options).to(device).eval()
     model(torch.arange(64, device=device)[None])  # warm
-    lengths = encode_job(job).lengths  # so that both compute the same conversations
+    lengths = encode_job(job, save=False).lengths  # so that both compute the same conversations
     usable = [index for index, length in zip(node_share(job.manifest), lengths, strict=True) if length]
     started, tokens = time.perf_counter(), 0
     for number, (ids, mask) in enumerate(tokenised_by_turns(args, job, usable)):
@@ -136,7 +136,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     tokenised = time.perf_counter()
     (folder / "0").mkdir()
     worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
-    batches = list(worker.batches())
+    batches = [worker.items(batch) for stretch in worker.missing for batch in worker.batches(stretch)]
     worker.forward(batches[0])  # warm
     bare = [bare_forward(worker, batches)]
     loaded = time.perf_counter()

@@ -81,3 +81,19 @@ def test_training_against_a_published_trainer(store, llama, tmp_path):
     assert row["eagle-llm 1.2.1"]["ratio"] == 1, "the others are compared with it"
     assert row["ours"]["ratio"] != row["published way"]["ratio"]
     assert "eagle-llm 1.2.1" in said
+
+
+def test_data_generation_against_the_published_way(data, llama, tmp_path):
+    said = command(
+        "benchmarks/datagen.py", "--model_name", llama, "--data_path", data, "--lengths", 64, "--tokens", 500,
+        "--repeats", 1, "--dtype", "float32", "--device", "cpu", "--output", tmp_path / "datagen.json",
+    ).out  # fmt: skip
+    assert "published" in said and "bare" in said
+    assert json.loads((tmp_path / "datagen.json").read_text())["rows"]
+
+
+def test_resharding_against_copying(tmp_path):
+    words = ["--folder", tmp_path, "--mb", 2, "--hidden_size", 64, "--tp", 2, "--repeats", 1]
+    command("benchmarks/reshard.py", *words, "--output", tmp_path / "reshard.json")
+    assert json.loads((tmp_path / "reshard.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["reshard.json"], "its stores are gone"
