@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from eagle.draft import DraftModel, trained_state
 from eagle.model_config import load_config
+from eagle.train.main import leave
 from eagle.train.sharding import shard, whole_draft, whole_optimizer
 from eagle.train.unroll import UnrolledDraft
 
@@ -50,6 +51,7 @@ found, moments = whole_draft(draft, True), whole_optimizer(optimizer, True)["sta
 assert all(torch.equal(found[name], value) for name, value in before.items())
 assert sum(s["exp_avg"].numel() for s in moments.values()) == trained
 print(f"process {accelerator.process_index} of {accelerator.num_processes} holds half")
+leave(0)
 """
 
 
