@@ -156,21 +156,17 @@ class FeatureStore:
 
     def missing_nodes(self) -> list[str]:
         """Which nodes of jobs over several machines have no store below the folder, in words."""
-        return [
-            f"{', '.join(map(str, sorted(set(range(count)) - ranks)))} of {count}"
-            for (_, count), ranks in self._nodes().items()
-            if len(ranks) < count
-        ]
-
-    def _nodes(self) -> dict[tuple[str | None, int], set[int]]:
-        """The nodes that are there, by data file and number of nodes."""
-        found: dict[tuple[str | None, int], set[int]] = {}
+        found: dict[tuple[str | None, int], set[int]] = {}  # those that have, by data file and number of nodes
         for manifest in self.manifests.values():
             options = manifest.get("options", {})
             if options.get("num_nodes", 1) > 1 and "resharded_into" not in manifest:
                 job = manifest["data"].get("digest"), options["num_nodes"]
                 found.setdefault(job, set()).add(options["node_rank"])
-        return found
+        return [
+            f"{', '.join(map(str, sorted(set(range(count)) - ranks)))} of {count}"
+            for (_, count), ranks in found.items()
+            if len(ranks) < count
+        ]
 
     def notes(self) -> list[str]:
         """What somebody who uses the store should know: what is not there yet."""

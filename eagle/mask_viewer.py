@@ -199,12 +199,12 @@ def main(argv: list[str] | None = None) -> int:
             raise RequestError(f"{flag} {value}: expected {least} or more.")
     if args.start >= len(records):
         raise RequestError(f"--start {args.start}: {args.data_path} holds {len(records):,} records, from 0 on.")
+    if args.html and args.html.exists():
+        raise FileExistsError(f"--html {args.html} exists; name a new file, or delete that one.")
     encoder = load_encoder(model, load_config(model), args.chat_template)
     indices = range(args.start, min(args.start + args.num, len(records)))
     shown = [show_record(records, encoder, index, args.max_length) for index in indices]
     if args.html:
-        if args.html.exists():
-            raise FileExistsError(f"--html {args.html} exists; name a new file, or delete that one.")
         title = f"What is trained on: {args.data_path.name}"
         about = f"Base model {model.resolve().name}, chat template {encoder.template_name}, "
         about += f"at most {args.max_length:,} tokens."

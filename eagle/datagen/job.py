@@ -15,7 +15,7 @@ import numpy as np
 
 from eagle import device
 from eagle.cleaning import Tally
-from eagle.cli import RequestError, existing_path, output_folder, provenance, write_json
+from eagle.cli import RequestError, existing_path, provenance, write_json
 from eagle.conversation import Encoder, load_encoder
 from eagle.datagen.progress import finished
 from eagle.datagen.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
@@ -207,10 +207,10 @@ _IDENTITY = (
 def claim_outdir(job: Job) -> None:
     """Make the folder this job's: `check_outdir`, and the manifest of a new job.
 
-    Raises: RequestError as `check_outdir` does, or where the folder cannot be written to.
+    Raises: RequestError as `check_outdir` does.
     """
-    output_folder(job.request.folder, "--outdir")
     if not check_outdir(job):
+        job.request.folder.mkdir(parents=True, exist_ok=True)
         write_json(job.request.folder / MANIFEST, job.manifest)
 
 

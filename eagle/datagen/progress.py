@@ -11,7 +11,7 @@ from pathlib import Path
 from eagle.cleaning import Tally
 from eagle.cli import WorkError
 from eagle.features import DONE
-from eagle.store.shard import Shard, read_progress, shard_number, shard_paths
+from eagle.store.shard import Shard, shard_number, shard_paths
 
 _COUNTS = ("records", "tokens", "supervised_tokens")
 
@@ -61,8 +61,9 @@ def missing(folder: Path) -> list[Stretch]:
     """
     found, before, number = [], Progress(), 0
     for path in shard_paths(folder):
-        progress = Progress.from_json(json.loads(read_progress(path)))
-        start, gap = progress.records - len(Shard(path)), shard_number(path) - number
+        shard = Shard(path)
+        progress = Progress.from_json(json.loads(shard.progress))
+        start, gap = progress.records - len(shard), shard_number(path) - number
         if start < before.records or (start > before.records) != (gap > 0):
             raise WorkError(
                 f"{path} does not follow the shard before it: it starts at record {start:,} of the worker's share, "

@@ -99,7 +99,7 @@ class ShardWriter:
     """Appends records to the numbered shards of one folder.
 
     Every finished shard carries `progress`, the caller's own JSON string, as it was when the shard was closed:
-    a resumed caller reads it back with `read_progress`. The caller decides when a shard may be closed, since
+    a resumed caller reads it back from `Shard.progress`. The caller decides when a shard may be closed, since
     only it knows where its work can be taken up again.
 
     first: the number of the first shard; default: behind those that are there.
@@ -223,16 +223,6 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("shard-*.safetensors") if is_shard_name(p.name)), key=shard_number)
 
 
-def read_progress(path: Path) -> str:
-    """The `progress` string of a finished shard. Raises: WorkError for a damaged one."""
-    with _open_shard(path) as file:
-        metadata = file.metadata()
-    progress, expected = metadata["progress"], metadata.get("progress_crc32")
-    if expected is not None and zlib.crc32(progress.encode()) != int(expected):  # earlier shards have none
-        raise WorkError(_damaged(path, "the checksum of its progress does not match"))
-    return progress
-
-
 def _damaged(path: Path, what: str, left_out: str = "it") -> str:
     return (
         f"{path} is damaged: {what}. Restore it from a copy, or delete it and run the same allocation.py command "
@@ -289,13 +279,14 @@ class Shard:
             rows, self.hidden_size = hidden.get_shape()
             self.stored_code = hidden.get_dtype()
         name, index_crc32 = metadata.get("dtype"), metadata.get("index_crc32")
+        self._progress, self._progress_crc32 = metadata.get("progress", ""), metadata.get("progress_crc32")
         self.scaled_from = getattr(torch, name) if name else None
         self.dtype_code = DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
         self.lengths = np.diff(self.offsets)
         self._kept = np.arange(len(self.conversations))
         whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1 and self.offsets[-1] == rows
         if index_crc32 is not None:  # shards of an earlier version have none
-            whole &= _crc32(self.offsets, self.conversations, self._crc32) == int(index_crc32)
+            whole &= str(_crc32(self.offsets, self.conversations, self._crc32)) == index_crc32
         if not whole:
             raise WorkError(_damaged(path, f"its index does not fit its {rows:,} rows"))
 
@@ -314,6 +305,14 @@ class Shard:
     def is_whole(self) -> bool:
         """Whether it still has every record of its file."""
         return len(self._kept) == len(self.offsets) - 1
+
+    @property
+    def progress(self) -> str:
+        """What its writer said of its work. Raises: WorkError where the checksum does not match."""
+        # Shards of an earlier version have none.
+        if self._progress_crc32 not in (None, str(zlib.crc32(self._progress.encode()))):
+            raise WorkError(_damaged(self.path, "the checksum of its progress does not match"))
+        return self._progress
 
     def leave_out(self, positions: list[int]) -> None:
         """Forget these records; the ones behind them move up."""

@@ -106,6 +106,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         token_content.update(conversation.to_bytes(8, "little") + tokens_alone)
         content.update(conversation.to_bytes(8, "little") + tokens_alone + features)
     files = [file for source in store.sources for file in source.files]
+    missing_nodes = store.missing_nodes()
     return Summary(
         records=len(digests),
         tokens=tokens,
@@ -117,10 +118,10 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         bytes=sum(file.stat().st_size for file in files),
         lengths=dict(sorted(lengths.items())),
         **tally.to_json(),
-        complete=not store.unfinished() and not store.missing_nodes(),
+        complete=not store.unfinished() and not missing_nodes,
         content_digest=content.hexdigest(),
         token_digest=token_content.hexdigest(),
-        missing_nodes=store.missing_nodes(),
+        missing_nodes=missing_nodes,
         damage=damage,
     )
 

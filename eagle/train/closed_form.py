@@ -41,14 +41,15 @@ class NormalEquations:
         Raises: WorkError for features that are not finite.
         """
         chosen = example.supervised
-        if not (example.features[chosen].isfinite().all() and example.targets[chosen].isfinite().all()):
+        features, targets = example.features[chosen], example.targets[chosen]
+        if not (features.isfinite().all() and targets.isfinite().all()):
             raise WorkError(
                 f"The features of conversation {example.conversation} are not finite. Compute them again (float16 "
                 "overflows on some models: use --dtype bfloat16), or leave that record out."
             )
-        features = example.features[chosen].to(self.device).float()
+        features = features.to(self.device).float()
         self._inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
-        self._outputs.append(example.targets[chosen].to(self.device).float())
+        self._outputs.append(targets.to(self.device).float())
         self.positions += len(features)
         if sum(map(len, self._inputs)) >= CHUNK:
             self.flush()

@@ -156,7 +156,7 @@ class Trainer:
         checked = None
         if last or (epoch + 1) % options.eval_freq == 0:
             checked = self._validate(model, f"epoch {epoch + 1}")
-        is_best = self._is_best(checked)
+        is_best = self._judge(checked)
         if last or save_now or is_best or (epoch + 1) % options.save_freq == 0 or self._out_of_patience():
             self._save(checked, is_best)
         if self._out_of_patience() and not last:
@@ -286,8 +286,8 @@ class Trainer:
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
 
-    def _is_best(self, result: Validation | None) -> bool:
-        """Whether a validation is the best one so far, which it then is; `--patience` counts those that are not."""
+    def _judge(self, result: Validation | None) -> bool:
+        """Take a validation into account, for `best` and for `--patience`. Whether it is the best one so far."""
         if result is None:
             return False
         is_best = result.tau[-1] > self.best_tau

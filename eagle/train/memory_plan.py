@@ -219,11 +219,6 @@ def saved_bytes(setting: Setting, step: int) -> int:
     return setting.positions * per_position + mask + _score_bytes(setting, step, copies=2)
 
 
-def widened(compute: int) -> int:
-    """Bytes of a value of the float32 copy that accelerate makes of what a model gives in mixed precision."""
-    return SINGLE if compute < SINGLE else 0
-
-
 def _score_bytes(setting: Setting, step: int, copies: int) -> int:
     if setting.fused_masked if step > 1 else setting.fused:
         return 0
@@ -288,7 +283,8 @@ def validation_items(setting: Setting) -> dict[str, int]:
     repeated = 2 * DEPTH * queries if queries > config.num_key_value_heads * config.head_dim else 0
     # The keys and values of all steps stay, a copy of them is for one attention; the feed-forward block follows it.
     layer = pairs + max(pairs + repeated + 2 * queries, 3 * config.intermediate_size) + 4 * hidden
-    outputs = DEPTH * hidden * (2 * setting.compute + widened(setting.compute))
+    # In mixed precision accelerate makes a float32 copy of what a model gives.
+    outputs = DEPTH * hidden * (2 * setting.compute + (SINGLE if setting.compute < SINGLE else 0))
     activations = setting.positions * (setting.compute * layer + outputs)
     scores = attention_mask_bytes(setting, DEPTH) + _score_bytes(setting, DEPTH, copies=1)
     return {

@@ -31,7 +31,7 @@ with safe_open(args.basepath / index["lm_head.weight"], "pt") as file:
 paths = sorted(args.tmpdir.iterdir())
 while True:
     for path in paths[: args.bs]:
-        record = torch.load(path)
+        record = torch.load(path, weights_only=True)
         assert record["hidden_state"].shape == (len(record["input_ids"]), head.shape[1])
         assert record["loss_mask"].shape == record["input_ids"].shape
         ct = record["loss_mask"].sum()

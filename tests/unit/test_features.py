@@ -10,7 +10,7 @@ import torch
 
 from eagle.cli import RequestError, WorkError, write_json
 from eagle.features import MANIFEST, FeatureStore, cut_evenly
-from eagle.store.shard import FORMAT_VERSION, Record, Shard, ShardWriter, read_progress, shard_paths, write_shard
+from eagle.store.shard import FORMAT_VERSION, Record, Shard, ShardWriter, shard_paths, write_shard
 
 
 def record(conversation: int, length: int, hidden: int = 8, dtype: torch.dtype = torch.bfloat16) -> Record:
@@ -74,12 +74,12 @@ def test_writer_resumes_behind_the_last_finished_shard(tmp_path):
     writer.close_shard("nothing was added, so nothing is written")
     (tmp_path / ".shard-00001.safetensors.tmp").write_bytes(b"half")  # a killed writer's
     again = ShardWriter(tmp_path)
-    assert read_progress(shard_paths(tmp_path)[-1]) == "first"
+    assert Shard(shard_paths(tmp_path)[-1]).progress == "first"
     assert not list(tmp_path.glob(".*.tmp"))
     again.add(record(1, 4))
     again.close_shard("second")
     assert [path.name for path in shard_paths(tmp_path)] == ["shard-00000.safetensors", "shard-00001.safetensors"]
-    assert read_progress(shard_paths(tmp_path)[-1]) == "second"
+    assert Shard(shard_paths(tmp_path)[-1]).progress == "second"
 
 
 def test_unfinished_and_foreign_files_are_not_seen(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from eagle.cli import WorkError, run, write_json
 from eagle.features import DONE, MANIFEST, FeatureStore, main
 from eagle.store.reshard import preview, reshard
-from eagle.store.shard import Shard, ShardWriter, read_progress
+from eagle.store.shard import Shard, ShardWriter
 from eagle.store.verify_store import check_store, skip_damaged
 from tests.unit.test_features import equal, manifest, record
 
@@ -101,7 +101,7 @@ def test_a_flipped_bit_in_the_header_is_named(tmp_path, capsys, what):
     path.write_bytes(content)
     if what == b'"progress":"':  # only data generation reads it
         with pytest.raises(WorkError, match=f"{path.name} is damaged: the checksum of its progress"):
-            read_progress(path)
+            _ = Shard(path).progress
         return
     assert run(lambda: main(["verify", str(root)])) == 1
     assert f"{path.name} is damaged" in capsys.readouterr().err.replace("\n", " ")
