@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import platform
@@ -17,6 +18,9 @@ KINDS = ("npu", "cuda", "cpu")
 
 #: The variable that limits which cards a process sees. The CPU has none: its workers share the cores.
 VISIBILITY_VARIABLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+
+#: Parameters of glibc's ``mallopt``, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def available(kind: str) -> bool:
@@ -85,6 +89,18 @@ def compute_dtype(mixed_precision: str) -> torch.dtype:
 def cores() -> int:
     """The cores this process may use, which a container may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the large blocks this process frees, for what it allocates next; glibc only.
+
+    By default they go back to the system, and the next ones come as new pages to be zeroed one by one: a sixth of the
+    time of a forward pass over whole batches on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Choosing the device and giving workers their cards, on simulated accelerators."""
 
+import ctypes
+import subprocess
 import sys
 import types
 
@@ -86,3 +88,25 @@ def test_what_reports_say_about_the_machine():
     assert device.peak_memory(cpu) == device.process_peak() > 1e7  # bytes
     assert device.process_peak(1 << 30) == 0  # no such process
     device.synchronize(cpu)
+
+
+FAULTS = """
+import resource, sys, torch
+from eagle.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for round in range(24):
+    if round == 16:  # small allocations cut into the first large ones
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(16 << 20).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_kept():
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True, text=True).stdout)
+        for how in ("keep", "give back")
+    ]
+    assert faults[0] < faults[1] / 4
