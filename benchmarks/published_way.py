@@ -24,6 +24,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eagle.cli import run
 from eagle.device import choose_kind
 from eagle.draft import DraftModel
 from eagle.features import FeatureStore
@@ -156,5 +157,10 @@ class PublishedTrainer:
             file.write(json.dumps(line) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> int:
     PublishedTrainer(parse_args()).fit()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

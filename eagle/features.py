@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 DONE = "done.json"
 LOG = "worker.log"
 
+#: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.
+NODES_SHARE = ("conversations", "seed", "max_length", "chat_template", "store_dtype")
+
 #: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).
 INTERRUPTED_RESHARD = (".reshard-deleting", ".reshard-moving")
 
@@ -154,26 +157,47 @@ class FeatureStore:
         """The folders of jobs whose data generation has not come to its end."""
         return [path.parent for path, manifest in self.manifests.items() if not manifest.get("complete")]
 
+    def _node_jobs(self) -> list[list[dict]]:
+        """The manifests of jobs over several machines, job by job: those of one data file and number of nodes."""
+        jobs: dict[tuple[str | None, int], list[dict]] = {}
+        for manifest in self.manifests.values():
+            nodes = manifest.get("options", {}).get("num_nodes", 1)
+            if nodes > 1 and "resharded_into" not in manifest:
+                jobs.setdefault((manifest["data"].get("digest"), nodes), []).append(manifest)
+        return list(jobs.values())
+
     def missing_nodes(self) -> list[str]:
         """Which nodes of jobs over several machines have no store below the folder, in words."""
-        found: dict[tuple[str | None, int], set[int]] = {}  # those that have, by data file and number of nodes
-        for manifest in self.manifests.values():
-            options = manifest.get("options", {})
-            if options.get("num_nodes", 1) > 1 and "resharded_into" not in manifest:
-                job = manifest["data"].get("digest"), options["num_nodes"]
-                found.setdefault(job, set()).add(options["node_rank"])
-        return [
-            f"{', '.join(map(str, sorted(set(range(count)) - ranks)))} of {count}"
-            for (_, count), ranks in found.items()
-            if len(ranks) < count
-        ]
+        found = []
+        for job in self._node_jobs():
+            count = job[0]["options"]["num_nodes"]
+            missing = set(range(count)) - {manifest["options"]["node_rank"] for manifest in job}
+            if missing:
+                found.append(f"{', '.join(map(str, sorted(missing)))} of {count}")
+        return found
+
+    def differing_nodes(self) -> list[str]:
+        """Options in which the nodes of a job over several machines differ, though they change its records."""
+        found = []
+        for job in self._node_jobs():
+            for name in NODES_SHARE:
+                nodes: dict[object, list[int]] = {}
+                for options in (manifest["options"] for manifest in job):
+                    nodes.setdefault(options.get(name), []).append(options["node_rank"])
+                if len(nodes) > 1:
+                    values = "; ".join(
+                        f"{value} on node {', '.join(map(str, sorted(ranks)))}" for value, ranks in nodes.items()
+                    )
+                    found.append(f"{name} is {values}")
+        return found
 
     def notes(self) -> list[str]:
-        """What somebody who uses the store should know: what is not there yet."""
-        notes = [
-            f"data generation into {folder} has not finished; what is there is used" for folder in self.unfinished()
+        """What somebody who uses the store should know: what is not there yet, or not of one piece."""
+        return [
+            *(f"data generation into {folder} has not finished; what is there is used" for folder in self.unfinished()),
+            *(f"the store of node {nodes} is not below {self.folder}" for nodes in self.missing_nodes()),
+            *(f"the nodes' stores were made with different options: {what}" for what in self.differing_nodes()),
         ]
-        return notes + [f"the store of node {nodes} is not below {self.folder}" for nodes in self.missing_nodes()]
 
     def identity(self) -> list[str]:
         """What the features are of and how they are stored, whatever workers, shards and folders there are."""

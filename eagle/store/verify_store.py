@@ -37,7 +37,8 @@ class Summary:
 
     supervised_tokens: tokens that belong to a reply. lengths: records by the lower edge of their bin. damage: one
     message for every file or record that cannot be read, and for every count that is not what was promised.
-    missing_nodes: of jobs over several machines, in words. All the rest is about the records that can be read.
+    missing_nodes, differing_nodes: of jobs over several machines, in words: which are not here, and which options are
+    not the same on all. All the rest is about the records that can be read.
     """
 
     records: int
@@ -55,6 +56,7 @@ class Summary:
     content_digest: str
     token_digest: str
     missing_nodes: list[str]
+    differing_nodes: list[str]
     damage: list[str]
 
     def lines(self) -> list[str]:
@@ -73,6 +75,7 @@ class Summary:
         if not self.complete and not self.missing_nodes:
             lines.append("data generation has not finished; the same allocation.py command continues it")
         lines += [f"the store of node {nodes} is not here" for nodes in self.missing_nodes]
+        lines += [f"the nodes' stores were made with different options: {what}" for what in self.differing_nodes]
         return [*lines, f"content digest {self.content_digest}", f"token digest   {self.token_digest}"]
 
 
@@ -122,6 +125,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         content_digest=content.hexdigest(),
         token_digest=token_content.hexdigest(),
         missing_nodes=missing_nodes,
+        differing_nodes=store.differing_nodes(),
         damage=damage,
     )
 

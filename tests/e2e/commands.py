@@ -31,6 +31,11 @@ class Answer:
     out: str
     err: str
 
+    @property
+    def error(self) -> str:
+        """What was said on stderr, without its line breaks, which depend on how long the paths in it are."""
+        return " ".join(self.err.split())
+
 
 def command_line(*words: object) -> list[str]:
     """What was typed, with this interpreter in front of ``allocation.py ...`` and ``-m module ...``."""

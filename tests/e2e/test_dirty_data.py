@@ -90,5 +90,5 @@ def test_a_file_without_a_usable_record_is_said_so(llama: Path, tmp_path: Path) 
     (tmp_path / "data.json").write_text("[" + ",".join([DIRTY["null_value"]] * 3) + "]")
     store = ["--outdir", tmp_path / "store", "--model_name", llama, "--data_path", tmp_path / "data.json"]
     answer = command("allocation.py", *store, code=1)
-    assert "error: None of the 3 conversations can be used" in " ".join(answer.err.split())
-    assert DROP_REASONS["null_value"] in answer.err
+    assert "error: None of the 3 conversations can be used" in answer.error
+    assert DROP_REASONS["null_value"] in answer.error

@@ -120,7 +120,7 @@ def test_prompts_that_do_not_fit_are_left_out(drafts, tmp_path, capsys):
     assert report["tokens"] < 60
     prompts.write_text("hello " * 60, encoding="utf-8")
     refused = ask(evaluate.main, capsys, *words)
-    assert refused.code == 2 and "longer than the base model's 60 positions" in refused.err
+    assert refused.code == 2 and "longer than the base model's 60 positions" in refused.error
 
 
 def test_warnings(drafts, qwen, tmp_path, capsys):
@@ -137,7 +137,7 @@ def test_warnings(drafts, qwen, tmp_path, capsys):
     words = ("--base-path", qwen, "--draft-path", draft, "--num_prompts", 1, "--no_baseline")
     _, answer = evaluated(tmp_path / "out", *words, EAGLE_TARIN_MODE="1")
     for expected in ("EAGLE_TARIN_MODE", "rope_theta 123.0", "trained fc.bias", "trained for other weights"):
-        assert expected in answer.err, expected
+        assert expected in answer.error, expected
 
 
 @pytest.fixture(scope="module")
@@ -204,5 +204,5 @@ def test_refused(world, monkeypatch, capsys, case):
     words, said = REFUSED[case]
     answer = ask(evaluate.main, capsys, "--base-path", "llama", "--draft-path", "draft", *QUICK, *words.split())
     assert answer.code == 2, answer
-    assert said in " ".join(answer.err.split())
+    assert said in answer.error
     assert "Traceback" not in answer.err

@@ -78,7 +78,7 @@ def test_generation_that_would_not_fit_does_not_begin(disk: tuple[Path, Resize],
     path, resize = disk
     resize("4m")
     answer = command(*job, "--outdir", path / "store", code=1)
-    said = " ".join(answer.err.split())
+    said = answer.error
     assert "but its disk has" in said and "Nothing was computed" in said and "--store_dtype int8 needs" in said
     assert not list(path.rglob("shard-*"))
 

@@ -122,9 +122,9 @@ def test_a_failing_target_shows_the_workers_last_words(tmp_path: Path, data: Pat
         "allocation.py", "--outdir", tmp_path / "store", "--model_name", target, "--data_path", data,
         "--dtype", "float16", code=1,
     )  # fmt: skip
-    assert answer.err.count("error: worker 0 (cards 0) exited with code 1") == 1
-    assert "are not finite in float16" in answer.err
-    assert "use --dtype bfloat16 or float32" in " ".join(answer.err.split())
+    assert answer.error.count("error: worker 0 (cards 0) exited with code 1") == 1
+    assert "are not finite in float16" in answer.error
+    assert "use --dtype bfloat16 or float32" in answer.error
     assert "Traceback" not in answer.err
 
 

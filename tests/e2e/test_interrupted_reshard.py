@@ -134,7 +134,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.Ca
     with locked(folder, "--outdir"):
         answer = ask(reassign_data_num.main, capsys, "--old_folder", folder, "--new_folder", folder, "--tp", 3)
     assert answer.code == 2
-    assert "is in use by another running job" in " ".join(answer.err.split())
+    assert "is in use by another running job" in answer.error
     assert contents(folder) == before
 
 

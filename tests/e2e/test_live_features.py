@@ -67,5 +67,5 @@ def test_training_gives_the_same_results(store: Path, data: Path, llama: Path, t
 def test_wrong_requests(wrong: list, says: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     answer = ask(train.main, capsys, "--basepath", llama, "--cpdir", tmp_path / "run", *wrong)
     assert answer.code == 2
-    assert says in " ".join(answer.err.split())
+    assert says in answer.error
     assert not (tmp_path / "run").exists()

@@ -67,14 +67,14 @@ def table(text: str) -> list[str]:
 def test_what_cannot_be_planned_is_refused(options, message, capsys) -> None:
     answer = ask(training.main, capsys, "--dry_run", *options)
     assert answer.code == 2
-    assert message in answer.err
+    assert message in answer.error
 
 
 def test_a_store_of_another_model_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ROOT / "configs" / "qwen2_7B_config.json"
     answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--tmpdir", store)
     assert answer.code == 2
-    assert "different models" in answer.err
+    assert "different models" in answer.error
 
 
 def test_without_a_dry_run_the_folders_are_required(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def folder(tmp_path: Path, store: Path) -> Iterator[Path]:
 
 
 def check_refused(answer: Answer, flag: str, path: Path) -> None:
-    said = " ".join(answer.err.split())
+    said = answer.error
     assert answer.code == 2, answer
     assert f"error: {flag} {path} cannot be written to: " in said
     assert "Nothing was written or changed. Name a folder in which you may make files." in said
@@ -126,4 +126,4 @@ def test_a_full_disk_is_not_a_wrong_request(
 
     monkeypatch.setattr("eagle.cli.tempfile.TemporaryFile", full)
     answer = ask(allocation.main, capsys, *words, "--outdir", tmp_path)
-    assert answer.code == 1 and "free some space and run again" in " ".join(answer.err.split())
+    assert answer.code == 1 and "free some space and run again" in answer.error

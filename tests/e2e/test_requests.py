@@ -298,6 +298,6 @@ def test_training_into_another_runs_checkpoints_is_refused(
 def test_the_command_itself_exits_with_2(world: Path, script: list[object], wrong: tuple, says: str) -> None:
     launched = "torchrun" in script  # it has a code and a report of its own
     answer = command(*script, *words(world, *wrong), code=1 if launched else 2)
-    assert says in " ".join(answer.err.split())
+    assert says in answer.error
     assert "exitcode  : 2" in answer.err if launched else "Traceback" not in answer.err
     assert answer.err.count("\nerror: ") + answer.err.startswith("error: ") == 1, "said once, not by every process"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from eagle.draft import load_draft
 from eagle.features import FeatureStore
+from eagle.model_config import load_config
 from eagle.train.checkpoint import resolve_pointer, states
 from tests.e2e.commands import command
 
@@ -85,6 +86,16 @@ def test_a_global_batch_may_be_dealt_out_in_any_way(
         assert line.get("val_positions") == expected.get("val_positions")
     for name, tensor in weights(undisturbed).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, **TOLERANCE, msg=name)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero(undisturbed: Path, llama: Path) -> None:
+    """Linearly, over a tenth of the run's steps and over the rest of them."""
+    rates = [line["lr"] for line in steps_of(undisturbed) if "lr" in line]
+    warmup = round(len(rates) * 0.1)
+    peak = 5e-4 * 576 / load_config(llama).hidden_size
+    expected = [peak * (step + 1) / warmup for step in range(warmup)]
+    expected += [peak * (len(rates) - step) / (len(rates) - warmup) for step in range(warmup, len(rates))]
+    assert rates == pytest.approx(expected)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
@@ -163,14 +174,14 @@ def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(
 ) -> None:
     run = options(broken, llama, tmp_path / "run", *more, "--save_every", 1)
     answer = command("-m", "eagle.train.main", *run, code=1)
-    assert re.search(says + r"( the)? conversations? 11\b", " ".join(answer.err.split())), answer.err
+    assert re.search(says + r"( the)? conversations? 11\b", answer.error), answer.err
     for state in states(tmp_path / "run"):
         assert all(tensor.isfinite().all() for tensor in load_file(state / "model.safetensors").values())
 
 
 def test_replies_behind_max_len_are_said_to_be(store: Path, llama: Path, tmp_path: Path) -> None:
     answer = command("-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--max_len", 3), code=2)
-    assert "supervised within --max_len 3 tokens" in " ".join(answer.err.split())
+    assert "supervised within --max_len 3 tokens" in answer.error
 
 
 def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama: Path, tmp_path: Path) -> None:
@@ -211,7 +222,7 @@ def test_other_features_are_another_run(
         "--dtype", "float32", "--store_dtype", "int8",
     )  # fmt: skip
     answer = command("-m", "eagle.train.main", *options(tmp_path / "int8", llama, undisturbed, "--bs", 4), code=2)
-    said = " ".join(answer.err.split())
+    said = answer.error
     assert "holds checkpoints of another run" in said and "F32 stored as F32" in said and "stored as I8" in said
 
 
@@ -234,4 +245,4 @@ def test_starting_from_a_draft(undisturbed: Path, store: Path, llama: Path, tmp_
 def test_a_run_whose_loss_keeps_growing_is_ended(store: Path, llama: Path, tmp_path: Path) -> None:
     run = options(store, llama, tmp_path / "run", "--bs", 2, "--lr", 2, "--grad_clip", 0, "--val_ratio", 0)
     answer = command("-m", "eagle.train.main", *run, "--num_epochs", 10, code=1)
-    assert "keeps growing" in answer.err and "lower --lr" in answer.err and "conversations" in answer.err
+    assert "keeps growing" in answer.error and "lower --lr" in answer.error and "conversations" in answer.error

@@ -85,7 +85,7 @@ def test_worker_environment(monkeypatch):
 def test_what_reports_say_about_the_machine():
     cpu = torch.device("cpu")
     assert device.describe(cpu).startswith("cpu ") and "thread" in device.describe(cpu)
-    assert device.peak_memory(cpu) == device.process_peak() > 1e7  # bytes
+    assert 1e7 < device.peak_memory(cpu) <= device.process_peak()  # bytes; it grows while it is read
     assert device.process_peak(1 << 30) == 0  # no such process
     device.synchronize(cpu)
 

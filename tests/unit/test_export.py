@@ -360,4 +360,4 @@ def test_the_documented_command(qwen: tuple[Path, Path], tmp_path: Path, capsys:
     assert len(shown) == 2
     assert all("checked" in line for line in shown)
     assert run(lambda: convert.main([str(argument) for argument in arguments])) == 2
-    assert f"--output-path {tmp_path / 'out'} exists" in capsys.readouterr().err
+    assert f"--output-path {tmp_path / 'out'} exists" in capsys.readouterr().err.replace("\n", " ")

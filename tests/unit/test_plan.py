@@ -85,7 +85,8 @@ def test_dry_run_of_a_store_that_is_there(tmp_path, inputs, monkeypatch, capsys)
     def dry_run(*more, outdir="store"):
         words = ["--model_name", inputs[0], "--data_path", inputs[1], "--outdir", tmp_path / outdir, "--device", "cpu"]
         code = run(lambda: allocation.main([*map(str, [*words, *more]), "--dry_run"]))
-        return code, *capsys.readouterr()
+        said = capsys.readouterr()
+        return code, said.out, " ".join(said.err.split())
 
     before = files()
     code, out, _ = dry_run()
@@ -132,6 +133,11 @@ def test_nodes_share_a_job(tmp_path, inputs):  # noqa: F811
     assert FeatureStore(tmp_path / "many").notes() == [f"the store of node 1 of 3 is not below {tmp_path / 'many'}"]
     found = check_store(tmp_path / "many")
     assert not found.complete and "the store of node 1 of 3 is not here" in found.lines()
+    store(tmp_path / "many", num_nodes=3, node_rank=1, max_length=20, npu_indices=(0, 1))
+    (note,) = FeatureStore(tmp_path / "many").notes()
+    said = "the nodes' stores were made with different options: max_length is {} on node 0, 2; 20 on node 1"
+    assert note == said.format(jobs[0].request.max_length)
+    assert note in check_store(tmp_path / "many").lines()
 
 
 def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monkeypatch):  # noqa: F811

@@ -1,0 +1,34 @@
+"""The options of step 4: a recipe's defaults, and what is given beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from eagle.train.main import parse_args
+from eagle.train.options import TrainOptions
+
+REQUIRED = ["--tmpdir", "features", "--cpdir", "checkpoints", "--basepath", "model"]
+
+
+def options(*words: str) -> TrainOptions:
+    return TrainOptions(**vars(parse_args([*REQUIRED, *words])))
+
+
+def test_a_recipe_sets_the_published_hyperparameters():
+    ours, published = options(), options("--recipe", "eagle1")
+    assert (published.lr, published.num_epochs, published.ploss_weight, published.init) == (3e-5, 20, 0.1, "random")
+    assert ours.lr is None and ours.init == "closed_form"
+    # Those the published trainer and ours have in common.
+    for chosen in (ours, published):
+        assert (chosen.vloss_weight, chosen.beta1, chosen.beta2, chosen.grad_clip) == (1.0, 0.9, 0.95, 0.5)
+
+
+@pytest.mark.parametrize("words", [["--recipe", "eagle1", "--lr", "1e-4"], ["--lr", "1e-4", "--recipe=eagle1"]])
+def test_a_flag_beside_a_recipe_wins(words):
+    found = options(*words)
+    assert found.lr == found.learning_rate(4096) == 1e-4 and found.num_epochs == 20
+
+
+def test_wider_drafts_have_a_smaller_learning_rate():
+    assert options().learning_rate(576) == pytest.approx(5e-4)
+    assert options().learning_rate(4096) == pytest.approx(5e-4 * 576 / 4096)
