@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.datagen.collector import Item
 from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
 from eagle.datagen.worker import Worker
-from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device
+from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device, worker_environment
 from eagle.features import FeatureStore
 from eagle.model_config import load_config
 from eagle.store.shard import ShardWriter
@@ -183,7 +184,10 @@ def measure(args: argparse.Namespace, variant: str, length: int, compiled: bool 
     for name in ("data_path", "tokens", "dtype", "device", "batch_tokens"):
         words += [f"--{name}", str(getattr(args, name))]
     words += ["--allow_truncated"] * args.allow_truncated + ["--compiled"] * compiled
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = dict(os.environ)
+    if variant == "ours":  # as allocation.py starts its worker
+        environment |= worker_environment(choose_kind(args.device), [0], 1)
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(result.stderr[-3000:])
     return json.loads(result.stdout.splitlines()[-1])

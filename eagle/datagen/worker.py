@@ -88,8 +88,6 @@ class Worker:
         left = [length for stretch in self.missing for length in stretch.of(self.lengths)]
         #: What the shards hold.
         self.held = Progress(len(self.lengths) - len(left), sum(self.lengths) - sum(left))
-        if kind == "cpu":
-            device.keep_freed_memory()
         compiling = cards == 1 and should_compile(compile_mode, kind, sum(left))
         self.trunk = load_trunk(
             model,

@@ -1,9 +1,10 @@
 """Choosing the device and giving workers their cards, on simulated accelerators."""
 
-import ctypes
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,9 +78,13 @@ def test_worker_environment(monkeypatch):
     monkeypatch.setattr("eagle.device.cores", lambda: 8)
     assert device.worker_environment("npu", [4, 5], 2) == {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}
     assert device.worker_environment("cuda", [1], 2) == {"CUDA_VISIBLE_DEVICES": "1"}
-    assert device.worker_environment("cpu", [0], 1) == {}
-    assert device.worker_environment("cpu", [0], 4) == {"OMP_NUM_THREADS": "2"}
-    assert device.worker_environment("cpu", [0], 99) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    pages = {"THP_MEM_ALLOC_ENABLE": "1"}
+    assert device.worker_environment("cpu", [0], 1) == pages
+    assert device.worker_environment("cpu", [0], 4) == pages | {"OMP_NUM_THREADS": "2"}
+    assert device.worker_environment("cpu", [0], 99) == pages | {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # somebody's own wish
+    assert device.worker_environment("cpu", [0], 1) == {"THP_MEM_ALLOC_ENABLE": "0"}
 
 
 def test_what_reports_say_about_the_machine():
@@ -91,22 +96,18 @@ def test_what_reports_say_about_the_machine():
 
 
 FAULTS = """
-import resource, sys, torch
-from eagle.device import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for round in range(24):
-    if round == 16:  # small allocations cut into the first large ones
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(16 << 20).fill_(1)
+import resource, torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(16 << 20).fill_(1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
-def test_freed_memory_is_kept():
+@pytest.mark.skipif(not PAGES.is_file() or "[madvise]" not in PAGES.read_text(), reason="all pages are of one size")
+def test_a_worker_on_a_cpu_takes_large_pages():
     faults = [
-        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True, text=True).stdout)
-        for how in ("keep", "give back")
+        int(subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, check=True, text=True).stdout)
+        for env in (os.environ | device.worker_environment("cpu", [0], 1), os.environ | {device.HUGE_PAGES: "0"})
     ]
     assert faults[0] < faults[1] / 4

@@ -65,7 +65,7 @@ def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
     job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
     tokens = encode_job(job, save=False)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
-    assert "--worker 1" in lines[1] and "OMP_NUM_THREADS=" in lines[1]
+    assert "--worker 1" in lines[1] and "OMP_NUM_THREADS=" in lines[1] and "THP_MEM_ALLOC_ENABLE=" in lines[1]
     assert "tokens/s by each of 2 workers" in lines[2]
     assert not (tmp_path / "store").exists()
 
