@@ -74,7 +74,7 @@ class WorkerProcess:
 
 
 def worker_variables(job: Job, number: int) -> dict[str, str]:
-    """The environment variables that give worker `number` its cards, or its share of the CPU cores."""
+    """The environment variables of worker `number`: see `eagle.device.worker_environment`."""
     return device.worker_environment(job.kind, list(job.groups[number]), len(job.groups))
 
 
