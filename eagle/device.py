@@ -92,7 +92,7 @@ def cores() -> int:
 
 
 def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, str]:
-    """Environment variables for one of `workers` processes: its cards, or large pages and its share of the CPU cores."""
+    """Environment variables for one of `workers` processes: its cards, or large pages and its share of the cores."""
     if kind == "cpu":
         pages = {HUGE_PAGES: os.environ.get(HUGE_PAGES, "1")}
         return pages if workers == 1 else pages | {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
