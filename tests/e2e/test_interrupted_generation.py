@@ -101,7 +101,7 @@ def test_ctrl_c_ends_every_worker_and_a_second_job_is_refused(
         os.kill(worker, signal.SIGSTOP)  # so that the job is still there however fast this machine is
     second = ask(allocation.main, capsys, *job[1:], "--outdir", outdir)
     assert second.code == 2
-    assert "is in use by another running job" in " ".join(second.err.split())
+    assert "is in use by another running job" in second.error
     process.send_signal(signal.SIGINT)
     for worker in workers:
         os.kill(worker, signal.SIGCONT)

@@ -246,5 +246,5 @@ def test_finished_commands_may_be_repeated(chain: Chain) -> None:
     assert f"{RECORDS} records" in command(*chain.generate).out
     assert command(*chain.reshard).out.count(" records, ") == chain.parts
     assert "done: " in command(*chain.train).out
-    assert "is not an empty folder" in " ".join(command(*chain.convert, code=2).err.split())
+    assert "is not an empty folder" in command(*chain.convert, code=2).error
     assert {path: path.read_bytes() for path in made} == before
