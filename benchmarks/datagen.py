@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import matrix_product_rate
 from eagle.cleaning import Tally, clean_record
-from eagle.cli import HelpFormatter, provenance, run, write_json
+from eagle.cli import HelpFormatter, WorkError, existing_path, provenance, run, write_json
 from eagle.datagen.collector import Item
 from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
 from eagle.datagen.worker import Worker
@@ -189,7 +189,7 @@ def measure(args: argparse.Namespace, variant: str, length: int, compiled: bool 
         environment |= worker_environment(choose_kind(args.device), [0], 1)
     result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(result.stderr[-3000:])
+        raise WorkError(f"{variant} failed:\n{result.stderr[-3000:]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -250,6 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.variant:
         return run_variant(args)
+    existing_path(args.model_name, "--model_name", "folder")
+    existing_path(args.data_path, "--data_path", "file")
     names = [(name, False) for name in VARIANTS]
     if args.compile:
         names += [("ours", True)]

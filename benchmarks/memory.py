@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT
-from eagle.cli import provenance, run, write_json
+from eagle.cli import WorkError, provenance, run, write_json
 from eagle.device import describe
 from tests.random_run import planned_and_measured, write_random_store, write_random_target
 
@@ -95,7 +95,7 @@ def process(precision: str, *words: object) -> str:
         [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     if result.returncode:
-        raise RuntimeError(f"{words} ended with {result.returncode}:\n{result.stderr[-2000:]}")
+        raise WorkError(f"{words} ended with {result.returncode}:\n{result.stderr[-2000:]}")
     return result.stdout
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import ROOT, train_command
-from eagle.cli import HelpFormatter, provenance, run, write_json
+from eagle.cli import HelpFormatter, WorkError, existing_path, provenance, run, write_json
 from eagle.device import choose_kind, describe, torch_device
 from eagle.features import FeatureStore
 from eagle.store.shard import ShardWriter
@@ -66,14 +66,15 @@ def train(args: argparse.Namespace, store: Path, cpdir: Path) -> dict:
     command = train_command(args.basepath, store, cpdir, args.bs, args.max_len, args.num_epochs)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(result.stderr[-3000:])
+        raise WorkError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
     lines = [json.loads(line) for line in (cpdir / METRICS).read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "val_tau" in line][-1]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.basepath, store, rows = args.basepath.resolve(), FeatureStore(args.tmpdir), {}
+    args.basepath = existing_path(args.basepath, "--basepath", "folder").resolve()
+    store, rows = FeatureStore(args.tmpdir), {}
     print(f"{'':8}{'bytes/token':>12}{'relative error':>16}{'accuracy':>10}{'τ':>8}{'loss of τ':>11}", flush=True)
     for name in STORE_DTYPES:
         with tempfile.TemporaryDirectory() as folder:

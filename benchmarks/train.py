@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
-from eagle.cli import HelpFormatter, existing_path, provenance, run, write_json
+from eagle.cli import HelpFormatter, WorkError, existing_path, provenance, run, write_json
 from eagle.device import choose_kind, describe, process_peak, torch_device
 from eagle.draft import DraftModel
 from eagle.draft import describe as describe_draft
@@ -124,7 +124,7 @@ def follow(command: list[str], folder: Path) -> tuple[list[dict], int]:
             time.sleep(0.05)
         if process.returncode:
             said.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
+            raise WorkError(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], peak
 
@@ -240,7 +240,8 @@ def time_to_tau(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.basepath, args.tmpdir = args.basepath.resolve(), args.tmpdir.resolve()
+    args.basepath = existing_path(args.basepath, "--basepath", "folder").resolve()
+    args.tmpdir = existing_path(args.tmpdir, "--tmpdir", "folder").resolve()
     if args.eagle_llm:
         existing_path(args.eagle_llm / "eagle" / "train" / "main.py", "--eagle_llm", "file")
     rows = []
