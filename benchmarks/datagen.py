@@ -30,17 +30,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import matrix_product_rate
-from eagle.cleaning import Tally, clean_record
-from eagle.cli import HelpFormatter, WorkError, existing_path, provenance, run, write_json
-from eagle.datagen.collector import Item
-from eagle.datagen.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
-from eagle.datagen.worker import Worker
+from eagle.data.cleaning import Tally, clean_record
 from eagle.device import choose_kind, describe, peak_memory, synchronize, torch_device, worker_environment
-from eagle.features import FeatureStore
-from eagle.model_config import load_config
+from eagle.dtypes import parse_dtype
+from eagle.entry import HelpFormatter, run
+from eagle.errors import WorkError
+from eagle.files import existing_path, write_json
+from eagle.generate.collector import Item
+from eagle.generate.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
+from eagle.generate.worker import Worker
+from eagle.provenance import provenance
+from eagle.store.dtypes import STORE_DTYPES, pack
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import ShardWriter
-from eagle.store.store_dtype import STORE_DTYPES, pack
-from eagle.target import from_pretrained_dtype, parse_dtype
+from eagle.target.config import load_config
+from eagle.target.trunk import from_pretrained_dtype
 
 #: Where the time of `ours` goes besides the forward pass, as shares.
 PARTS: dict[str, float] = {}
@@ -172,7 +176,7 @@ def matrix_product(args: argparse.Namespace, folder: Path) -> tuple[float, float
 
 def flops_per_token(model_name: str) -> int:
     """Two for every weight of the trunk's matrices; attention over a few hundred tokens adds little."""
-    from eagle.target import Weights
+    from eagle.target.weights import Weights
 
     weights = Weights(model_name)
     return 2 * sum(weights[name].numel() for name in weights.names() if ".layers." in name and name.endswith("weight"))

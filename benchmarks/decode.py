@@ -22,15 +22,19 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eagle.cli import provenance, run, write_json
-from eagle.decode.costs import estimate, timed
+from eagle.decode.acceptance import Acceptance
+from eagle.decode.draft import load_fitting_draft
 from eagle.decode.drafter import DraftOptions
 from eagle.decode.generate import Generation, SpeculativeDecoder, generate_alone
-from eagle.decode.pair import load_fitting_draft, load_target
 from eagle.decode.sampling import Sampling
-from eagle.decode.statistics import Acceptance
+from eagle.decode.step_costs import estimate, timed
+from eagle.decode.target import load_target
 from eagle.device import choose_kind, describe, torch_device
-from eagle.target import dtype_name, from_pretrained_dtype, parse_dtype
+from eagle.dtypes import dtype_name, parse_dtype
+from eagle.entry import run
+from eagle.files import write_json
+from eagle.provenance import provenance
+from eagle.target.trunk import from_pretrained_dtype
 from tests.oracle import Shape, random_prompts, write_pair
 
 

@@ -25,8 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT
-from eagle.cli import WorkError, provenance, run, write_json
 from eagle.device import describe
+from eagle.entry import run
+from eagle.errors import WorkError
+from eagle.files import write_json
+from eagle.provenance import provenance
 from tests.random_run import planned_and_measured, write_random_store, write_random_target
 
 SMOL = {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "tied": True}

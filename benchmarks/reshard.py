@@ -24,8 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eagle.cli import HelpFormatter, provenance, run, write_json
 from eagle.device import describe, torch_device
+from eagle.entry import HelpFormatter, run
+from eagle.files import write_json
+from eagle.provenance import provenance
 from eagle.store.reshard import preview, reshard
 from eagle.store.shard import Record, ShardWriter
 

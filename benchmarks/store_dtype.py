@@ -18,11 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import ROOT, train_command
-from eagle.cli import HelpFormatter, WorkError, existing_path, provenance, run, write_json
 from eagle.device import choose_kind, describe, torch_device
-from eagle.features import FeatureStore
+from eagle.entry import HelpFormatter, run
+from eagle.errors import WorkError
+from eagle.files import existing_path, write_json
+from eagle.provenance import provenance
+from eagle.store.dtypes import STORE_DTYPES
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import ShardWriter
-from eagle.store.store_dtype import STORE_DTYPES
 from eagle.train.run_log import METRICS
 
 

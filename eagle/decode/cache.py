@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from eagle.model_config import ModelConfig
+from eagle.target.config import ModelConfig
 
 
 class TargetCache(Cache):

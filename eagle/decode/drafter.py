@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from eagle.cli import RequestError
 from eagle.decode.cache import DraftCache
 from eagle.decode.sampling import Sampling, draw
 from eagle.decode.tree import (
@@ -25,7 +24,8 @@ from eagle.decode.tree import (
     identity,
     static_tree,
 )
-from eagle.draft import DraftModel
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.errors import RequestError
 
 
 class DraftRunner:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle.decode.accept import follow, settle
+from eagle.decode.acceptance_rule import settle
 from eagle.decode.drafter import Drafter, DraftRunner, Proposal
-from eagle.decode.pair import Target
 from eagle.decode.sampling import Sampling, draw
+from eagle.decode.target import Target
+from eagle.decode.verification import follow
 from eagle.device import synchronize
-from eagle.draft import DraftModel
+from eagle.drafts.eagle1.network import DraftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class SpeculativeDecoder:
         return result
 
     def choices(self, logits: torch.Tensor, proposal: Proposal) -> torch.Tensor:
-        """The target's token ``[N+1]`` behind each node, from its logits ``[N+1, V]``; see `eagle.decode.accept`."""
+        """The target's token ``[N+1]`` behind each node, from its logits ``[N+1, V]``."""
         if proposal.q is None:
             return self._choose(logits)
         p = self.sampling.distribution(logits)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from eagle.cleaning import Message
-from eagle.conversation import Encoder
+from eagle.data.cleaning import Message
+from eagle.data.loss_mask import Encoder
+from eagle.data.prompts import Prompt, encode_messages
 from eagle.decode.generate import Generation
-from eagle.prompts import Prompt, encode_messages
 
 #: Continues token ids by at most so many new ones.
 Generate = Callable[[list[int], int], Generation]

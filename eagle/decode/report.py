@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eagle.decode.costs import Estimate, fastest
+from eagle.decode.acceptance import Acceptance
 from eagle.decode.replies import Reply
-from eagle.decode.statistics import Acceptance
+from eagle.decode.step_costs import Estimate, fastest
 
 NO_CATEGORY = "uncategorised"
 

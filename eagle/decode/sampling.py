@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle.cli import RequestError
+from eagle.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)

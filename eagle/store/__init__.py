@@ -1,4 +1,4 @@
-"""The store of features on disk; `eagle.features` reads it.
+"""The store of features on disk; `eagle.store.reader` reads it.
 
 shard           one file of records, memory-mapped, with a checksum for each
 store_dtype     how a feature is stored: as computed, or in one byte a channel

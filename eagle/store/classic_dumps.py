@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle.cli import RequestError, WorkError
+from eagle.errors import RequestError, WorkError
 from eagle.store.shard import Record
 from eagle.tensor_file import DTYPE_CODES
 

@@ -11,8 +11,11 @@ that an interrupted run is picked up where it stopped:
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
+import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from eagle.cli import RequestError, fsync_folder, locked, output_folder, read_json, write_json
-from eagle.features import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST, FeatureStore, cut_evenly
+from eagle.entry import run
+from eagle.errors import RequestError
+from eagle.files import existing_path, fsync_folder, locked, output_folder, read_json, write_json
+from eagle.store.manifest import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter
-from eagle.store.verify_store import skip_damaged
+from eagle.store.verify import skip_damaged
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
 PLAN = "plan.json"
@@ -267,3 +273,53 @@ def _remove_emptied(folders: set[Path], root: Path) -> None:
         while folder != root and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
+
+
+def cut_evenly(tokens: np.ndarray, parts: int) -> list[int]:
+    """Where to cut a row of records into `parts` of about equal tokens: ``parts + 1`` record indices."""
+    ends = np.cumsum(tokens).tolist()
+    total = ends[-1] if ends else 0
+    cuts = [0]
+    for part in range(1, parts):
+        goal = total * part / parts
+        at = bisect_right(ends, goal)
+        # Either side of the goal may be nearer.
+        if at < len(ends) and ends[at] - goal < goal - (ends[at - 1] if at else 0):
+            at += 1
+        cuts.append(max(at, cuts[-1]))
+    return [*cuts, len(ends)]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reassign_data_num.py", description="Step 3b: reshard a store into TP folders balanced by tokens."
+    )
+    parser.add_argument("--old_folder", type=Path, required=True, help="the store to read")
+    parser.add_argument("--new_folder", type=Path, required=True, help="a new or empty folder, or the old one")
+    parser.add_argument("--tp", type=int, required=True, help="how many folders to make")
+    parser.add_argument(
+        "--skip_damaged", action="store_true", help="leave out damaged files and records; in place they are deleted"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what every folder would get and change nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    existing_path(args.old_folder, "--old_folder", "folder")
+    if args.new_folder.exists():
+        existing_path(args.new_folder, "--new_folder", "folder")
+    if args.dry_run:
+        parts, rewritten = preview(args.old_folder, args.tp, leave_out_damaged=args.skip_damaged)
+        print(f"would rewrite {rewritten / 1e6:,.1f} MB and link or copy the other files as they are")
+    else:
+        parts = reshard(args.old_folder, args.new_folder, args.tp, leave_out_damaged=args.skip_damaged)
+    total = sum(part.tokens for part in parts)
+    for number, part in enumerate(parts):
+        share = part.tokens / total
+        print(f"{args.new_folder / str(number)}: {part.records:,} records, {part.tokens:,} tokens ({share:.1%})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

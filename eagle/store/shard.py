@@ -1,7 +1,7 @@
 """One file of a store: many records back to back in plain safetensors, written whole or not at all.
 
     hidden_state [N, H] store dtype    features, N the tokens of all its records
-    scale        [N]    float32        only where the store dtype is int8 or float8: see `eagle.store.store_dtype`
+    scale        [N]    float32        only where the store dtype is int8 or float8: see `eagle.store.dtypes`
     input_ids    [N]    int32
     loss_mask    [N]    uint8          unshifted
     offsets      [R+1]  int64          record r is the rows offsets[r]:offsets[r+1]
@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle.cli import RequestError, WorkError, fsync_folder
-from eagle.store.store_dtype import SAME, Packed, pack
+from eagle.errors import RequestError, WorkError
+from eagle.files import fsync_folder
+from eagle.store.dtypes import SAME, Packed, pack
 from eagle.tensor_file import DTYPE_CODES, write_pieces
 
 #: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features.

@@ -19,12 +19,22 @@ from typing import Any
 
 import torch
 
-from eagle.cli import RequestError, WorkError, fsync_folder, read_json, write_json
-from eagle.draft import DraftModel, load_trained_state, read_draft_state, save_draft, trained_state
-from eagle.target import Weights
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import (
+    BEST,
+    LAST,
+    OPTIMIZER,
+    STATE,
+    load_trained_state,
+    read_draft_state,
+    resolve_pointer,
+    save_draft,
+    trained_state,
+)
+from eagle.errors import RequestError, WorkError
+from eagle.files import fsync_folder, read_json, write_json
+from eagle.target.weights import Weights
 
-BEST, LAST = "best", "last"
-STATE, OPTIMIZER = "state.json", "optimizer.pt"
 _NAME = re.compile(r"state_(\d+)")
 
 
@@ -85,17 +95,6 @@ def point(cpdir: Path, pointer: str, name: str) -> None:
     except OSError:
         temporary.write_text(name, encoding="utf-8")
     temporary.replace(path)
-
-
-def resolve_pointer(path: Path) -> Path:
-    """The checkpoint folder behind a pointer, a run's folder (its best, else its last), or the path itself."""
-    if path.is_file() and path.name in (BEST, LAST):
-        return path.parent / path.read_text(encoding="utf-8").strip()
-    if path.is_dir() and not (path / "config.json").exists():
-        for pointer in (BEST, LAST):
-            if os.path.lexists(path / pointer):
-                return resolve_pointer(path / pointer)
-    return path.resolve() if path.is_symlink() else path
 
 
 def states(cpdir: Path) -> list[Path]:

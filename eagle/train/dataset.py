@@ -1,96 +1,24 @@
-"""Records to training examples: the one shift, the noise, the batches. No other file shifts anything."""
+"""Records to training examples and batches: the split, the noise, the order."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from eagle.drafts.alignment import Example, shift
 from eagle.store.shard import Record
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
 BUCKET = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A conversation as the draft sees it, ``T-1`` positions long.
-
-    At position t: tokens ``x[t+1]``, features ``f[t]`` (with noise when training), targets ``f[t+1]``;
-    supervised is True where ``x[t+1]`` and ``x[t+2]`` are both the assistant's. conversation: the record's, to name it.
-    """
-
-    tokens: torch.Tensor
-    features: torch.Tensor
-    targets: torch.Tensor
-    supervised: torch.Tensor
-    conversation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Examples padded on the right.
-
-    tokens ``[B, T]``, features and targets ``[B, T, H]``, supervised ``[B, T]``, conversations ``[B]``.
-    """
-
-    tokens: torch.Tensor
-    features: torch.Tensor
-    targets: torch.Tensor
-    supervised: torch.Tensor
-    conversations: torch.Tensor
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """This batch on `device`, what the draft reads in `dtype`; the targets keep the store's."""
-        moved = Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
-        return dataclasses.replace(moved, features=moved.features.to(dtype))
-
-    def not_finite(self) -> list[int]:
-        """The conversations whose features are not finite where they count."""
-        counts = self.supervised[..., None]
-        features, targets = (
-            (tensor.isfinite() | ~counts).flatten(1).all(1) for tensor in (self.features, self.targets)
-        )
-        return self.conversations[~(features & targets)].tolist()
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory, from which a card copies by itself; the data loader calls this."""
-        return Batch(*(getattr(self, name).pin_memory() for name in self.__slots__))
-
-
-def named(conversations: list[int]) -> str:
-    """Some of these conversations, for a message."""
-    shown = ", ".join(map(str, conversations[:16])) + (", ..." if len(conversations) > 16 else "")
-    return f"the conversations {shown} (on this process; others have others)"
-
-
-def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:
-    """``[T]`` unshifted mask -> ``[T-1]`` bool, True where position t is trained."""
-    own = loss_mask.bool()
-    supervised = torch.zeros(len(own) - 1, dtype=torch.bool)
-    # The last position predicts a token that is not there.
-    supervised[:-1] = own[1:-1] & own[2:]
-    return supervised
-
-
-def shift(record: Record) -> Example:
-    """The alignment of EAGLE (arXiv 2401.15077, section 4.1), for one record."""
-    return Example(
-        tokens=record.input_ids[1:].long(),
-        features=record.hidden_state[:-1],
-        targets=record.hidden_state[1:],
-        supervised=supervised_positions(record.loss_mask),
-        conversation=record.conversation,
-    )
-
-
 class RecordStore(Protocol):
-    """What a data set reads from: an `eagle.features.FeatureStore`, or the base model itself.
+    """What a data set reads from: an `eagle.store.reader.FeatureStore`, or the base model itself.
 
     lengths: ``[R]`` tokens of every record.
     """
@@ -151,16 +79,6 @@ class FeatureDataset(Dataset):
         noise = torch.rand(example.features.shape, generator=generator, dtype=torch.float32) - 0.5
         features = (example.features.float() + 2 * self.noise * noise).to(example.features.dtype)
         return dataclasses.replace(example, features=features)
-
-
-def collate(examples: list[Example]) -> Batch:
-    """Pad on the right, where causal attention never looks."""
-
-    def pad(name: str) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([getattr(e, name) for e in examples], batch_first=True)
-
-    padded = {name: pad(name) for name in ("tokens", "features", "targets", "supervised")}
-    return Batch(**padded, conversations=torch.tensor([example.conversation for example in examples]))
 
 
 def split_store(store: RecordStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

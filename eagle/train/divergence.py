@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from eagle.cli import WorkError
-from eagle.train.dataset import Batch, named
+from eagle.drafts.alignment import Batch, named
+from eagle.errors import WorkError
 from eagle.train.run_log import StepResult
 
 #: Steps whose mean loss is compared: one batch of hard conversations is not a run that goes wrong.

@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from eagle import device
-from eagle.cli import RequestError, existing_path
-from eagle.draft import rotary_embedding
-from eagle.features import FeatureStore
-from eagle.model_config import ModelConfig, draft_config_for, load_config
-from eagle.target import parse_dtype
+from eagle.drafts.layers import rotary_embedding
+from eagle.dtypes import parse_dtype
+from eagle.errors import RequestError
+from eagle.files import existing_path
+from eagle.store.reader import FeatureStore
+from eagle.target.config import ModelConfig, draft_config_for, load_config
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, Setting, make_plan, trunk_values
 from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded

@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle.cli import RequestError
-from eagle.conversation import load_encoder
-from eagle.cpu_attention import attention_for
-from eagle.datagen.tokens import encode_all
-from eagle.datagen.worker import padded_features
-from eagle.features import describe_features
-from eagle.model_config import load_config
-from eagle.records import RecordFile
+from eagle.data.json_file import RecordFile
+from eagle.data.loss_mask import load_encoder
+from eagle.data.tokens import encode_all
+from eagle.dtypes import parse_dtype
+from eagle.errors import RequestError
+from eagle.generate.worker import padded_features
+from eagle.store.manifest import describe_features
 from eagle.store.shard import Record
-from eagle.target import load_trunk, parse_dtype
+from eagle.target.config import load_config
+from eagle.target.cpu_attention import attention_for
+from eagle.target.trunk import load_trunk
 from eagle.tensor_file import DTYPE_CODES
 
 
@@ -41,7 +42,7 @@ class LiveSource:
 
 
 class LiveFeatures:
-    """Looks like `eagle.features.FeatureStore` to a data set; ``live[i]`` runs the base model.
+    """Looks like `eagle.store.reader.FeatureStore` to a data set; ``live[i]`` runs the base model.
 
     processes: how many processes of this machine do the same, so that they share its cores for tokenising.
 
@@ -52,7 +53,7 @@ class LiveFeatures:
         config = load_config(basepath)
         records = RecordFile(source.data_path, allow_truncated=source.allow_truncated)
         encoder = load_encoder(basepath, config, source.chat_template)
-        # The same choice as `eagle.datagen.job.node_share`'s, in a store's order.
+        # The same choice as `eagle.generate.job.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
         chosen = np.sort(order)
         self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)
@@ -96,5 +97,5 @@ class LiveFeatures:
         return []
 
     def identity(self) -> list[str]:
-        """As `eagle.features.FeatureStore.identity`."""
+        """As `eagle.store.reader.FeatureStore.identity`."""
         return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype])]

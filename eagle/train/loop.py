@@ -13,21 +13,22 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from eagle.cli import RequestError, WorkError
-from eagle.draft import DraftModel
+from eagle.drafts.alignment import Batch, collate, shift
+from eagle.drafts.eagle1.closed_form_start import NormalEquations, start_from
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.losses import TOKEN_LOSSES, smooth_l1
+from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.unroll import UnrolledDraft, chain_supervision
+from eagle.errors import RequestError, WorkError
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
-from eagle.train.closed_form import NormalEquations, start_from
-from eagle.train.dataset import Batch, FeatureDataset, collate, epoch_batches, micro_batches, shift
+from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches
 from eagle.train.divergence import LossGrowth, check_finite
-from eagle.train.head import FrozenHead
-from eagle.train.losses import TOKEN_LOSSES, smooth_l1
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
 from eagle.train.sharding import is_sharded, no_sync, shard, whole, whole_draft, whole_optimizer
-from eagle.train.unroll import UnrolledDraft, chain_supervision
-from eagle.train.validate import Validation, validate
+from eagle.train.validation import Validation, validate
 
 
 class Trainer:

@@ -22,23 +22,27 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from eagle import device
-from eagle.cli import HelpFormatter, RequestError, existing_path, locked, output_folder, provenance, run, write_json
-from eagle.draft import DraftModel, describe, load_trained_state, read_draft_state
-from eagle.features import FeatureStore
-from eagle.model_config import draft_config_for, load_config
-from eagle.store.verify_store import skip_damaged
-from eagle.target import Weights, fingerprint, read_embedding, read_head
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.losses import TOKEN_LOSSES
+from eagle.drafts.saved import describe, load_trained_state, read_draft_state
+from eagle.drafts.token_loss import FrozenHead
+from eagle.entry import HelpFormatter, run
+from eagle.errors import RequestError
+from eagle.files import existing_path, locked, output_folder, write_json
+from eagle.provenance import provenance
+from eagle.store.reader import FeatureStore
+from eagle.store.verify import skip_damaged
+from eagle.target.config import draft_config_for, load_config
+from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.cpu_launch import become_group, use_cores
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
 from eagle.train.dry_run import dry_run
-from eagle.train.head import FrozenHead
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
-from eagle.train.losses import TOKEN_LOSSES
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
 from eagle.train.sharding import check_sharding
-from eagle.train.validate import DEPTH
+from eagle.train.validation import DEPTH
 
 RUN = "train_options.json"
 

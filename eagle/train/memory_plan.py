@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle.draft import DraftModel
-from eagle.model_config import ModelConfig
-from eagle.train.closed_form import CHUNK
-from eagle.train.head import FrozenHead
-from eagle.train.validate import DEPTH
+from eagle.drafts.eagle1.closed_form_start import CHUNK
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.token_loss import FrozenHead
+from eagle.target.config import ModelConfig
+from eagle.train.validation import DEPTH
 
 #: Bytes of a float32, which weights, gradients and AdamW's two averages are kept in, and of a float64.
 SINGLE, DOUBLE = 4, 8
@@ -202,7 +202,7 @@ def attention_mask_bytes(setting: Setting, step: int) -> int:
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
-    """Activations that draft step `step` keeps for the backward pass; see `eagle.train.unroll`.
+    """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`.
 
     Of the attention: queries, the keys and values of all steps so far (repeated where queries share them), the output
     and one number per row; the scores too where the kernel is not a fused one.

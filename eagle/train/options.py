@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eagle.cli import RequestError
-from eagle.target import parse_dtype
-from eagle.train.losses import TOKEN_LOSSES
+from eagle.drafts.losses import TOKEN_LOSSES
+from eagle.dtypes import parse_dtype
+from eagle.errors import RequestError
 
 INITS = ("closed_form", "random")
 TRACKERS = ("none", "tensorboard", "wandb", "swanlab")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.cli import progress_bar
-from eagle.train.validate import Validation
+from eagle.progress import progress_bar
+from eagle.train.validation import Validation
 
 METRICS = "metrics.jsonl"
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from eagle.cli import RequestError
 from eagle.device import compute_dtype
-from eagle.draft import DraftModel, trained_state
-from eagle.train.unroll import UnrolledDraft
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import trained_state
+from eagle.drafts.unroll import UnrolledDraft
+from eagle.errors import RequestError
 
 
 def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle.cli import run
+from eagle.entry import run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.draft import DraftModel
-from eagle.features import FeatureStore
-from eagle.model_config import load_config
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import shard_paths
-from eagle.target import Weights, read_embedding
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding
 from tests.e2e.commands import command
 from tests.tiny import conversations, make_target, write_sharegpt
 

@@ -28,7 +28,7 @@ def reshard(words: list[object], moment: int = 0) -> BaseProcess:
 
 
 def _reshard(words: list[str], moment: int) -> None:
-    import reassign_data_num
+    from eagle.store import reshard as reassign_data_num
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.fsync = lambda descriptor: None  # what a killed process wrote is there; syncing is against power cuts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from eagle.cleaning import DROP_REASONS, REPAIRS
-from eagle.features import FeatureStore
+from eagle.data.cleaning import DROP_REASONS, REPAIRS
+from eagle.store.reader import FeatureStore
 from tests.e2e.commands import command
 
 #: Refuses conversations that say REFUSE, and changes what the assistant said about colour.

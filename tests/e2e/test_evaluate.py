@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle import evaluate
-from eagle.draft import save_draft
-from eagle.export import export
-from eagle.train.checkpoint import BEST, point
+from eagle.decode import evaluate
+from eagle.drafts.saved import BEST, save_draft
+from eagle.train.checkpoint import point
+from eagle.vllm.export import export
 from tests.e2e.commands import Answer, ask, command
 from tests.e2e.conftest import draft_of
 from tests.tiny import make_target

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eagle.train.checkpoint import resolve_pointer, states
+from eagle.drafts.saved import resolve_pointer
+from eagle.train.checkpoint import states
 from tests.e2e.commands import ROOT, command
 
 pytest.importorskip("torch.distributed.fsdp", reason="no distributed torch here")
@@ -27,11 +28,11 @@ SHARES = """
 import sys
 import torch
 from accelerate import Accelerator
-from eagle.draft import DraftModel, trained_state
-from eagle.model_config import load_config
+from eagle.drafts.eagle1.network import DraftModel, trained_state
+from eagle.target.config import load_config
 from eagle.train.main import leave
 from eagle.train.sharding import shard, whole_draft, whole_optimizer
-from eagle.train.unroll import UnrolledDraft
+from eagle.drafts.unroll import UnrolledDraft
 
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(0)

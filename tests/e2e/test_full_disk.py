@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle.draft import load_draft, save_draft
-from eagle.train.checkpoint import resolve_pointer, states
+from eagle.drafts.saved import load_draft, resolve_pointer, save_draft
+from eagle.train.checkpoint import states
 from tests.e2e.commands import command, start
 from tests.e2e.conftest import WORKERS, contents, draft_of
 from tests.e2e.test_interrupted_generation import wait_until, workers_of

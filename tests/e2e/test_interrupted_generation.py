@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import allocation
+from eagle.generate import main as allocation
 from eagle.store.shard import shard_paths
 from tests.e2e.commands import ask, command, start
 from tests.e2e.conftest import CONVERSATIONS, WORKERS, contents
@@ -32,7 +32,7 @@ def workers_of(outdir: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:  # it has just ended
             continue
-        if b"eagle.datagen.worker" in words and str(outdir).encode() in words:
+        if b"eagle.generate.worker" in words and str(outdir).encode() in words:
             found.append(int(path.parent.name))
     return found
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import reassign_data_num
-from eagle.cli import RequestError, locked
-from eagle.features import FeatureStore
+from eagle.errors import RequestError
+from eagle.files import locked
+from eagle.store import reshard as reassign_data_num
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import Record, write_shard
 from tests.e2e import killed
 from tests.e2e.commands import ask

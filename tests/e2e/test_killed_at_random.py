@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.datagen.job import GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
-from eagle.datagen.progress import finished
-from eagle.datagen.worker import Worker
-from eagle.features import FeatureStore
-from eagle.store.verify_store import check_store
+from eagle.generate.job import GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
+from eagle.generate.progress import finished
+from eagle.generate.worker import Worker
+from eagle.store.reader import FeatureStore
+from eagle.store.verify import check_store
 from tests.e2e.commands import command, start
 from tests.e2e.conftest import contents
 from tests.e2e.test_interrupted_generation import wait_until, workers_of

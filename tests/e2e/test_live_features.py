@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.features import FeatureStore
+from eagle.store.reader import FeatureStore
 from eagle.train import main as train
 from eagle.train.live_features import LiveFeatures, LiveSource
 from tests.e2e.commands import ask, command

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from eagle.cleaning import Tally, clean_record
-from eagle.conversation import load_encoder
-from eagle.draft import load_draft
-from eagle.features import FeatureStore
-from eagle.model_config import load_config
+from eagle.data.cleaning import Tally, clean_record
+from eagle.data.loss_mask import load_encoder
+from eagle.drafts.saved import load_draft, resolve_pointer
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import Record
-from eagle.target import Weights, read_embedding, read_head
-from eagle.train.checkpoint import resolve_pointer, states
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding, read_head
+from eagle.train.checkpoint import states
 from eagle.train.dataset import split_store
 from tests.e2e.commands import command
 from tests.e2e.conftest import RECORDS

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import allocation
-import convert_eagle_ckpt_to_vllm_compatible
-import reassign_data_num
-from eagle import evaluate
-from eagle.draft import save_draft
+from eagle.decode import evaluate
+from eagle.drafts.saved import save_draft
+from eagle.generate import main as allocation
+from eagle.store import reshard as reassign_data_num
 from eagle.train import main
+from eagle.vllm import convert as convert_eagle_ckpt_to_vllm_compatible
 from tests.e2e.commands import Answer, ask
 from tests.e2e.conftest import contents, draft_of
 from tools import get_quickstart_data
@@ -113,7 +113,7 @@ def test_a_folder_that_takes_no_files(
     def refused(**_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("eagle.cli.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("eagle.entry.tempfile.TemporaryFile", refused)
     check_refused(ask(allocation.main, capsys, *words, "--outdir", tmp_path), "--outdir", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -124,6 +124,6 @@ def test_a_full_disk_is_not_a_wrong_request(
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("eagle.cli.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("eagle.entry.tempfile.TemporaryFile", full)
     answer = ask(allocation.main, capsys, *words, "--outdir", tmp_path)
     assert answer.code == 1 and "free some space and run again" in answer.error

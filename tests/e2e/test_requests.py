@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import allocation
-import convert_eagle_ckpt_to_vllm_compatible as convert
-import reassign_data_num as reassign
-from eagle.draft import save_draft
+from eagle.drafts.saved import save_draft
+from eagle.generate import main as allocation
+from eagle.store import reshard as reassign
 from eagle.train import main as train
+from eagle.vllm import convert
 from tests.e2e.commands import Answer, ask, command
 from tests.e2e.conftest import draft_of
 from tests.tiny import make_target

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle.draft import load_draft
-from eagle.features import FeatureStore
-from eagle.model_config import load_config
-from eagle.train.checkpoint import resolve_pointer, states
+from eagle.drafts.saved import load_draft, resolve_pointer
+from eagle.store.reader import FeatureStore
+from eagle.target.config import load_config
+from eagle.train.checkpoint import states
 from tests.e2e.commands import command
 
 #: Sums over a global batch in another order differ in the last bits of float32; three epochs of AdamW, which divides by

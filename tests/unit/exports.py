@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from eagle.draft import DraftModel, save_draft
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import save_draft
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding
 
 
 def make_draft(folder: Path, base: Path) -> Path:

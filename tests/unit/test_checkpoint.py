@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.cli import RequestError, WorkError
-from eagle.draft import DraftModel, load_draft
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import load_draft
+from eagle.errors import RequestError, WorkError
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from tests.tiny import make_target

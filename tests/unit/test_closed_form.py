@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from eagle.draft import DraftModel
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding
-from eagle.train.closed_form import NormalEquations, start_from
-from eagle.train.dataset import Example
+from eagle.drafts.alignment import Example
+from eagle.drafts.eagle1.closed_form_start import NormalEquations, start_from
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding
 from tests.tiny import make_target
 
 
@@ -48,7 +48,7 @@ def test_equals_least_squares_and_does_not_depend_on_the_chunks(model, monkeypat
     for example in examples:
         whole.add(example)
     whole.flush()
-    monkeypatch.setattr("eagle.train.closed_form.CHUNK", 100)
+    monkeypatch.setattr("eagle.drafts.eagle1.closed_form_start.CHUNK", 100)
     pieces = NormalEquations(model, torch.device("cpu"))
     for example in examples:
         pieces.add(example)

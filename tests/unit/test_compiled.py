@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from eagle.datagen.compiled import compile_trunk
+from eagle.target.compiled import compile_trunk
 
 CPU = torch.device("cpu")
 

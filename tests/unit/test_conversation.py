@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle.cleaning import DROP_REASONS, Dropped, Tally, clean_record
-from eagle.cli import RequestError
-from eagle.conversation import TEMPLATE_FOLDER, Encoder, load_encoder
-from eagle.model_config import load_config
+from eagle.data.chat_template import TEMPLATE_FOLDER
+from eagle.data.cleaning import DROP_REASONS, Dropped, Tally, clean_record
+from eagle.data.loss_mask import Encoder, load_encoder
+from eagle.errors import RequestError
+from eagle.target.config import load_config
 from tests.tiny import byte_level_tokenizer, conversations, make_target, word_piece_tokenizer
 
 # Templates as models bring them: one that trims, one whose turn markers are plain text.

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from eagle import cpu_attention
-from eagle.cpu_attention import BLOCKED, attention_for, causal_attention
-from eagle.target import load_trunk
+from eagle.target import cpu_attention
+from eagle.target.cpu_attention import BLOCKED, attention_for, causal_attention
+from eagle.target.trunk import load_trunk
 from tests.tiny import make_target
 
 CPU = torch.device("cpu")

@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.features import FeatureStore
+from eagle.drafts.alignment import collate, shift, supervised_positions
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import Record, write_shard
-from eagle.train.dataset import (
-    FeatureDataset,
-    collate,
-    epoch_batches,
-    micro_batches,
-    shift,
-    split_store,
-    supervised_positions,
-)
+from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store
 
 
 def record(mask: list[int], number: int = 0) -> Record:

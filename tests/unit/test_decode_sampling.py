@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from eagle.cli import RequestError
 from eagle.decode import generate
-from eagle.decode.accept import settle
+from eagle.decode.acceptance_rule import settle
 from eagle.decode.drafter import DynamicDrafter, StaticDrafter
 from eagle.decode.generate import SpeculativeDecoder
 from eagle.decode.sampling import Sampling, draw
 from eagle.decode.tree import chain_paths
+from eagle.errors import RequestError
 from tests.drafts import CPU, random_draft, tiny_target
 from tests.tiny import make_target
 

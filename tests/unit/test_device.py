@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eagle import device
-from eagle.cli import RequestError
+from eagle.errors import RequestError
 
 
 @pytest.fixture

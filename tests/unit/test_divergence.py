@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle.cli import WorkError
-from eagle.train.dataset import Batch
+from eagle.drafts.alignment import Batch
+from eagle.errors import WorkError
 from eagle.train.divergence import GROWTH, WINDOW, LossGrowth, check_finite
 from eagle.train.run_log import StepResult
 

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from eagle.cli import RequestError
-from eagle.draft import DraftModel, load_draft, read_draft_state, save_draft, trained_state
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import load_draft, read_draft_state, save_draft, trained_state
+from eagle.errors import RequestError
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding
 from tests.tiny import make_target
 
 TARGETS = {

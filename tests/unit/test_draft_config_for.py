@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle.cli import RequestError
-from eagle.model_config import draft_config_for, parse_config
+from eagle.errors import RequestError
+from eagle.target.config import draft_config_for, parse_config
 from tests.unit.config_cases import (
     base,
     write,

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert_eagle_ckpt_to_vllm_compatible as convert
-from eagle.cli import RequestError, run
-from eagle.draft import load_draft
-from eagle.export import choose_layouts, export
-from eagle.export_note import note_with_acceptance
-from eagle.model_config import load_config
-from eagle.target import Weights, fingerprint, read_embedding, read_head
+from eagle.drafts.saved import load_draft
+from eagle.entry import run
+from eagle.errors import RequestError
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
+from eagle.vllm import convert
+from eagle.vllm.export import choose_layouts, export
+from eagle.vllm.note import note_with_acceptance
 from tests.tiny import make_target
 from tests.unit.exports import hashes, make_draft, read
 

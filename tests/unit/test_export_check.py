@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle import export as export_module
-from eagle.cli import WorkError
-from eagle.export import export
-from eagle.export_check import check_export
+from eagle.errors import WorkError
+from eagle.vllm import export as export_module
+from eagle.vllm.export import export
+from eagle.vllm.self_check import check_export
 from tests.tiny import make_target
 from tests.unit.exports import make_draft, read
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.cli import RequestError, WorkError, write_json
-from eagle.features import MANIFEST, FeatureStore, cut_evenly
+from eagle.errors import RequestError, WorkError
+from eagle.files import write_json
+from eagle.store.manifest import MANIFEST
+from eagle.store.reader import FeatureStore
+from eagle.store.reshard import cut_evenly
 from eagle.store.shard import FORMAT_VERSION, Record, Shard, ShardWriter, shard_paths, write_shard
 
 

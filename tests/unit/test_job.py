@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from eagle.cli import RequestError
-from eagle.datagen.job import GenerationRequest, claim_outdir, node_share, parse_indices, resolve
-from eagle.features import MANIFEST
+from eagle.errors import RequestError
+from eagle.generate.job import GenerationRequest, claim_outdir, node_share, parse_indices, resolve
+from eagle.store.manifest import MANIFEST
 from tests.tiny import conversations, make_target, write_sharegpt
 
 

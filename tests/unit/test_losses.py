@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eagle.train.head import FrozenHead, likeliest
-from eagle.train.losses import TOKEN_LOSSES, acceptance, smooth_l1, soft_cross_entropy, top_k_distillation
+from eagle.drafts.losses import TOKEN_LOSSES, acceptance, smooth_l1, soft_cross_entropy, top_k_distillation
+from eagle.drafts.token_loss import FrozenHead, likeliest
 
 STEPS, N, H, V = 3, 13, 6, 50
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eagle.cli import RequestError
-from eagle.model_config import load_config
-from eagle.target import fingerprint
+from eagle.errors import RequestError
+from eagle.target.config import load_config
+from eagle.target.weights import fingerprint
 from tests.make_qwen2 import make_qwen2
 from tests.tiny import make_target
 

@@ -4,12 +4,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from eagle.cleaning import Tally, clean_record
-from eagle.cli import run
-from eagle.conversation import load_encoder, main
-from eagle.mask_viewer import show_record, to_html, to_terminal
-from eagle.model_config import load_config
-from eagle.records import RecordFile
+from eagle.data.cleaning import Tally, clean_record
+from eagle.data.json_file import RecordFile
+from eagle.data.loss_mask import load_encoder
+from eagle.data.viewer import main, show_record, to_html, to_terminal
+from eagle.entry import run
+from eagle.target.config import load_config
 from tests.tiny import conversations, make_target, write_sharegpt
 
 RECORDS = [*conversations(4), {"id": "none"}, {"conversations": [{"from": "human", "value": "<b>&</b>"}] * 2}]
@@ -82,7 +82,7 @@ def test_terminal(inputs):
 
 def test_command(inputs, tmp_path, capsys):
     model, data = inputs
-    common = ["show", "--model_name", str(model), "--data_path", str(data)]
+    common = ["--model_name", str(model), "--data_path", str(data)]
     assert run(lambda: main([*common, "--num", "2"])) == 0
     said = capsys.readouterr().out
     assert "record 1: " in said and "record 2: " not in said and "\033" not in said

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from eagle.draft import DraftModel
-from eagle.model_config import ModelConfig, parse_config
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.unroll import UnrolledDraft
+from eagle.target.config import ModelConfig, parse_config
 from eagle.train.dry_run import attention_is_fused
-from eagle.train.head import FrozenHead
 from eagle.train.memory_plan import Setting, draft_weights, make_plan, saved_bytes, workspace_bytes
-from eagle.train.unroll import UnrolledDraft
 
 
 def config(*, kv_heads: int = 4, vocab: int = 300, tied: bool = False, hidden: int = 64) -> ModelConfig:

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from eagle.cli import RequestError
-from eagle.model_config import ModelConfig, load_config, parse_config
+from eagle.errors import RequestError
+from eagle.target.config import ModelConfig, load_config, parse_config
 from tests.unit.config_cases import (
     BASES,
     QWEN2,

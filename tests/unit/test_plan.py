@@ -5,15 +5,16 @@ import shutil
 
 import pytest
 
-import allocation
-from eagle.cli import WorkError, run
-from eagle.datagen.compiled import WORTH_TOKENS, should_compile
-from eagle.datagen.job import claim_outdir, encode_job, finish, resolve
-from eagle.datagen.plan import dry_run_lines, make_plan
-from eagle.datagen.progress import missing
-from eagle.datagen.worker import Worker
+from eagle.entry import run
+from eagle.errors import WorkError
+from eagle.generate import main as allocation
+from eagle.generate.job import claim_outdir, encode_job, finish, resolve
+from eagle.generate.plan import dry_run_lines, make_plan
+from eagle.generate.progress import missing
+from eagle.generate.worker import Worker
 from eagle.store.shard import shard_paths
-from eagle.store.verify_store import check_store
+from eagle.store.verify import check_store
+from eagle.target.compiled import WORTH_TOKENS, should_compile
 from tests.tiny import write_sharegpt
 from tests.unit.test_job import inputs, request  # noqa: F401
 
@@ -61,7 +62,7 @@ def test_a_store_that_does_not_fit_is_refused(tmp_path, inputs):  # noqa: F811
 
 
 def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("eagle.datagen.plan.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("eagle.generate.plan.PROBE_SECONDS", 0.1)
     job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
     tokens = encode_job(job, save=False)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
@@ -72,7 +73,7 @@ def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
 
 def test_dry_run_of_a_store_that_is_there(tmp_path, inputs, monkeypatch, capsys):  # noqa: F811
     """Finished, with other options, on a full disk: every file stays as it is, and none is added."""
-    monkeypatch.setattr("eagle.datagen.plan.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("eagle.generate.plan.PROBE_SECONDS", 0.1)
     job = resolve(request(inputs, tmp_path / "store"))
     claim_outdir(job)
     encode_job(job)
@@ -110,7 +111,7 @@ def test_dry_run_of_nothing(tmp_path, inputs):  # noqa: F811
 
 def test_nodes_share_a_job(tmp_path, inputs):  # noqa: F811
     """On a shared disk the nodes' folders lie side by side and are one store."""
-    from eagle.features import FeatureStore
+    from eagle.store.reader import FeatureStore
 
     def store(root, **changes):
         job = resolve(request(inputs, root, dtype="float32", batch_tokens=1, **changes))
@@ -167,12 +168,12 @@ def test_what_a_worker_died_of_behind_its_back_is_raised(tmp_path, inputs, monke
     ],
 )
 def test_when_to_compile(mode, kind, tokens, expected, monkeypatch):
-    monkeypatch.setattr("eagle.datagen.compiled._missing", lambda kind: None)
+    monkeypatch.setattr("eagle.target.compiled._missing", lambda kind: None)
     assert should_compile(mode, kind, tokens) is expected
 
 
 def test_compiling_where_it_cannot_be(monkeypatch):
-    from eagle.cli import RequestError
+    from eagle.errors import RequestError
 
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

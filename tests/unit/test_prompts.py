@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle.cli import RequestError
-from eagle.prompts import Prompt, load_prompts
+from eagle.data.prompts import Prompt, load_prompts
+from eagle.errors import RequestError
 
 
 def test_the_default_set_is_diverse() -> None:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from eagle.cli import RequestError
-from eagle.records import RecordFile
+from eagle.data.json_file import RecordFile
+from eagle.errors import RequestError
 
 RECORDS = [
     {"id": "a", "conversations": [{"from": "human", "value": 'quotes \\" and \\\\ [brackets] {braces}, commas'}]},

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.cli import RequestError
-from eagle.features import FeatureStore
+from eagle.errors import RequestError
+from eagle.store.reader import FeatureStore
 from eagle.store.reshard import preview, reshard
 from eagle.store.shard import Record, ShardWriter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from eagle.train.run_log import RunLog
-from eagle.train.validate import DEPTH, Validation
+from eagle.train.validation import DEPTH, Validation
 
 
 def test_a_tracker_gets_every_number_by_a_name_of_its_own(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eagle.cli import RequestError
+from eagle.errors import RequestError
 from eagle.train.sharding import check_sharding, is_sharded
 
 

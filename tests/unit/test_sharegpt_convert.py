@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -11,19 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from eagle.cleaning import Tally, clean_record
-from eagle.cli import run
-from eagle.records import RecordFile
+from eagle.data.cleaning import Tally, clean_record
+from eagle.data.json_file import RecordFile
+from eagle.data.sharegpt.main import main
+from eagle.entry import run
 from tests.unit.sharegpt_cases import CHAT, DROPPED, FORMATS, OPENAI, QUESTION, REPLY, ROUND, SHAREGPT, SYSTEM
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "sharegpt_convert.py"
-spec = importlib.util.spec_from_file_location("sharegpt_convert", SCRIPT)
-sharegpt_convert = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sharegpt_convert)
 
 
 def convert(*argv: object) -> int:
-    return run(lambda: sharegpt_convert.main([str(word) for word in argv]))
+    return run(lambda: main([str(word) for word in argv]))
 
 
 def write(path: Path, records: list) -> Path:

@@ -7,8 +7,8 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
-from eagle.cli import RequestError
-from eagle.model_config import ModelConfig, draft_config_for, load_config, parse_config
+from eagle.errors import RequestError
+from eagle.target.config import ModelConfig, draft_config_for, load_config, parse_config
 from tests.unit.config_cases import (
     BASES,
     BASES_FOLDER,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from eagle.cli import RequestError
-from eagle.features import FeatureStore
+from eagle.errors import RequestError
+from eagle.store.dtypes import block_size, check_store_dtype, pack
+from eagle.store.reader import FeatureStore
 from eagle.store.reshard import reshard
 from eagle.store.shard import Record, ShardWriter
-from eagle.store.store_dtype import block_size, check_store_dtype, pack
 
 
 def features(tokens=200, hidden=192, dtype=torch.bfloat16):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eagle.cli import RequestError
-from eagle.model_config import load_config
-from eagle.target import Weights, fingerprint, load_trunk, parse_dtype, read_embedding, read_head
+from eagle.dtypes import parse_dtype
+from eagle.errors import RequestError
+from eagle.target.config import load_config
+from eagle.target.trunk import load_trunk
+from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
 from tests.tiny import make_target
 
 LAYOUTS = {

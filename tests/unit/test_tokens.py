@@ -9,13 +9,13 @@ import numpy as np
 import psutil
 import pytest
 
-from eagle.cleaning import Dropped, Tally, clean_record
-from eagle.cli import WorkError
-from eagle.conversation import load_encoder
-from eagle.datagen import tokens as tokens_module
-from eagle.datagen.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
-from eagle.model_config import load_config
-from eagle.records import RecordFile
+from eagle.data import tokens as tokens_module
+from eagle.data.cleaning import Dropped, Tally, clean_record
+from eagle.data.json_file import RecordFile
+from eagle.data.loss_mask import load_encoder
+from eagle.data.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
+from eagle.errors import WorkError
+from eagle.target.config import load_config
 from tests.tiny import conversations, make_target, write_sharegpt
 
 BROKEN = [None, {"conversations": []}, {"conversations": [{"from": "human", "value": "?"}]}]

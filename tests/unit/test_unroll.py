@@ -5,13 +5,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from eagle.draft import DraftModel
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding, read_head
-from eagle.train.dataset import Batch
-from eagle.train.head import FrozenHead
-from eagle.train.unroll import UnrolledDraft, chain_mask, chain_supervision
-from eagle.train.validate import DEPTH, chain_counts, validate
+from eagle.drafts.alignment import Batch
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.unroll import UnrolledDraft, chain_mask, chain_supervision
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding, read_head
+from eagle.train.validation import DEPTH, chain_counts, validate
 from tests.tiny import make_target
 
 STEPS, LENGTH = 5, 12

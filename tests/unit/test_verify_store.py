@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
-from eagle.cli import WorkError, run, write_json
-from eagle.features import DONE, MANIFEST, FeatureStore, main
+from eagle.entry import run
+from eagle.errors import WorkError
+from eagle.files import write_json
+from eagle.store.manifest import DONE, MANIFEST
+from eagle.store.reader import FeatureStore
 from eagle.store.reshard import preview, reshard
 from eagle.store.shard import Shard, ShardWriter
-from eagle.store.verify_store import check_store, skip_damaged
+from eagle.store.verify import check_store, main, skip_damaged
 from tests.unit.test_features import equal, manifest, record
 
 LENGTHS = [4, 40, 41, 600]
@@ -49,10 +52,10 @@ def test_summary(tmp_path, capsys):
     assert summary.lengths == {0: 1, 32: 2, 512: 1}
     assert summary.supervised_tokens == sum(int(r.loss_mask.sum()) for r in FeatureStore(root))
     assert summary.dropped == {"no_conversation": 3}
-    assert run(lambda: main(["verify", str(root)])) == 0
+    assert run(lambda: main([str(root)])) == 0
     said = capsys.readouterr().out
     assert "4 records, 685 tokens" in said and "32-63 tokens" in said and "dropped       3  no 'conv" in said
-    assert run(lambda: main(["verify", str(root), "--json"])) == 0
+    assert run(lambda: main([str(root), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["content_digest"] == summary.content_digest
 
 
@@ -77,7 +80,7 @@ def test_digest_depends_on_content_alone(tmp_path):
 def test_a_flipped_bit_is_named(tmp_path, capsys, name):
     root = make_store(tmp_path, store_dtype="int8")
     flip(root / "0" / "shard-00001.safetensors", name)
-    assert run(lambda: main(["verify", str(root)])) == 1
+    assert run(lambda: main([str(root)])) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "shard-00001.safetensors is damaged: the checksum of record 0 (conversation 1)" in said
 
@@ -103,7 +106,7 @@ def test_a_flipped_bit_in_the_header_is_named(tmp_path, capsys, what):
         with pytest.raises(WorkError, match=f"{path.name} is damaged: the checksum of its progress"):
             _ = Shard(path).progress
         return
-    assert run(lambda: main(["verify", str(root)])) == 1
+    assert run(lambda: main([str(root)])) == 1
     assert f"{path.name} is damaged" in capsys.readouterr().err.replace("\n", " ")
     assert len(skip_damaged(root, "--tmpdir")) == 3
 

@@ -1,4 +1,4 @@
-"""`eagle.verify_vllm` without a vLLM: refusals, the report, the verdict, an engine's last words."""
+"""`eagle.vllm.verify` without a vLLM: refusals, the report, the verdict, an engine's last words."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from eagle import verify_vllm, vllm_engine
-from eagle.cli import RequestError, run
-from eagle.conversation import load_encoder
-from eagle.export import export
-from eagle.model_config import load_config
-from eagle.prompts import Prompt, encode_first_turn
-from eagle.vllm_engine import EngineError, EngineRequest, EngineResult, last_words, read_counters
+from eagle.data.loss_mask import load_encoder
+from eagle.data.prompts import Prompt, encode_first_turn
+from eagle.entry import run
+from eagle.errors import RequestError
+from eagle.target.config import load_config
+from eagle.vllm import engine as vllm_engine
+from eagle.vllm import verify as verify_vllm
+from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, last_words, read_counters
+from eagle.vllm.export import export
 from tests.oracle import Shape, write_pair
 
 RESULT = EngineResult(

@@ -5,12 +5,12 @@ import shutil
 import numpy as np
 import pytest
 
-from eagle.cli import WorkError
-from eagle.datagen import tokens as tokens_module
-from eagle.datagen.job import claim_outdir, encode_job, finish, resolve
-from eagle.datagen.progress import finished, missing
-from eagle.datagen.worker import Worker, batches
-from eagle.features import DONE
+from eagle.data import tokens as tokens_module
+from eagle.errors import WorkError
+from eagle.generate.job import claim_outdir, encode_job, finish, resolve
+from eagle.generate.progress import finished, missing
+from eagle.generate.worker import Worker, batches
+from eagle.store.manifest import DONE
 from eagle.store.shard import Shard, shard_paths
 from tests.tiny import conversations, make_target, write_sharegpt
 from tests.unit.test_job import request

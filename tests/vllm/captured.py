@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from eagle.vllm_engine import EngineRequest, serve
+from eagle.vllm.engine import EngineRequest, serve
 from tests.vllm.engines import run_child
 
 

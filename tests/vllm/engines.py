@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eagle.vllm_engine import ENVIRONMENT, EngineRequest, EngineResult, last_words, serve
+from eagle.vllm.engine import ENVIRONMENT, EngineRequest, EngineResult, last_words, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 

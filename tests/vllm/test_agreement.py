@@ -9,17 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle.conversation import load_encoder
+from eagle.data.loss_mask import load_encoder
+from eagle.data.prompts import encode_first_turn, load_prompts, stop_tokens
+from eagle.decode.acceptance import Acceptance
+from eagle.decode.draft import load_fitting_draft
 from eagle.decode.drafter import StaticDrafter
 from eagle.decode.generate import SpeculativeDecoder
-from eagle.decode.pair import load_fitting_draft, load_target
 from eagle.decode.sampling import Sampling
-from eagle.decode.statistics import Acceptance
+from eagle.decode.target import load_target
 from eagle.decode.tree import chain_paths
-from eagle.export import export
-from eagle.model_config import load_config
-from eagle.prompts import encode_first_turn, load_prompts, stop_tokens
-from eagle.vllm_engine import EngineRequest
+from eagle.target.config import load_config
+from eagle.vllm.engine import EngineRequest
+from eagle.vllm.export import export
 from tests.oracle import Shape, random_prompts, write_pair
 from tests.vllm.engines import ROOT, run_engines
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eagle.export import export
-from eagle.vllm_engine import EngineRequest, EngineResult
+from eagle.vllm.engine import EngineRequest, EngineResult
+from eagle.vllm.export import export
 from tests.oracle import Shape, random_prompts, write_pair
 from tests.vllm.engines import run_engines
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.draft import DraftModel, load_draft, save_draft
-from eagle.export import export
-from eagle.model_config import load_config
-from eagle.target import Weights, read_embedding, read_head
-from eagle.vllm_engine import EngineRequest
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import load_draft, save_draft
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding, read_head
+from eagle.vllm.engine import EngineRequest
+from eagle.vllm.export import export
 from tests.tiny import make_target
 from tests.vllm.captured import capture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle import verify_vllm
+from eagle.vllm import verify as verify_vllm
 from tests.vllm.engines import ROOT
 
 QUICKSTART = Path(os.environ.get("EAGLE_QUICKSTART", ROOT / "quickstart"))

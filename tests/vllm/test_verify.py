@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eagle import verify_vllm
-from eagle.cli import run
-from eagle.export import export
+from eagle.entry import run
+from eagle.vllm import verify as verify_vllm
+from eagle.vllm.export import export
 from tests.oracle import Shape, write_pair
 from tests.vllm.test_oracle import edit_config
 

@@ -1,0 +1,121 @@
+"""Prompts to measure with: the default set that ships, or a user's file in one of three shapes.
+
+{"question_id": 1, "category": "code", "turns": ["..."]}     MT-bench, one JSON object a line (or an array)
+{"id": "a", "conversations": [{"from": "human", ...}]}       ShareGPT: the first human turn
+any other suffix than .json and .jsonl                       one prompt a line
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle.data.cleaning import ROLES, Dropped, Message
+from eagle.data.json_file import RecordFile
+from eagle.data.loss_mask import Encoder
+from eagle.errors import RequestError
+from eagle.files import existing_path, read_json
+from eagle.target.config import ModelConfig
+
+DEFAULT_PROMPTS = Path(__file__).parent / "default_prompts.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a user says. turns: the user's side only, at least one. category: empty where the file names none."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def load_prompts(path: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of a file; of the default set where `path` is None.
+
+    ShareGPT records in which no human speaks are passed over.
+
+    Raises: FileNotFoundError; RequestError for a file without prompts or in an unknown shape.
+    """
+    if limit is not None and limit < 1:
+        raise RequestError(f"--num_prompts {limit}: at least one prompt is needed.")
+    file = DEFAULT_PROMPTS if path is None else existing_path(path, "--prompts", "file")
+    prompts = _from_records(file, limit) if file.suffix in (".json", ".jsonl") else _from_lines(file, limit)
+    if not prompts:
+        raise RequestError(f"--prompts {file} holds no prompts; expected MT-bench, ShareGPT or one prompt a line.")
+    return prompts
+
+
+def _from_lines(file: Path, limit: int | None) -> list[Prompt]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--prompts {file} is not UTF-8 text ({error}).") from error
+    prompts = [Prompt(str(number), "", (line,)) for number, line in enumerate(lines, start=1) if line]
+    return prompts[:limit]
+
+
+def _from_records(file: Path, limit: int | None) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    records = RecordFile(file, flag="--prompts")
+    for number in range(len(records)):
+        if limit is not None and len(prompts) == limit:
+            break
+        try:
+            record = records[number]
+        except ValueError as error:
+            raise RequestError(f"--prompts {file}: record {number} is not valid JSON ({error}).") from error
+        prompt = _from_record(record, number)
+        if prompt is None:
+            raise RequestError(
+                f"--prompts {file}: record {number} (counting from 0) has neither 'turns' (MT-bench, a list of texts) "
+                "nor 'conversations' (ShareGPT)."
+            )
+        if prompt.turns:
+            prompts.append(prompt)
+    return prompts
+
+
+def _from_record(record: Any, number: int) -> Prompt | None:
+    """The prompt of a record, without turns where no human speaks; None for an unknown shape."""
+    if not isinstance(record, dict):
+        return None
+    name = str(record.get("question_id", record.get("id", number)))
+    category = str(record.get("category", ""))
+    turns = record.get("turns")
+    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+        return Prompt(name, category, tuple(turns))
+    turns = record.get("conversations", record.get("conversation"))
+    if not isinstance(turns, list):
+        return None
+    human = (
+        turn.get("value", turn.get("content"))
+        for turn in turns
+        if isinstance(turn, dict) and ROLES.get(str(turn.get("from", turn.get("role"))).lower()) == "user"
+    )
+    first = next((text for text in human if isinstance(text, str) and text.strip()), None)
+    return Prompt(name, category, () if first is None else (first,))
+
+
+def encode_messages(messages: list[Message], encoder: Encoder) -> list[int]:
+    """Token ids of a conversation in the chat template, ready for the reply."""
+    text = encoder.render(messages, add_generation_prompt=True)
+    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_first_turn(prompt: Prompt, encoder: Encoder) -> list[int]:
+    """Token ids of a prompt's first turn, ready for the reply. Raises: RequestError where the template refuses it."""
+    try:
+        return encode_messages([{"role": "user", "content": prompt.turns[0]}], encoder)
+    except Dropped as error:
+        raise RequestError(f"Prompt {prompt.id}: {error} (template: {encoder.template_name}).") from error
+
+
+def stop_tokens(base: Path, config: ModelConfig, encoder: Encoder) -> list[int]:
+    """Every id that ends a reply: config.json's, generation_config.json's and the tokenizer's."""
+    generation = base / "generation_config.json"
+    named = [config.eos_token_id, encoder.tokenizer.eos_token_id]
+    if generation.is_file():
+        named.append(read_json(generation, "a generation config").get("eos_token_id"))
+    flat = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
+    return sorted({token for token in flat if token is not None})

@@ -1,0 +1,202 @@
+"""Where records come from: JSON arrays, JSON Lines, CSV and TSV, read one record at a time.
+
+A record that cannot be read comes as the `Unusable` that says why, so that the ones after it are not lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from eagle.data.cleaning import DROP_REASONS
+from eagle.data.json_file import RecordFile
+from eagle.data.sharegpt.formats import Unusable
+from eagle.errors import RequestError
+
+FLAG = "--input"
+TABLES = ("csv", "tsv")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
+WHO, WHAT = {"role", "from"}, {"content", "value"}
+
+BAD_QUOTES = "the row's quotes do not match"
+WRONG_WIDTH = "the row has more or fewer cells than the header"
+
+
+class Source(Protocol):
+    """A file of records. Iterating gives each record, or the `Unusable` that says why it cannot be read."""
+
+    kind: str
+    count: int | None
+    notes: list[str]
+
+    def samples(self) -> list[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class JsonSource:
+    """Records of a JSON array or JSON Lines file. A file that is one list of turns is one conversation."""
+
+    kind = "JSON"
+
+    def __init__(self, path: Path, allow_truncated: bool) -> None:
+        self._file = RecordFile(path, allow_truncated=allow_truncated, flag=FLAG)
+        self.notes = []
+        if damage := self._file.damage:
+            self.notes.append(f"left out what follows byte {damage.byte:,} (record {damage.record:,}): {damage.reason}")
+        self._is_one_conversation = self._file.is_array and self._looks_like_one_conversation(path)
+        self.count = 1 if self._is_one_conversation else len(self._file)
+
+    def _looks_like_one_conversation(self, path: Path) -> bool:
+        """JSON Lines of a single line that is a list cannot be told from an array by its bytes alone."""
+        samples = self._samples()
+        is_turns = all(isinstance(turn, dict) and turn.keys() & WHO and turn.keys() & WHAT for turn in samples)
+        is_texts = path.suffix.lower() != ".json" and all(isinstance(text, str) for text in samples)
+        return is_turns or is_texts
+
+    def samples(self) -> list[Any]:
+        return [list(self._records())] if self._is_one_conversation else self._samples()
+
+    def _samples(self) -> list[Any]:
+        """The first records and some from all over the file: a file may begin oddly."""
+        count = len(self._file)
+        picked = sorted({*range(min(count, 20)), *range(0, count, max(1, count // 80))})
+        return [self._record(index) for index in picked]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([list(self._records())]) if self._is_one_conversation else self._records()
+
+    def _records(self) -> Iterator[Any]:
+        return (self._record(index) for index in range(len(self._file)))
+
+    def _record(self, index: int) -> Any:
+        try:
+            return self._file[index]
+        except (ValueError, RecursionError):
+            return Unusable(DROP_REASONS["invalid_json"])
+
+
+class TableSource:
+    """Rows of a CSV or TSV file, as dicts by the names in its first row.
+
+    Raises: RequestError for a file without rows, in UTF-16, or that ends inside a quoted cell (while it is
+    read; with `allow_truncated` that row is left out instead).
+    """
+
+    count = None  # known only by reading it all
+
+    def __init__(self, path: Path, kind: str, allow_truncated: bool) -> None:
+        _lift_field_limit()
+        self._path, self.kind, self._allow_truncated = path, kind, allow_truncated
+        self.notes: list[str] = []
+        with path.open("rb") as file:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise RequestError(f"{FLAG} {path} is UTF-16; expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
+        # Spreadsheets write semicolons where the comma is the decimal point.
+        delimiters = ("\t",) if kind == "tsv" else (",", ";", "\t")
+        headers = [(header, delimiter) for delimiter in delimiters if (header := self._header(delimiter))]
+        if not headers:
+            raise RequestError(
+                f"{FLAG} {path}: its first line cannot be read as {kind.upper()} column names; expected a line such "
+                f"as {delimiters[0].join(('prompt', 'response'))!r}. Put one there, or mend its quotes."
+            )
+        self.header, self._delimiter = max(headers, key=lambda entry: len(entry[0]))
+        repeated = [name for name, count in Counter(self.header).items() if count > 1]
+        if repeated:
+            raise RequestError(f"{FLAG} {path}: two columns are called {repeated[0]!r}. Rename one of them.")
+        if next(iter(self), None) is None:
+            raise RequestError(f"{FLAG} {path} holds no rows; expected a row of column names, then one row a record.")
+
+    def samples(self) -> list[Any]:
+        return [dict.fromkeys(self.header, "")]
+
+    def __iter__(self) -> Iterator[Any]:
+        with self._open() as file:
+            rows = csv.reader(file, delimiter=self._delimiter, strict=True)
+            next(rows)
+            while True:
+                line = rows.line_num + 1
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    if "unexpected end" in str(error):
+                        self._refuse_open_quote(line)
+                        return
+                    yield Unusable(BAD_QUOTES)
+                    continue
+                if row:
+                    yield self._record(row)
+
+    def _record(self, row: list[str]) -> Any:
+        width = len(self.header)
+        if len(row) < width or any(row[width:]):
+            return Unusable(WRONG_WIDTH)
+        return dict(zip(self.header, row[:width], strict=True))
+
+    def _refuse_open_quote(self, line: int) -> None:
+        what = f"the row that starts in line {line:,} opens a quoted cell that never closes"
+        if not self._allow_truncated:
+            raise RequestError(
+                f"{FLAG} {self._path} is damaged: {what}. Fetch the file again, or pass --allow_truncated to use "
+                "the rows before it."
+            )
+        self.notes.append(f"left out everything from line {line:,}: {what}")
+
+    def _header(self, delimiter: str) -> list[str]:
+        """The names in the first row, or none where it is not well-formed with this delimiter."""
+        with self._open() as file:
+            try:
+                header = next(csv.reader(file, delimiter=delimiter, strict=True), [])
+            except csv.Error:
+                return []
+        while header and not header[-1].strip():
+            header.pop()
+        return header
+
+    def _open(self) -> Any:
+        # Bytes that are not UTF-8 must not end the file: their rows are dropped when they come to be written.
+        return self._path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _lift_field_limit() -> None:
+    limit = sys.maxsize
+    while True:
+        try:
+            csv.field_size_limit(limit)
+            return
+        except OverflowError:  # the limit is a C long: 32 bits on Windows
+            limit >>= 1
+
+
+def open_source(path: Path, told: str | None, allow_truncated: bool) -> Source:
+    """The records of a file, by its suffix or as --format (`told`) says.
+
+    Raises: RequestError for Parquet and other files that hold no text.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if path.suffix.lower() == ".parquet" or start[:4] == b"PAR1":
+        raise RequestError(
+            f"{FLAG} {path} is Parquet; expected JSON, JSON Lines, CSV or TSV. With pandas and pyarrow, convert it:\n"
+            f"  python -c \"import pandas; pandas.read_parquet('{path}').to_json('{path.with_suffix('.jsonl')}', "
+            "orient='records', lines=True, force_ascii=False)\""
+        )
+    if start[:2] == b"\x1f\x8b" or start[:4] in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd"):
+        raise RequestError(f"{FLAG} {path} is compressed or an Excel workbook; unpack it, or save it as CSV, first.")
+    if not start:
+        raise RequestError(f"{FLAG} {path} is empty; expected JSON, JSON Lines, CSV or TSV.")
+    table = told if told in TABLES else TABLE_SUFFIXES.get(path.suffix.lower())
+    if table:
+        return TableSource(path, table, allow_truncated)
+    if path.suffix.lower() not in JSON_SUFFIXES and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+        raise RequestError(
+            f"{FLAG} {path}: neither its name nor its first bytes say what it is. Expected .json, .jsonl, .csv or "
+            ".tsv; for a table under another name pass --format csv or --format tsv."
+        )
+    return JsonSource(path, allow_truncated)

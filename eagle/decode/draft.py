@@ -1,0 +1,86 @@
+"""A saved draft, loaded and checked to fit the target it is to draft for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from eagle.decode.target import Target
+from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.saved import STATE, load_draft, resolve_pointer, trained_state
+from eagle.errors import RequestError
+from eagle.files import existing_path, read_json
+from eagle.target.config import ModelConfig, load_config
+from eagle.target.weights import fingerprint
+
+
+def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftModel:
+    """The draft in a run, a checkpoint, an export of either layout or a public EAGLE folder, in the target's dtype.
+
+    It is built by its own config.json, as vLLM does; a theta that is not the target's is warned about, not mended.
+
+    Raises: FileNotFoundError, RequestError where it is no draft of this target.
+    """
+    existing_path(path, "--draft-path", "path")
+    folder = resolve_pointer(path)
+    check_fit(load_config(folder), target.config, folder)
+    check_base(folder, base)
+    embedding = target.trunk.embed_tokens.weight
+    # Its own copy of the embedding, if there is one, is dropped for the target's: the same values, once in memory.
+    draft = load_draft(folder, torch.empty(embedding.shape, device="meta"))
+    if tuple(draft.embed_tokens.weight.shape) != tuple(embedding.shape):
+        raise RequestError(
+            f"--draft-path {folder}: its embedding is {list(draft.embed_tokens.weight.shape)}, the base model's is "
+            f"{list(embedding.shape)}. This draft was trained for another model."
+        )
+    draft.embed_tokens = torch.nn.Embedding.from_pretrained(embedding.data.to(target.device), freeze=True)
+    if not all(bool(tensor.isfinite().all()) for tensor in trained_state(draft).values()):
+        raise RequestError(f"--draft-path {folder}: its weights contain NaN or infinity; the training has diverged.")
+    draft.requires_grad_(False)
+    if draft.fc.bias is not None and bool(draft.fc.bias.any()):
+        warn(
+            f"{folder} has a trained fc.bias, which is used here. vLLM 0.9 and newer have no place for it and accept "
+            "less than this measurement says."
+        )
+    return draft.eval().to(target.device, target.head.dtype)
+
+
+def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path) -> None:
+    """Raises: RequestError naming every size in which the draft's config differs from the target's."""
+    sizes = (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+        "hidden_act", "qkv_bias",
+    )  # fmt: skip
+    wrong = [
+        f"{name} is {getattr(draft, name)!r}, the base model's is {getattr(target, name)!r}"
+        for name in sizes
+        if getattr(draft, name) != getattr(target, name)
+    ]
+    if wrong:
+        raise RequestError(
+            f"--draft-path {folder} is no draft of --base-path's model: {'; '.join(wrong)}. Name the base model it was "
+            "trained for."
+        )
+    for name in ("rope_theta", "rope_scaling"):
+        mine, its = getattr(draft, name), getattr(target, name)
+        if mine != its:
+            warn(
+                f"{folder}/config.json has {name} {mine}, the base model {its}. It is measured as it is, as vLLM would "
+                "run it; expect few accepted tokens."
+            )
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Warn where a checkpoint of ours says that it was trained for another model of the same sizes."""
+    state = folder / STATE
+    if not state.is_file():
+        return
+    trained_for = read_json(state, "a checkpoint's state").get("run", {}).get("target")
+    if trained_for not in (None, fingerprint(base)):
+        warn(f"{folder} was trained for other weights than those in {base}; expect few accepted tokens.")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

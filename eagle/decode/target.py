@@ -1,0 +1,80 @@
+"""The target as decoding uses it: features of new tokens behind a cache, and their logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from eagle.decode.cache import TargetCache
+from eagle.files import existing_path
+from eagle.target.config import ModelConfig, load_config
+from eagle.target.trunk import load_trunk
+from eagle.target.weights import Weights, read_head
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The frozen target. trunk: without its ``lm_head``. head: ``[V, H]``, where the features come out."""
+
+    config: ModelConfig
+    trunk: torch.nn.Module
+    head: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in and features come out (accelerate moves what is between, where layers are spread)."""
+        return self.head.device
+
+    def new_cache(self, rows: int) -> TargetCache:
+        devices = [layer.self_attn.k_proj.weight.device for layer in self.trunk.layers]
+        return TargetCache(self.config, rows, devices, self.head.dtype)
+
+    def features(
+        self, tokens: torch.Tensor, cache: TargetCache, tree: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Features ``[T, H]`` of the tokens ``[T]`` that stand behind the cache's rows.
+
+        tree: depths ``[T]`` and ancestors ``[T, T]`` where the tokens are not a sequence.
+        """
+        start, count = cache.length, len(tokens)
+        if tree is None:
+            positions, mask = torch.arange(start, start + count, device=tokens.device), None
+        else:
+            positions, mask = tree[0] + start, attention_bias(tree[1], start, self.head.dtype)
+        output = self.trunk(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[0].to(self.device)
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return functional.linear(features, self.head)
+
+
+def attention_bias(visible: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask ``[1, 1, T, before + T]`` that transformers adds to attention scores. visible: ``[T, T]`` bool.
+
+    None for a single token, which sees everything.
+    """
+    if len(visible) == 1:
+        return None
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    bias.masked_fill_(~visible, torch.finfo(dtype).min)
+    return functional.pad(bias, (before, 0))[None, None]
+
+
+def load_target(folder: Path, dtype: torch.dtype, device: torch.device, *, spread: bool = False) -> Target:
+    """Raises: FileNotFoundError, RequestError."""
+    existing_path(folder, "--base-path", "folder")
+    config = load_config(folder)
+    head = read_head(Weights(folder, flag="--base-path"), config)
+    trunk = load_trunk(folder, dtype, device, spread=spread)
+    device, embedding = trunk.norm.weight.device, trunk.embed_tokens.weight
+    shared = config.tie_word_embeddings and embedding.device == device
+    return Target(config, trunk, embedding.data if shared else head.to(device, dtype))

@@ -1,0 +1,87 @@
+"""The draft head: one class for training, decoding and export, and the folder it is saved as.
+
+    f̂[t+1] = layer(fc(concat(embed(x[t+1]), f[t])))       the layer has no input norm, nothing follows it
+
+Weights carry the public EAGLE names (``fc.weight``, ``layers.0.self_attn.q_proj.weight``, ...). The embedding is
+the target's and frozen; ``fc`` has no bias, because vLLM has none to load it into.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from eagle.drafts.layers import MLP, Attention, Remember, RMSNorm, rotary_embedding
+from eagle.target.config import ModelConfig
+
+
+class DraftLayer(nn.Module):
+    """A decoder layer of the target's shape without its input norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None = None,
+        remember: Remember | None = None,
+    ) -> torch.Tensor:
+        queries, keys, values = self.self_attn.project(hidden, rotary)
+        if remember is not None:
+            keys, values = remember(keys, values)
+        hidden = hidden + self.self_attn.attend(queries, keys, values, mask)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DraftModel(nn.Module):
+    """The EAGLE-1 draft of a Llama or Qwen2 target.
+
+    embedding: the target's ``[V, H]``, kept frozen and in its own dtype. fc_bias: only for published drafts that
+    carry one.
+    """
+
+    def __init__(self, config: ModelConfig, embedding: torch.Tensor, *, fc_bias: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=True)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
+        self.layers = nn.ModuleList([DraftLayer(config)])
+        self.rotary = rotary_embedding(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def inputs(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """What ``fc`` reads: ``concat(embed(token), feature)`` ``[..., 2H]`` in the features' dtype."""
+        return torch.cat((self.embed_tokens(tokens).to(features.dtype), features), dim=-1)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        remember: Remember | None = None,
+    ) -> torch.Tensor:
+        """Predicted features ``[B, T, H]``.
+
+        tokens: ``[B, T]``, at position t the token x[t+1]. features: ``[B, T, H]``, at position t the feature f[t].
+        positions: ``[B, T]``, default 0..T-1. mask: None for causal attention, else a boolean one,
+        broadcastable to ``[B, heads, T, T]``, True where a query may look.
+        remember: decoding's KV cache; the mask then spans its rows too, ``[B, heads, T, rows so far]``.
+        Row t of the result predicts f[t+1].
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        hidden = self.fc(self.inputs(tokens, features))
+        return self.layers[0](hidden, self.rotary(hidden, positions), mask, remember)

@@ -1,0 +1,105 @@
+"""The parts that draft networks are built from, in the public key names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from eagle.target.config import ModelConfig
+
+#: Takes the keys and values of new rows, keeps them, and gives those of all rows so far: a KV cache's one verb.
+Remember = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention in the public key names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        size, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=config.o_bias)
+
+    def project(
+        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[B, heads, T, head_dim]``, keys and values ``[B, kv_heads, T, head_dim]``, rotated."""
+        batch, length, _ = hidden.shape
+
+        def split(projected: torch.Tensor, heads: int) -> torch.Tensor:
+            return projected.view(batch, length, heads, self.head_dim).transpose(1, 2)
+
+        queries, keys = split(self.q_proj(hidden), self.heads), split(self.k_proj(hidden), self.kv_heads)
+        return rotate(queries, rotary), rotate(keys, rotary), split(self.v_proj(hidden), self.kv_heads)
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention output ``[B, T, H]``. mask: None for causal, else True (or 0) where a query may look."""
+        groups = self.heads // self.kv_heads
+        if groups > 1:  # torch before 2.5 knows no grouped queries
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        mixed = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(self.head_dim)
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding of ``[B, heads, T, head_dim]`` by cos and sin ``[B, T, head_dim]``."""
+    cos, sin = (part.unsqueeze(1).to(states.dtype) for part in rotary)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class MLP(nn.Module):
+    """The gated feed-forward block in the public key names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 as the targets do."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(hidden.dtype)
+
+
+def rotary_embedding(config: ModelConfig) -> nn.Module:
+    """transformers' own rotary embedding for this config, so that every scaling the target may use is right."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = config.to_json(as_llama=True)
+    for key in ("architectures", "model_type", "torch_dtype", "qkv_bias"):
+        raw.pop(key, None)
+    return LlamaRotaryEmbedding(config=LlamaConfig(**raw))

@@ -1,0 +1,69 @@
+"""Several draft steps at once, for every position in parallel: what a chain of drafts would have computed.
+
+A chain that starts at position b reads the target's features up to b and its own outputs after that. Step k at
+position t belongs to the chain that started at ``b = t - k + 1``:
+
+    reads    token x[t+1] and, as its feature, step k-1's output at position t-1   (step 1: the target's f[t])
+    attends  to step 1's keys at positions 0..b, and to step j's key at position b + j - 1, for j = 2..k
+
+So one attention over the keys of all steps so far, with the right mask, drafts for all chains together
+(HASS, arXiv 2408.15766; "training-time test" in EAGLE-3, arXiv 2503.01840). The same forward trains on the draft's own
+features and measures how far its chains would get.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from eagle.drafts.eagle1.network import DraftModel
+
+
+class UnrolledDraft(nn.Module):
+    """A draft whose forward takes several steps; the module that is wrapped for distributed training."""
+
+    def __init__(self, draft: DraftModel) -> None:
+        super().__init__()
+        self.draft = draft
+
+    def forward(self, tokens: torch.Tensor, features: torch.Tensor, steps: int = 1) -> torch.Tensor:
+        """Predicted features ``[steps, B, T, H]``; row t of every step predicts f[t+1].
+
+        tokens: ``[B, T]``, x[t+1] at position t. features: ``[B, T, H]``, f[t] at position t. Rows t < k - 1 of step k
+        belong to no chain and mean nothing. A step's output is detached before the next reads it, as a server's is.
+        """
+        draft, layer = self.draft, self.draft.layers[0]
+        length = tokens.shape[1]
+        hidden = draft.fc(draft.inputs(tokens, features))
+        rotary = draft.rotary(hidden, torch.arange(length, device=tokens.device).unsqueeze(0))
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        for step in range(1, steps + 1):
+            queries, key, value = layer.self_attn.project(hidden, rotary)
+            keys.append(key)
+            values.append(value)
+            mask = None if step == 1 else chain_mask(length, step, tokens.device)
+            mixed = layer.self_attn.attend(queries, torch.cat(keys, 2), torch.cat(values, 2), mask)
+            hidden = hidden + mixed
+            outputs.append(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
+            if step < steps:
+                own = nn.functional.pad(outputs[-1].detach()[:, :-1], (0, 0, 1, 0))
+                hidden = draft.fc(draft.inputs(tokens, own.to(features.dtype)))
+        return torch.stack(outputs)
+
+
+def chain_mask(length: int, step: int, device: torch.device) -> torch.Tensor:
+    """``[T, step * T]`` bool: where step `step` may look among the keys of steps 1..step, one after another."""
+    rows = torch.arange(length, device=device)
+    offset = rows[:, None] - rows[None, :]  # how far back a key lies
+    blocks = [offset >= step - 1] + [offset == step - later for later in range(2, step + 1)]
+    return torch.cat(blocks, dim=1)
+
+
+def chain_supervision(supervised: torch.Tensor, steps: int) -> torch.Tensor:
+    """``[..., T]`` bool -> ``[steps, ..., T]``: where step k's whole chain lies in a reply."""
+    levels = [supervised]
+    for _ in range(1, steps):
+        levels.append(supervised & nn.functional.pad(levels[-1][..., :-1], (1, 0)))
+    return torch.stack(levels)

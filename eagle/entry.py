@@ -1,0 +1,75 @@
+"""What every command line shares: exit codes and error messages.
+
+Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from eagle.errors import RequestError, WorkError
+from eagle.files import ROOT
+
+
+def run(main: Callable[[], int]) -> int:
+    """Call `main` and turn its exceptions into one paragraph on stderr and an honest exit code.
+
+    Anything that is not a `RequestError`, a missing file, an operating-system error or a `WorkError` is a
+    bug of ours and keeps its traceback. ``EAGLE_DEBUG=1`` shows every traceback.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (RequestError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        return _report(error, 2)
+    except OSError as error:
+        return _report(error, 1)
+    except WorkError as error:
+        return _report(error, 1)
+
+
+def _report(error: Exception, code: int) -> int:
+    if os.environ.get("EAGLE_DEBUG") == "1":
+        traceback.print_exc()
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        return code  # every process of the machine refuses the same request; one says so
+    message = str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own words name no fix
+        fix = "Check this path, and what you may do there."
+        if error.errno == errno.ENOSPC:
+            fix = "What was finished is kept; free some space and run again."
+        message = f"{error.filename or 'Writing failed'}: {error.strerror}. {fix}"
+    # A child's last words come as several lines; only our own prose is wrapped.
+    if "\n" not in message:
+        message = textwrap.fill(message, 100, break_long_words=False, break_on_hyphens=False)
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def run_script(module: str) -> int:
+    """Run the `main` of a module of the package, for a script beside it.
+
+    Python has put the script's folder in front of the installed libraries; in it, and in the working directory, a
+    folder of the user's that is called ``datasets`` or ``peft`` would be imported in place of one. The package's own
+    modules are found without either.
+    """
+    own = {Path(sys.argv[0]).resolve().parent, ROOT, Path.cwd()}
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in own]
+    return run(importlib.import_module(module).main)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default that is a value; where it is None the help text itself says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)

@@ -1,0 +1,100 @@
+"""Paths that a user names, folders held by one process, and small files that are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eagle.errors import RequestError
+
+#: The folder that holds the package: what a child process needs on its path, wherever it was started.
+ROOT = Path(__file__).resolve().parents[1]
+
+LOCK = ".lock"
+
+
+def existing_path(path: str | Path, flag: str, kind: str = "path") -> Path:
+    """`path` as a Path, or FileNotFoundError that names the flag. `kind`: 'path', 'file' or 'folder'."""
+    path = Path(path)
+    what = {"path": "a file or folder", "file": "a file", "folder": "a folder"}[kind]
+    if not path.exists():
+        raise FileNotFoundError(f"{flag} {path}: no such file or folder; expected {what}. Check the path.")
+    if (kind == "file" and not path.is_file()) or (kind == "folder" and not path.is_dir()):
+        raise RequestError(f"{flag} {path} is not {what}, which is what this flag takes.")
+    return path
+
+
+def output_folder(path: Path, flag: str) -> None:
+    """Make the folder where there is none yet, and see that files can be made in it.
+
+    Raises: RequestError where they cannot; OSError for a full disk.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RequestError(
+            f"{flag} {path} cannot be written to: {error.strerror}. Nothing was written or changed. Name a folder in "
+            "which you may make files."
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Hold the folder for this process. Raises: RequestError while another process holds it."""
+    import fcntl  # not on Windows, where the other steps do work
+
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(f"{flag} {folder} is in use by another running job; wait for it or end it.") from error
+        except OSError:
+            pass  # a file system without locks: two jobs at once are then the user's to avoid
+        yield
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut. A no-op where folders cannot be opened (Windows)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Object stores mounted as file systems refuse fsync on folders; their renames are durable anyway.
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in `path`, or a RequestError that says what the file should have been."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} should be {what}, but is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} should be {what}, a JSON object, but holds a {type(content).__name__}.")
+    return content

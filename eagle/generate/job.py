@@ -1,0 +1,311 @@
+"""A data-generation job: what was asked for, what that comes to, and the manifest that records it.
+
+The parent (`eagle.generate.launch`) resolves the request once and writes it to the store's manifest; every worker
+(`eagle.generate.worker`) reads its share from there, so that all of them agree and a rerun can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eagle import device
+from eagle.data.cleaning import Tally
+from eagle.data.json_file import RecordFile
+from eagle.data.loss_mask import Encoder, load_encoder
+from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
+from eagle.dtypes import dtype_name, parse_dtype
+from eagle.errors import RequestError
+from eagle.files import existing_path, write_json
+from eagle.generate.progress import finished
+from eagle.provenance import provenance
+from eagle.store.dtypes import SAME, check_store_dtype
+from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
+from eagle.store.shard import FORMAT_VERSION
+from eagle.target.config import FAMILIES, load_config
+from eagle.target.weights import Weights, fingerprint
+
+COMPILE_MODES = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """The options of ``allocation.py``, checked as far as they can be on their own."""
+
+    outdir: Path
+    model_name: str
+    data_path: Path
+    model_type: str | None = None
+    end_num: int | None = None
+    npu_indices: tuple[int, ...] = (0,)
+    used_npus: int = 1
+    seed: int = 42
+    max_length: int = 2048
+    dtype: str = "bfloat16"
+    chat_template: str | None = None
+    device: str = "auto"
+    batch_tokens: int = 4096
+    shard_mb: int = 128
+    allow_truncated: bool = False
+    store_dtype: str = SAME
+    num_nodes: int = 1
+    node_rank: int = 0
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.end_num is not None and self.end_num < 1:
+            raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
+        if self.max_length < 3:
+            raise RequestError(f"--max_length {self.max_length}: expected 3 tokens or more.")
+        for name in ("batch_tokens", "shard_mb"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        if self.model_type not in (None, *FAMILIES):
+            raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(FAMILIES)}.")
+        parse_dtype(self.dtype)
+        check_store_dtype(self.store_dtype)
+        if self.num_nodes < 1:
+            raise RequestError(f"--num_nodes {self.num_nodes}: expected 1 or more.")
+        if not 0 <= self.node_rank < self.num_nodes:
+            raise RequestError(f"--node_rank {self.node_rank}: expected 0 to {self.num_nodes - 1}, one for every node.")
+        if self.compile not in COMPILE_MODES:
+            raise RequestError(f"--compile {self.compile}: expected one of {', '.join(COMPILE_MODES)}.")
+        self.card_groups()
+
+    @property
+    def folder(self) -> Path:
+        """The store of this job: with several nodes each has its own, so that they may share a disk."""
+        return self.outdir / f"node-{self.node_rank}" if self.num_nodes > 1 else self.outdir
+
+    def card_groups(self) -> list[tuple[int, ...]]:
+        """The cards of each worker process, `used_npus` to a worker."""
+        cards, per_worker = self.npu_indices, self.used_npus
+        if per_worker < 1 or len(cards) % per_worker:
+            raise RequestError(
+                f"--used_npus {per_worker} is how many cards each worker process gets; it does not divide the "
+                f"{len(cards)} cards of --npu_indices {','.join(map(str, cards))}. Use a divisor of {len(cards)}."
+            )
+        return [tuple(cards[at : at + per_worker]) for at in range(0, len(cards), per_worker)]
+
+
+def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[int, ...]:
+    """'0,1,2' -> (0, 1, 2). Raises: RequestError for anything that is not distinct card numbers."""
+    entries = [entry.strip() for entry in text.split(",")]
+    wrong = [entry for entry in entries if not (entry.isascii() and entry.isdigit())]
+    if wrong:
+        raise RequestError(f'{flag} "{text}": {wrong[0]!r} is not a card number; expected e.g. "0,1,2,3".')
+    indices = tuple(map(int, entries))
+    repeated = sorted({index for index in indices if indices.count(index) > 1})
+    if repeated:
+        raise RequestError(f'{flag} "{text}" repeats {", ".join(map(str, repeated))}; name each card once.')
+    return indices
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A resolved request: the manifest's content, and what the parent needs to start the workers.
+
+    conversations: how many this node computes.
+    """
+
+    request: GenerationRequest
+    kind: str
+    conversations: int
+    manifest: dict
+    notes: list[str]
+    records: RecordFile
+    encoder: Encoder
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        return self.request.card_groups()
+
+
+def resolve(request: GenerationRequest) -> Job:
+    """Check the request against the disk, the data and the device, before any work begins.
+
+    Raises: FileNotFoundError, RequestError.
+    """
+    model = existing_path(request.model_name, "--model_name", "folder")
+    config = load_config(model)
+    if request.model_type not in (None, config.family):
+        raise RequestError(
+            f"--model_type {request.model_type}: {model}/config.json says model_type {config.family!r}. "
+            f"Use --model_type {config.family}."
+        )
+    kind = device.choose_kind(request.device)
+    device.check_indices(kind, list(request.npu_indices))
+    Weights(model)
+    records = RecordFile(request.data_path, allow_truncated=request.allow_truncated)
+    encoder = load_encoder(model, config, request.chat_template)
+    conversations = min(len(records), request.end_num or len(records))
+    if conversations < request.num_nodes:
+        raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
+    notes = _notes(request, records, encoder.template_name, config.max_position_embeddings)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "target": {
+            "name": str(model.resolve()),
+            "fingerprint": fingerprint(model),
+            "config_digest": config.digest(),
+            "family": config.family,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        },
+        "tokenizer": {"digest": encoder.digest(), "chat_template": encoder.template_name},
+        "data": {
+            "path": str(request.data_path.resolve()),
+            "digest": records.digest(),
+            "records": len(records),
+            "damage": dataclasses.asdict(records.damage) if records.damage else None,
+        },
+        "dtype": dtype_name(parse_dtype(request.dtype)),
+        "options": {
+            "conversations": conversations,
+            "seed": request.seed,
+            "max_length": request.max_length,
+            "chat_template": request.chat_template,
+            "allow_truncated": request.allow_truncated,
+            "batch_tokens": request.batch_tokens,
+            "workers": len(request.card_groups()),
+            "store_dtype": request.store_dtype,
+            "num_nodes": request.num_nodes,
+            "node_rank": request.node_rank,
+            "length_block": LENGTH_BLOCK,
+        },
+        "complete": False,
+        "made_by": provenance(),
+    }
+    return Job(request, kind, len(node_share(manifest)), manifest, notes, records, encoder)
+
+
+def _notes(request: GenerationRequest, records: RecordFile, template: str, longest: int) -> list[str]:
+    notes = [f"chat template: {template}"]
+    if records.damage:
+        notes.append(
+            f"--allow_truncated: record {records.damage.record}, from byte {records.damage.byte}, is not whole and "
+            f"is left out; {len(records):,} whole records are used"
+        )
+    if request.end_num and request.end_num > len(records):
+        notes.append(f"--end_num {request.end_num:,}: the file holds {len(records):,} conversations; all are used")
+    if request.max_length > longest:
+        notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
+    return notes
+
+
+#: What has to be the same for a rerun to continue a store, and how to say it.
+_IDENTITY = (
+    ("target", "fingerprint"),
+    ("tokenizer", "digest"),
+    ("data", "digest"),
+    ("dtype",),
+    ("options",),
+)
+
+
+def claim_outdir(job: Job) -> None:
+    """Make the folder this job's: `check_outdir`, and the manifest of a new job.
+
+    Raises: RequestError as `check_outdir` does.
+    """
+    if not check_outdir(job):
+        job.request.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.request.folder / MANIFEST, job.manifest)
+
+
+def check_outdir(job: Job) -> bool:
+    """Whether the folder holds this job already, so that it can go on. Changes nothing.
+
+    Raises: RequestError for a folder that holds something else, or a job with other options.
+    """
+    outdir, root = job.request.folder, job.request.outdir
+    if outdir != root and root.is_dir():
+        foreign = sorted(e.name for e in root.iterdir() if not e.name.startswith((".", "node-")))[:3]
+        if foreign:
+            raise RequestError(
+                f"--outdir {root} holds something else than the stores of nodes ({', '.join(foreign)}, ...). Name a "
+                "new or empty folder."
+            )
+    if outdir.exists() and not outdir.is_dir():
+        raise RequestError(f"--outdir {outdir} is a file; expected a folder to write the store to.")
+    for place in (root, outdir):
+        check_no_reshard(place, "--outdir")
+    path = outdir / MANIFEST
+    if path.is_file():
+        existing = read_manifest(path)
+        if "resharded_into" in existing:
+            raise RequestError(f"--outdir {outdir} holds a resharded store, which cannot be continued; name another.")
+        differences = _differences(existing, job.manifest)
+        if differences:
+            raise RequestError(
+                f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
+                "command to continue it, or name another folder."
+            )
+        return True
+    if outdir.is_dir() and any(not entry.name.startswith(".") for entry in outdir.iterdir()):
+        found = sorted(entry.name for entry in outdir.iterdir())[:3]
+        raise RequestError(
+            f"--outdir {outdir} is not empty ({', '.join(found)}, ...) and is no store. Name a new or empty folder."
+        )
+    return False
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    found = []
+    for keys in _IDENTITY:
+        before, after = old, new
+        for key in keys:
+            before, after = before[key], after[key]
+        if isinstance(after, dict):
+            names = sorted(set(before) | set(after))
+            found += [
+                f"{n} was {before.get(n)!r}, now {after.get(n)!r}" for n in names if before.get(n) != after.get(n)
+            ]
+        elif before != after:
+            shown = [str(value)[:12] if keys[-1] in ("digest", "fingerprint") else value for value in (before, after)]
+            found.append(f"{' '.join(keys)} was {shown[0]}, now {shown[1]}")
+    return found
+
+
+def node_share(manifest: dict) -> Sequence[int]:
+    """The conversations one node computes, as indices into the data file: the seed's permutation of the whole file,
+    cut to the number asked for and dealt out to the nodes in turn.
+    """
+    options = manifest["options"]
+    # RandomState's streams are frozen for good, unlike the newer generators'.
+    order = np.random.RandomState(options["seed"]).permutation(manifest["data"]["records"])
+    return order[: options["conversations"]][options["node_rank"] :: options["num_nodes"]].tolist()
+
+
+def encode_job(job: Job, *, save: bool = True) -> Tokens:
+    """The tokens of this node's conversations: encoded in all cores, or as an earlier run left them in the folder.
+
+    save: leave them there for the workers, in a folder that is claimed.
+    """
+    path, key = job.request.folder / TOKENS, key_of(job.manifest)
+    tokens = load_tokens(path, key)
+    if tokens is None:
+        tokens = encode_all(job.records, job.encoder, node_share(job.manifest), job.request.max_length)
+        if save:
+            save_tokens(path, tokens, key)
+    return tokens
+
+
+def finish(job: Job) -> dict:
+    """Add up what the workers did, all of them finished, into the manifest and mark it complete. Returns it."""
+    path = job.request.folder / MANIFEST
+    manifest = read_manifest(path)
+    total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
+    for worker in range(len(job.groups)):
+        done = finished(job.request.folder / str(worker))
+        assert done
+        total = {key: value + getattr(done, key) for key, value in total.items()}
+        tally.add(done.tally)
+    manifest |= total | tally.to_json() | {"complete": True}
+    write_json(path, manifest)
+    (job.request.folder / TOKENS).unlink(missing_ok=True)
+    return manifest

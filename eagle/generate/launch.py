@@ -1,0 +1,157 @@
+"""Run the workers of a data-generation job: one process per card group, one progress view, no orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from eagle import device
+from eagle.errors import WorkError
+from eagle.files import ROOT
+from eagle.generate.job import Job
+from eagle.progress import progress_bar
+from eagle.store.manifest import LOG
+
+#: How long a worker may take to end by itself before it is killed.
+GRACE_SECONDS = 10
+
+
+class WorkerProcess:
+    """One running worker: its process, its log file, and the progress it last reported."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.number = number
+        self.cards = job.groups[number]
+        self.progress = {"records": 0, "tokens": 0}
+        self.starting: dict[str, int] | None = None
+        folder = job.request.folder / str(number)
+        folder.mkdir(exist_ok=True)
+        self.log = folder / LOG
+        self._log_start = self.log.stat().st_size if self.log.is_file() else 0
+        self.command = worker_command(job, number)
+        environment = {
+            **os.environ,
+            **worker_variables(job, number),
+            # The documentation users follow has them export this before data generation; here it is set for the
+            # workers alone, so nobody has to unset it again.
+            "EAGLE_TARIN_MODE": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--watch_stdin"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the parent, which ends the workers in order
+            )
+        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
+
+    def _listen(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            try:
+                self.progress = json.loads(line)
+            except ValueError:  # something else printed; it belongs with the worker's words
+                with self.log.open("ab") as log:
+                    log.write(line)
+                continue
+            if self.starting is None:
+                self.starting = self.progress
+
+    def last_words(self) -> str:
+        # What an earlier run left in the log is not what this one died of.
+        lines = self.log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
+        return "\n".join(f"    {line}" for line in lines[-12:]) or "    (it said nothing)"
+
+
+def worker_variables(job: Job, number: int) -> dict[str, str]:
+    """The environment variables of worker `number`: see `eagle.device.worker_environment`."""
+    return device.worker_environment(job.kind, list(job.groups[number]), len(job.groups))
+
+
+def worker_command(job: Job, number: int, folder: Path | None = None) -> list[str]:
+    """The command line of worker `number`; its cards come by environment variable. folder: another than the job's."""
+    folder = (folder or job.request.folder).resolve()
+    command = [sys.executable, "-m", "eagle.generate.worker", "--outdir", str(folder)]
+    command += ["--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
+    return [*command, "--shard_mb", str(job.request.shard_mb), "--compile", job.request.compile]
+
+
+def run_workers(job: Job, tokens: int) -> None:
+    """Start every worker, show their common progress to so many `tokens`, and wait.
+
+    A worker that fails ends the others and raises WorkError with its last words; so does Ctrl-C end them all.
+    What they had finished stays; the same command continues.
+    """
+    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+    workers: list[WorkerProcess] = []
+    try:
+        for number in range(len(job.groups)):
+            workers.append(WorkerProcess(job, number))
+        _watch(workers, tokens)
+    finally:
+        _end(workers)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch(workers: list[WorkerProcess], total: int) -> None:
+    bar = progress_bar(total, "tokens", unit_scale=True, smoothing=0.1)
+    started = False
+    with bar:
+        while True:
+            running = [worker for worker in workers if worker.process.poll() is None]
+            if all(worker.starting for worker in workers):
+                if not started:  # a resumed job is not credited with what it found, nor slowed down by its start
+                    started = True
+                    bar.reset()
+                    bar.initial = sum(worker.starting["tokens"] for worker in workers if worker.starting)
+                    bar.n = bar.last_print_n = bar.initial
+                records = sum(worker.progress["records"] for worker in workers)
+                bar.set_postfix_str(f"{records:,} records", refresh=False)
+                bar.update(sum(worker.progress["tokens"] for worker in workers) - bar.n)
+            for worker in workers:
+                if worker.process.poll() not in (None, 0):
+                    raise WorkError(_obituary(worker))
+            if not running:
+                return
+            time.sleep(0.2)
+
+
+def _obituary(worker: WorkerProcess) -> str:
+    code = worker.process.returncode
+    how = f"exited with code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory?)"
+    cards = ",".join(map(str, worker.cards))
+    return (
+        f"worker {worker.number} (cards {cards}) {how}. Its last words, from {worker.log}:\n{worker.last_words()}\n"
+        "The other workers were ended. What was finished is kept: run the same command again to continue."
+    )
+
+
+def _end(workers: list[WorkerProcess]) -> None:
+    running = [worker.process for worker in workers if worker.process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

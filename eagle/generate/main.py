@@ -1,0 +1,109 @@
+"""The command line of ``allocation.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from eagle.data.chat_template import BUILT_IN_TEMPLATES
+from eagle.data.cleaning import Tally
+from eagle.dtypes import DTYPES
+from eagle.entry import HelpFormatter
+from eagle.errors import WorkError
+from eagle.files import locked, output_folder
+from eagle.generate.job import (
+    COMPILE_MODES,
+    GenerationRequest,
+    check_outdir,
+    claim_outdir,
+    encode_job,
+    finish,
+    parse_indices,
+    resolve,
+)
+from eagle.generate.launch import run_workers
+from eagle.generate.plan import dry_run_lines, make_plan
+from eagle.generate.progress import finished
+from eagle.store.dtypes import STORE_DTYPES
+from eagle.target.config import FAMILIES
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allocation.py",
+        description="Step 3: ShareGPT conversations -> features of the base model, in a store for training.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--outdir", type=Path, required=True, help="folder of the store; worker i writes OUTDIR/<i>/")
+    parser.add_argument("--model_name", required=True, help="folder of the base model")
+    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
+    parser.add_argument("--model_type", choices=FAMILIES, help="the base model's family; checked against config.json")
+    parser.add_argument(
+        "--end_num", type=int, help="how many conversations to use, after shuffling with the seed (default: all)"
+    )
+    parser.add_argument("--npu_indices", default="0", help='the cards to use, e.g. "0,1,2,3"; worker numbers on a CPU')
+    parser.add_argument("--used_npus", type=int, default=1, help="cards each worker process gets; 7B: 1, 70B: 4 or 8")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle")
+    parser.add_argument("--max_length", type=int, default=2048, help="cut conversations to this many tokens")
+    parser.add_argument("--dtype", default="bfloat16", metavar="{" + ",".join(DTYPES) + "}", help="of model and store")
+    parser.add_argument(
+        "--chat_template",
+        help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
+    )
+    parser.add_argument("--device", default="auto", metavar="{auto,npu,cuda,cpu}", help="what the workers run on")
+    parser.add_argument("--batch_tokens", type=int, default=4096, help="padded tokens in one forward pass")
+    parser.add_argument("--shard_mb", type=int, default=128, help="size of a store file: what a killed worker redoes")
+    parser.add_argument(
+        "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
+    )
+    parser.add_argument(
+        "--store_dtype", default="same", metavar="{" + ",".join(STORE_DTYPES) + "}",
+        help="how the features are stored: same as --dtype, or scaled to one byte a value",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", choices=COMPILE_MODES, default="auto", help="torch.compile the model; auto: if it pays"
+    )
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines that share the job; each runs this command")
+    parser.add_argument("--node_rank", type=int, default=0, help="which of them this is; it writes OUTDIR/node-<rank>/")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what the job takes (disk, time, commands) and write nothing"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    options = {name: value for name, value in vars(args).items() if name != "dry_run"}
+    request = GenerationRequest(**{**options, "npu_indices": parse_indices(args.npu_indices)})
+    if os.environ.get("EAGLE_TARIN_MODE"):
+        print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")
+    job = resolve(request)
+    print(f"{job.conversations:,} conversations, {len(job.groups)} worker(s) on {job.kind}")
+    for note in job.notes:
+        print(f"  {note}")
+    check_outdir(job)
+    if args.dry_run:
+        tokens = encode_job(job, save=False)
+        plan = make_plan(job, tokens)
+        print("\n".join([*plan.lines(), *dry_run_lines(job, plan, tokens)]))
+        plan.check_space(request.folder)
+        return 0
+    output_folder(request.folder, "--outdir")
+    with locked(request.folder, "--outdir"):
+        claim_outdir(job)
+        if not all(finished(request.folder / str(number)) for number in range(len(job.groups))):
+            plan = make_plan(job, encode_job(job))
+            print("\n".join(f"  {line}" for line in plan.lines()))
+            plan.check_space(request.folder)
+            run_workers(job, plan.tokens)
+        manifest = finish(job)
+    report = [f"  {line}" for line in Tally.from_json(manifest).lines()]
+    if not manifest["records"]:
+        raise WorkError("\n".join([f"None of the {job.conversations:,} conversations can be used:", *report]))
+    print(
+        f"{request.folder}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
+        f"{manifest['supervised_tokens']:,} supervised"
+    )
+    print("".join(f"{line}\n" for line in report), end="")
+    return 0

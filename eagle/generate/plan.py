@@ -1,0 +1,160 @@
+"""What a data-generation job takes, said before it starts: bytes by worker, whether they fit, how long it may last."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from eagle.data.tokens import TOKENS, Tokens, key_of, save_tokens
+from eagle.dtypes import parse_dtype
+from eagle.errors import WorkError
+from eagle.files import ROOT, write_json
+from eagle.generate.job import Job
+from eagle.generate.launch import worker_command, worker_variables
+from eagle.generate.progress import missing
+from eagle.store.dtypes import STORE_DTYPES, bytes_per_value
+from eagle.store.manifest import MANIFEST
+
+#: Seconds of computing that a dry run judges the speed by.
+PROBE_SECONDS = 10
+#: What a shard's header takes, at most.
+_HEADER_BYTES = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """What one worker has left to do."""
+
+    records: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is left of this node's part of the job.
+
+    tokens: of all of it. free: bytes that the disk of the store has. nodes: that share the job.
+    """
+
+    workers: list[WorkerPlan]
+    tokens: int
+    free: int
+    shrinkable: dict[str, int]
+    nodes: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return sum(worker.bytes for worker in self.workers)
+
+    def lines(self) -> list[str]:
+        each = ", ".join(_size(worker.bytes) for worker in self.workers)
+        shared = f"; {self.nodes} nodes on one disk need about as much each" if self.nodes > 1 else ""
+        return [
+            f"{sum(worker.records for worker in self.workers):,} records, "
+            f"{sum(worker.tokens for worker in self.workers):,} tokens to compute",
+            f"{_size(self.bytes)} to write" + (f" (by worker: {each})" if len(self.workers) > 1 else "")
+            + f", {_size(self.free)} free{shared}",
+        ]  # fmt: skip
+
+    def check_space(self, folder: Path) -> None:
+        """Raises: WorkError where the disk cannot hold the store."""
+        if self.bytes <= self.free:
+            return
+        smaller = [f"--store_dtype {name} needs {_size(size)}" for name, size in self.shrinkable.items()]
+        raise WorkError(
+            f"{folder} needs {_size(self.bytes)} more, but its disk has {_size(self.free)} free. Nothing was computed. "
+            f"Make room or name another --outdir and run again; {'; '.join([*smaller, ''])}--end_num uses fewer "
+            "conversations."
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def store_bytes(tokens: int, records: int, hidden_size: int, dtype: str, store_dtype: str) -> int:
+    """What shards of that many tokens and records hold: features, scales, ids, mask and index."""
+    scale = 0 if store_dtype == STORE_DTYPES[0] else 4
+    per_token = hidden_size * bytes_per_value(store_dtype, parse_dtype(dtype)) + scale + 4 + 1
+    return tokens * per_token + records * 3 * 8
+
+
+def make_plan(job: Job, tokens: Tokens) -> Plan:
+    """What every worker has left to do."""
+    folder, lengths, hidden = job.request.folder, tokens.lengths, job.manifest["target"]["hidden_size"]
+    shares = []
+    for number in range(len(job.groups)):
+        share = tokens.share(number, len(job.groups))
+        shares.append([place for stretch in missing(folder / str(number)) for place in stretch.of(share)])
+    counts = [int(lengths[share].sum()) for share in shares]
+
+    def sizes(store_dtype: str) -> list[int]:
+        found = []
+        for share, count in zip(shares, counts, strict=True):
+            whole = store_bytes(count, len(share), hidden, job.manifest["dtype"], store_dtype)
+            found.append(whole + _HEADER_BYTES * (1 + whole // (job.request.shard_mb << 20)) if share else 0)
+        return found
+
+    chosen = sizes(job.request.store_dtype)
+    workers = [WorkerPlan(len(share), *rest) for share, *rest in zip(shares, counts, chosen, strict=True)]
+    smaller = {name: sum(sizes(name)) for name in STORE_DTYPES[1:]}
+    shrinkable = {name: total for name, total in smaller.items() if total < 0.9 * sum(chosen)}
+    place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    return Plan(workers, int(lengths.sum()), shutil.disk_usage(place).free, shrinkable, job.request.num_nodes)
+
+
+def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:
+    """The per-worker commands, and the expected time from a short probe of the worker that has most left to do."""
+    lines = [f"worker {number}: {_shown(job, number)}" for number in range(len(job.groups))]
+    left = [worker.tokens for worker in plan.workers]
+    if any(left):
+        rate = probe(job, tokens, left.index(max(left)))
+        several = f" by each of {len(job.groups)} workers" if len(job.groups) > 1 else ""
+        lines.append(
+            f"probe: {rate:,.0f} tokens/s{several}, so about {_duration(max(left) / rate)} without starting up"
+        )
+    else:
+        lines += ["nothing is left to compute", *tokens.tally().lines()]
+    return [*lines, "dry run: nothing was written"]
+
+
+def _shown(job: Job, number: int) -> str:
+    variables = [f"{name}={value}" for name, value in worker_variables(job, number).items()]
+    return " ".join([*variables, shlex.join(worker_command(job, number))])
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:,.0f} s"
+    return f"{minutes:,.0f} min" if minutes < 120 else f"{minutes / 60:,.1f} h"
+
+
+def probe(job: Job, tokens: Tokens, number: int) -> float:
+    """Tokens per second of worker `number`, the loading of the model not counted.
+
+    Raises: WorkError with the worker's last words.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_json(folder / MANIFEST, job.manifest)
+        save_tokens(folder / TOKENS, tokens, key_of(job.manifest))
+        result = subprocess.run(
+            [*worker_command(job, number, folder), "--probe", str(PROBE_SECONDS)],
+            env={**os.environ, **worker_variables(job, number)},
+            cwd=ROOT,  # where the package is found
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        raise WorkError(f"the probe of worker {number} failed. Its last words:\n{result.stderr.strip()[-2000:]}")
+    measured = json.loads(result.stdout.splitlines()[-1])
+    return measured["tokens"] / measured["seconds"]

@@ -1,0 +1,213 @@
+"""One data-generation worker: its share of the conversations through the frozen target, features to the store.
+
+    python -m eagle.generate.worker --outdir STORE --worker 0        (started by allocation.py, one per card group)
+
+The conversations come as tokens (`eagle.data.tokens`), in blocks sorted by length, and are run in that order in
+batches of about equal tokens, so that little is padding. Only the trunk runs: no ``lm_head``, no logits. What it
+computes is written behind its back (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line. The
+worker ends when its stdin closes: it does not outlive the parent that holds the other end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eagle import device
+from eagle.data.tokens import TOKENS, key_of, load_tokens
+from eagle.dtypes import parse_dtype
+from eagle.entry import run
+from eagle.errors import WorkError
+from eagle.files import write_json
+from eagle.generate.collector import Collector, Item
+from eagle.generate.job import COMPILE_MODES, node_share
+from eagle.generate.progress import Progress, Stretch, finished, missing
+from eagle.store.manifest import DONE, MANIFEST, read_manifest
+from eagle.store.shard import ShardWriter
+from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
+from eagle.target.cpu_attention import attention_for
+from eagle.target.trunk import load_trunk
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterator[range]:
+    """Indices into `lengths` from `start` on, in batches of at most `batch_tokens` padded tokens (one index at least).
+
+    A batch is as long as its first sequence: where a longer one follows, another begins. From where any batch ended
+    the batches are the same ones, so an interrupted worker computes what an undisturbed one does.
+    """
+    for index in range(start, len(lengths)):
+        longest = lengths[start]
+        if index > start and (lengths[index] > longest or longest * (index + 1 - start) > batch_tokens):
+            yield range(start, index)
+            start = index
+    if start < len(lengths):
+        yield range(start, len(lengths))
+
+
+@torch.inference_mode()
+def padded_features(
+    trunk: torch.nn.Module, sequences: Sequence[np.ndarray], where: torch.device, step: int = 1
+) -> torch.Tensor:
+    """Features ``[B, T, H]`` of token sequences ``[T_i]``, padded to a multiple of `step`, on the device.
+
+    Padding stands on the right, where a causal model never looks, so no mask is needed.
+    """
+    longest = -(-max(map(len, sequences)) // step) * step
+    ids = np.zeros((len(sequences), longest), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+    return trunk(input_ids=torch.from_numpy(ids).to(where), use_cache=False).last_hidden_state
+
+
+class Worker:
+    """Computes one share."""
+
+    def __init__(self, outdir: Path, number: int, kind: str, cards: int, compile_mode: str = "off") -> None:
+        self.manifest = read_manifest(outdir / MANIFEST)
+        self.number, self.folder = number, outdir / str(number)
+        options = self.manifest["options"]
+        tokens = load_tokens(outdir / TOKENS, key_of(self.manifest))
+        if tokens is None:
+            raise WorkError(f"{outdir / TOKENS} is missing or damaged; run the same allocation.py command again.")
+        self.tokens, self.missing = tokens, missing(self.folder)
+        #: The conversations of this worker in its order, by their place in the tokens.
+        self.places = tokens.share(number, options["workers"])
+        self.lengths = tokens.lengths[self.places].tolist()
+        self.conversations = node_share(self.manifest)
+        self.batch_tokens = options["batch_tokens"]
+        self.device = device.torch_device(kind)
+        model, dtype = self.manifest["target"]["name"], parse_dtype(self.manifest["dtype"])
+        left = [length for stretch in self.missing for length in stretch.of(self.lengths)]
+        #: What the shards hold.
+        self.held = Progress(len(self.lengths) - len(left), sum(self.lengths) - sum(left))
+        compiling = cards == 1 and should_compile(compile_mode, kind, sum(left))
+        self.trunk = load_trunk(
+            model,
+            dtype,
+            self.device,
+            attention="sdpa" if compiling else attention_for(self.device, dtype),
+            spread=cards > 1 and kind != "cpu",
+        )
+        self.step = 1
+        compiled = compile_trunk(self.trunk, self.device) if compiling else None
+        if compiled is not None:
+            self.trunk, self.step = compiled, LENGTH_STEP
+
+    def work(self, shard_bytes: int) -> Iterator[Progress]:
+        """Compute what is missing of the share, then write ``done.json``. Yields how much of it there is.
+
+        Raises: WorkError (features that are not finite, disk full), OSError.
+        """
+        records, tokens, done = self.held.records, self.held.tokens, Progress()
+        for stretch in self.missing:
+            writer = ShardWriter(
+                self.folder,
+                shard_bytes=shard_bytes,
+                store_dtype=self.manifest["options"]["store_dtype"],
+                background=True,
+                first=stretch.first,
+            )
+            todo = self.batches(stretch)
+            done = dataclasses.replace(stretch.begin)
+            collector = Collector(writer, done, self.manifest["dtype"], len(todo), stretch.shards)
+            for batch in map(self.items, todo):
+                collector.add(self.forward(batch), batch)
+                records += len(batch)
+                tokens += sum(len(item.encoded.input_ids) for item in batch)
+                yield Progress(records, tokens)
+            collector.close()
+        # The last stretch reaches the end of the share.
+        done.tally = self.tokens.tally(slice(self.number, None, self.manifest["options"]["workers"]))
+        write_json(self.folder / DONE, done.to_json())
+        yield done
+
+    def batches(self, stretch: Stretch) -> list[range]:
+        """The batches of a stretch, as indices into the share."""
+        return list(batches(self.lengths[: stretch.end], self.batch_tokens, stretch.begin.records))
+
+    def items(self, batch: range) -> list[Item]:
+        """The conversations of a batch."""
+        places = [self.places[index] for index in batch]
+        return [Item(self.conversations[place], self.tokens[place]) for place in places]
+
+    def forward(self, batch: list[Item]) -> torch.Tensor:
+        """The features ``[B, T, H]`` of a batch on the device, where they may still be being computed."""
+        return padded_features(self.trunk, [item.encoded.input_ids for item in batch], self.device, self.step)
+
+    def probe(self, seconds: float) -> tuple[int, float]:
+        """Tokens computed and seconds taken: as many batches as fit into `seconds`, the first one not counted."""
+        tokens, started = 0, None
+        some = [batch for stretch in self.missing for batch in self.batches(stretch)]
+        random.Random(0).shuffle(some)  # the first ones are all long
+        for batch in map(self.items, some):
+            if started is None:  # the first one compiles, reads the weights, fills caches
+                self.forward(batch)[0, 0, 0].item()
+                started = time.monotonic()
+            self.forward(batch)[0, 0, 0].item()  # waits for the card it lies on
+            tokens += sum(len(item.encoded.input_ids) for item in batch)
+            if time.monotonic() - started > seconds:
+                break
+        return tokens, time.monotonic() - (started or 0)
+
+
+def end_with_parent() -> None:
+    """End this process when its stdin closes, which is when the parent dies, however it dies."""
+
+    def watch() -> None:
+        # Not sys.stdin: its lock, held by a waiting daemon thread, would abort the interpreter's own end.
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eagle.generate.worker", description="One data-generation worker; allocation.py starts these."
+    )
+    parser.add_argument("--outdir", type=Path, required=True, help="the store, with its manifest")
+    parser.add_argument("--worker", type=int, required=True, help="which worker this is, from 0")
+    parser.add_argument("--device", default="auto", help="npu, cuda, cpu or auto (default: auto)")
+    parser.add_argument("--cards", type=int, default=1, help="cards this process sees (default: 1)")
+    parser.add_argument("--shard_mb", type=int, default=128, help="size of a store file (default: 128)")
+    parser.add_argument("--compile", choices=COMPILE_MODES, default="auto", help="torch.compile (default: auto)")
+    parser.add_argument("--probe", type=float, help="only measure the speed, for about so many seconds")
+    parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")
+    args = parser.parse_args(argv)
+    if args.watch_stdin:
+        end_with_parent()
+
+    folder, kind = args.outdir / str(args.worker), device.choose_kind(args.device)
+    progress = finished(folder)
+    if progress:
+        _report(progress)
+        return 0
+    worker = Worker(args.outdir, args.worker, kind, args.cards, args.compile)
+    if args.probe:
+        tokens, seconds = worker.probe(args.probe)
+        print(json.dumps({"tokens": tokens, "seconds": seconds}))
+        return 0
+    _report(worker.held)
+    for progress in worker.work(args.shard_mb << 20):
+        _report(progress)
+    return 0
+
+
+def _report(progress: Progress) -> None:
+    print(json.dumps({"records": progress.records, "tokens": progress.tokens}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,51 @@
+"""A store's manifest: what made the store, and the names of the other files in its folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eagle.errors import RequestError
+from eagle.files import read_json
+from eagle.store.shard import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+
+DONE = "done.json"
+
+LOG = "worker.log"
+
+#: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.
+NODES_SHARE = ("conversations", "seed", "max_length", "chat_template", "store_dtype")
+
+#: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).
+INTERRUPTED_RESHARD = (".reshard-deleting", ".reshard-moving")
+
+
+def describe_features(data_digest: str, dtype: str, stored_as: str) -> str:
+    """Features of one data file, for a person and to be compared; empty digest: unknown data."""
+    return f"{dtype} stored as {stored_as}, of data {data_digest[:12] or '?'}"
+
+
+def check_no_reshard(folder: Path, flag: str) -> None:
+    """Raises: RequestError where a reshard was interrupted after it began to change the folder."""
+    if any((folder / name).is_dir() for name in INTERRUPTED_RESHARD):
+        raise RequestError(
+            f"{flag} {folder}: resharding was interrupted here. Nothing is lost; run the same reassign_data_num.py "
+            "command again to finish it."
+        )
+
+
+def read_manifest(path: Path) -> dict:
+    """Raises: RequestError for a file that is not a manifest or of a newer format."""
+    try:
+        manifest = read_json(path, "a store's manifest")
+    except RequestError as error:
+        raise RequestError(
+            f"{error} It is damaged: restore it from a copy. Without it the records can be used, but not continued: "
+            "move it out of the way."
+        ) from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise RequestError(
+            f"{path}: store format {manifest.get('format_version')!r}; this version reads format {FORMAT_VERSION}."
+        )
+    return manifest

@@ -1,0 +1,213 @@
+"""Check a store and sum up what it holds.
+
+    python -m eagle.store.verify ./features            a summary for people; exit code 1 where something is damaged
+    python -m eagle.store.verify ./features --json     the same as one JSON object
+
+The content digest is a sha256 over every record's conversation, tokens, mask and features in the order of the
+conversations: two stores that hold the same have the same one, however their shards and folders are cut. Features are
+the same to the noise of their dtype only, where others were computed with them in a batch (another number of workers,
+another --batch_tokens); the token digest leaves them out, and is the same then too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from eagle.data.cleaning import Tally
+from eagle.entry import run
+from eagle.errors import WorkError
+from eagle.files import existing_path, read_json
+from eagle.progress import progress_bar
+from eagle.store.manifest import DONE
+from eagle.store.reader import FeatureStore
+from eagle.store.shard import Record
+
+#: Lower edges of the length histogram's bins, in tokens.
+LENGTH_EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a store holds and what is wrong with it.
+
+    supervised_tokens: tokens that belong to a reply. lengths: records by the lower edge of their bin. damage: one
+    message for every file or record that cannot be read, and for every count that is not what was promised.
+    missing_nodes, differing_nodes: of jobs over several machines, in words: which are not here, and which options are
+    not the same on all. All the rest is about the records that can be read.
+    """
+
+    records: int
+    tokens: int
+    supervised_tokens: int
+    hidden_size: int
+    dtype: str
+    stored_as: str
+    files: int
+    bytes: int
+    lengths: dict[int, int]
+    dropped: dict[str, int]
+    repaired: dict[str, int]
+    complete: bool
+    content_digest: str
+    token_digest: str
+    missing_nodes: list[str]
+    differing_nodes: list[str]
+    damage: list[str]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        stored = self.dtype if self.stored_as == self.dtype else f"{self.dtype} stored as {self.stored_as}"
+        lines = [
+            f"{self.records:,} records, {self.tokens:,} tokens, "
+            f"{self.supervised_tokens / max(self.tokens, 1):.1%} of them supervised",
+            f"hidden size {self.hidden_size}, {stored}, {self.files:,} files, {self.bytes / 1e6:,.1f} MB, "
+            f"{self.bytes / max(self.tokens, 1):,.0f} bytes a token",
+        ]
+        widest = max(self.lengths.values(), default=1)
+        for edge, count in self.lengths.items():
+            lines.append(f"  {_bin_name(edge):>12} tokens  {count:>9,}  {'█' * round(40 * count / widest)}")
+        lines += Tally(Counter(self.dropped), Counter(self.repaired)).lines()
+        if not self.complete and not self.missing_nodes:
+            lines.append("data generation has not finished; the same allocation.py command continues it")
+        lines += [f"the store of node {nodes} is not here" for nodes in self.missing_nodes]
+        lines += [f"the nodes' stores were made with different options: {what}" for what in self.differing_nodes]
+        return [*lines, f"content digest {self.content_digest}", f"token digest   {self.token_digest}"]
+
+
+def _bin_name(edge: int) -> str:
+    behind = LENGTH_EDGES[LENGTH_EDGES.index(edge) + 1 :]
+    return f"{edge}-{behind[0] - 1}" if behind else f"{edge} and more"
+
+
+def check_store(folder: Path, flag: str = "DIR") -> Summary:
+    """Read every record below `folder` and compare it with its checksum, and the counts with what was promised.
+
+    Raises: FileNotFoundError, RequestError (no store there, or one of another format).
+    """
+    store = FeatureStore(folder, flag, skip_damaged=True)
+    damage = list(store.damage)
+    digests: list[tuple[int, bytes, bytes]] = []
+    tokens = supervised = 0
+    lengths: Counter[int] = Counter()
+    for record in _whole_records(store, damage, []):
+        tokens += len(record)
+        supervised += int(record.loss_mask.sum())
+        lengths[max(edge for edge in LENGTH_EDGES if edge <= len(record))] += 1
+        tokens_alone = _digest(record.input_ids, record.loss_mask)
+        digests.append((record.conversation, tokens_alone, _digest(record.hidden_state)))
+    tally = Tally()
+    for path, manifest in store.manifests.items():
+        tally.add(Tally.from_json({"dropped": {}, "repaired": {}} | manifest))
+        damage += _wrong_counts(path.parent, manifest, store)
+    content, token_content = hashlib.sha256(), hashlib.sha256()
+    for conversation, tokens_alone, features in sorted(digests):
+        token_content.update(conversation.to_bytes(8, "little") + tokens_alone)
+        content.update(conversation.to_bytes(8, "little") + tokens_alone + features)
+    files = [file for source in store.sources for file in source.files]
+    missing_nodes = store.missing_nodes()
+    return Summary(
+        records=len(digests),
+        tokens=tokens,
+        supervised_tokens=supervised,
+        hidden_size=store.hidden_size,
+        dtype=store.sources[0].dtype_code,
+        stored_as=", ".join(sorted({source.stored_code for source in store.sources})),
+        files=len(files),
+        bytes=sum(file.stat().st_size for file in files),
+        lengths=dict(sorted(lengths.items())),
+        **tally.to_json(),
+        complete=not store.unfinished() and not missing_nodes,
+        content_digest=content.hexdigest(),
+        token_digest=token_content.hexdigest(),
+        missing_nodes=missing_nodes,
+        differing_nodes=store.differing_nodes(),
+        damage=damage,
+    )
+
+
+def skip_damaged(folder: Path, flag: str) -> FeatureStore:
+    """The store without what is damaged in it, which is named in a warning and counted.
+
+    Every record is read once for that, so that what the store holds does not change while it is used.
+
+    Raises: FileNotFoundError, RequestError; WorkError where nothing is whole.
+    """
+    store = FeatureStore(folder, flag, skip_damaged=True)
+    files, damage, indices = len(store.damage), list(store.damage), []
+    for _ in _whole_records(store, damage, indices):
+        pass
+    for message in damage:
+        print(f"warning: left out: {message}", file=sys.stderr)
+    if damage:
+        print(f"warning: --skip_damaged: {files:,} files and {len(indices):,} records are left out", file=sys.stderr)
+    if len(indices) == len(store):
+        raise WorkError(f"{flag} {folder}: no record in it is whole. Run data generation again.")
+    store.leave_out(indices)
+    return store
+
+
+def _whole_records(store: FeatureStore, damage: list[str], damaged: list[int]) -> Iterator[Record]:
+    """The records that can be read, file by file; what is wrong with the others goes to `damage`, their indices too."""
+    with progress_bar(store.tokens, "tokens", unit_scale=True, desc="checking") as bar:
+        for index in store.by_file():
+            try:
+                yield store[index]
+            except WorkError as error:
+                damage.append(str(error))
+                damaged.append(index)
+            bar.update(int(store.lengths[index]))
+
+
+def _digest(*tensors: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(len(tensors[0]).to_bytes(8, "little"))
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _wrong_counts(folder: Path, manifest: dict, store: FeatureStore) -> list[str]:
+    """What the manifest and the workers' ``done.json`` promise and the shards do not hold."""
+    promises = [(path.parent, read_json(path, "a worker's counts")) for path in folder.glob(f"*/{DONE}")]
+    if manifest.get("complete"):
+        promises.append((folder, manifest))
+    wrong = []
+    for place, promised in promises:
+        lengths = [source.lengths for source in store.sources if place in source.path.parents]
+        found = {"records": sum(map(len, lengths)), "tokens": int(sum(part.sum() for part in lengths))}
+        for name, count in found.items():
+            if promised.get(name) not in (None, count):
+                wrong.append(f"{place} should hold {promised[name]:,} {name}, but {count:,} are there.")
+    return wrong
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eagle.store.verify",
+        description="Check every checksum and count of a store, and sum up what it holds.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the store, or any folder of data_*.ckpt dumps")
+    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    summary = check_store(existing_path(args.folder, "DIR", "folder"))
+    print(json.dumps(asdict(summary), indent=2) if args.json else "\n".join(summary.lines()))
+    if summary.damage:
+        listed = "\n".join(f"  {message}" for message in summary.damage)
+        raise WorkError(f"{args.folder}: {len(summary.damage):,} things are wrong:\n{listed}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

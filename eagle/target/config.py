@@ -1,0 +1,240 @@
+"""config.json of targets and drafts, whichever transformers wrote it, as one frozen dataclass.
+
+transformers 4 writes ``rope_theta`` / ``rope_scaling`` / ``torch_dtype``; transformers 5 writes
+``rope_parameters`` / ``dtype``. vLLM's EAGLE drafts add two shapes of their own: nested (``{"model": {...}}``)
+and a Llama config with ``qkv_bias``. All are read alike here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle.errors import RequestError
+from eagle.files import read_json
+
+#: transformers' own assumption where a config names no theta.
+DEFAULT_ROPE_THETA = 10000.0
+
+FAMILIES = ("llama", "qwen2")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The numbers a Llama or Qwen2 decoder layer is built from. `family` is the target's model_type."""
+
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    hidden_act: str
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    initializer_range: float
+    dtype: str | None
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise RequestError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}: the config is damaged."
+            )
+
+    def digest(self) -> str:
+        """sha256 over everything that changes what the model computes (ids and dtype do not)."""
+        ignored = {"dtype", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self, *, as_llama: bool = False) -> dict[str, Any]:
+        """A plain Hugging Face config. Both theta keys are written, equal: old readers take one, new the other.
+
+        `as_llama` writes a Qwen2 model as a Llama with ``qkv_bias``, the only form of it that vLLM's EAGLE
+        class loads.
+        """
+        family = "llama" if as_llama else self.family
+        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
+        rope = dict(self.rope_scaling or {"rope_type": "default"})
+        config: dict[str, Any] = {
+            "architectures": [architecture],
+            "model_type": family,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            # A copy: transformers writes rope_theta into the dict it is given.
+            "rope_scaling": dict(self.rope_scaling) if self.rope_scaling else None,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "hidden_act": self.hidden_act,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": self.dtype,
+        }
+        if family == "llama":
+            config["attention_bias"] = self.o_bias
+            config["mlp_bias"] = self.mlp_bias
+            if self.qkv_bias and not self.o_bias:
+                config["qkv_bias"] = True
+        return config
+
+    def draft(self) -> ModelConfig:
+        """The draft's config: this model with a single layer."""
+        return dataclasses.replace(self, num_hidden_layers=1)
+
+
+def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    """Read a config dict of either transformers generation, or of an exported draft (plain or nested).
+
+    Raises: RequestError for an architecture that is not Llama or Qwen2, or a missing size.
+    """
+    if raw.get("model_type") == "eagle" or ("model" in raw and "hidden_size" not in raw):
+        inner = raw.get("model")
+        if not isinstance(inner, dict):
+            raise RequestError(f"{source}: model_type is 'eagle' but there is no 'model' object inside it.")
+        raw = {"torch_dtype": raw.get("torch_dtype"), **inner}
+    family = raw.get("model_type")
+    architectures = raw.get("architectures") or []
+    if family not in FAMILIES:
+        named = architectures[0] if architectures else family
+        raise RequestError(
+            f"{source}: the architecture {named!r} is not supported; expected a Llama (1, 2 or a model of the "
+            "same shape) or Qwen2 / Qwen2.5 model, whose config.json says model_type 'llama' or 'qwen2'."
+        )
+    _refuse_unsupported(raw, source)
+
+    def need(key: str) -> Any:
+        if raw.get(key) is None:
+            raise RequestError(f"{source} has no {key!r}; a {family} config must name it.")
+        if type(raw[key]) is not int or raw[key] < 1:
+            raise RequestError(f"{source}: {key} is {raw[key]!r}; expected a whole number above 0.")
+        return raw[key]
+
+    heads = need("num_attention_heads")
+    attention_bias = bool(raw.get("attention_bias", False))
+    theta, scaling = _rope(raw, source)
+    return ModelConfig(
+        family=family,
+        hidden_size=need("hidden_size"),
+        intermediate_size=need("intermediate_size"),
+        num_hidden_layers=need("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or need("hidden_size") // heads,
+        vocab_size=need("vocab_size"),
+        max_position_embeddings=raw.get("max_position_embeddings") or (2048 if family == "llama" else 32768),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        hidden_act=raw.get("hidden_act", "silu"),
+        qkv_bias=family == "qwen2" or attention_bias or bool(raw.get("qkv_bias", False)),
+        o_bias=family == "llama" and attention_bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        initializer_range=raw.get("initializer_range", 0.02),
+        dtype=raw.get("dtype") or raw.get("torch_dtype"),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=raw.get("eos_token_id"),
+        pad_token_id=raw.get("pad_token_id"),
+    )
+
+
+def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
+    # transformers takes a window of 4096 where the key is absent; an explicit null is no window.
+    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096):
+        raise RequestError(
+            f"{source}: use_sliding_window is on; vLLM's EAGLE draft attends to everything, so a draft would "
+            "not match. Set use_sliding_window to false (the released Qwen2 configs have it off)."
+        )
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise RequestError(
+            f"{source}: this is a quantized model ({method}). Train "
+            "against the unquantized model it was made from; the draft fits both."
+        )
+
+
+def _rope(raw: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
+    """theta and scaling from either generation's keys; a plain rotary embedding has no scaling."""
+    parameters = dict(raw.get("rope_parameters") or {})
+    scaling = {**(raw.get("rope_scaling") or {}), **parameters}
+    theta_new, theta_old = scaling.pop("rope_theta", None), raw.get("rope_theta")
+    if theta_new is not None and theta_old is not None and float(theta_new) != float(theta_old):
+        raise RequestError(
+            f"{source}: rope_theta is {theta_old} but rope_parameters says {theta_new}; they must agree. "
+            "Keep the one the model was trained with."
+        )
+    theta = theta_new if theta_new is not None else theta_old
+    kind = scaling.pop("type", None)  # the name transformers 4 used first
+    scaling.setdefault("rope_type", kind or "default")
+    return float(theta or DEFAULT_ROPE_THETA), None if scaling["rope_type"] == "default" else scaling
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The config of a model folder, or of a config.json given by itself."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file. A Hugging Face model folder holds a config.json.")
+    return parse_config(read_json(file, "a model's config.json"), str(file))
+
+
+def draft_config_for(target: ModelConfig, configpath: str | Path | None) -> ModelConfig:
+    """The draft's config: derived from the target, or the user's file once it is checked against the target.
+
+    The file people make is the target's config.json with ``num_hidden_layers`` set to 1; other keys
+    (a ``layer_types`` list that still names every layer, say) may stay.
+
+    Raises: RequestError naming every field in which the file does not fit the target.
+    """
+    derived = target.draft()
+    if configpath is None:
+        return derived
+    given = load_config(configpath)
+    if given.num_hidden_layers != 1:
+        raise RequestError(
+            f"--configpath {configpath}: num_hidden_layers is {given.num_hidden_layers}; a draft has exactly "
+            "one layer. Copy the base model's config.json and set num_hidden_layers to 1."
+        )
+    # Not shapes of the layer: the base model's are taken. (Published draft configs disagree with their base models
+    # here: Vicuna v1.5's still carry v1.3's length, Llama-2 7B's the eps of its first release.)
+    free = {"dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+    free |= {"tie_word_embeddings", "max_position_embeddings", "rms_norm_eps"}
+    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
+    wrong = [
+        f"{name} is {getattr(given, name)!r}, the base model's is {getattr(derived, name)!r}"
+        for name in fields
+        if getattr(given, name) != getattr(derived, name)
+    ]
+    if wrong:
+        raise RequestError(
+            f"--configpath {configpath} does not fit the base model: {'; '.join(wrong)}. Use the base model's "
+            "own config.json with num_hidden_layers set to 1, or leave --configpath out."
+        )
+    return derived

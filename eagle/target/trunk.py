@@ -1,0 +1,72 @@
+"""The frozen target without its ``lm_head``: what computes features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.device import weight_memory
+from eagle.errors import RequestError
+
+
+def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """`from_pretrained`'s keyword for the dtype, which transformers renamed in 4.56."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+
+
+def load_trunk(
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attention: str = "sdpa",
+    spread: bool = False,
+    memory: dict[int | str, int] | None = None,
+    offload_folder: Path | None = None,
+) -> torch.nn.Module:
+    """The target without its ``lm_head``: ``trunk(ids).last_hidden_state`` is the feature ``[B, T, H]``.
+
+    attention: `attn_implementation` of transformers. spread: place the layers over every card this process sees
+    (70B-class targets) instead of on `device`. memory: bytes that weights may take, by card (default: what leaves room
+    for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
+    batch would read them from disk.
+
+    Raises: RequestError where the cards are too small for the target.
+    """
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it would report lm_head as unused, which is the point
+    logging.disable_progress_bar()
+    placement: dict[str, Any] = {}
+    if spread:
+        placement = {"device_map": "auto", "max_memory": memory or weight_memory(device.type)}
+    if offload_folder:
+        placement["offload_folder"] = str(offload_folder)
+    try:
+        trunk = AutoModel.from_pretrained(
+            str(folder), **from_pretrained_dtype(dtype), attn_implementation=attention, **placement
+        )
+    except ValueError as error:
+        if not spread or "offload" not in str(error):
+            raise
+        raise _too_small(folder, placement["max_memory"]) from error
+    outside = {"cpu", "disk"} - {device.type} if not offload_folder else set()
+    if spread and outside & {str(place) for place in getattr(trunk, "hf_device_map", {}).values()}:
+        raise _too_small(folder, placement["max_memory"])
+    trunk.requires_grad_(False)
+    trunk.eval()
+    return trunk if spread else trunk.to(device)
+
+
+def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError:
+    room = ", ".join(f"{place}: {size / 1e9:,.2f} GB" for place, size in memory.items())
+    return RequestError(
+        f"--model_name {folder} does not fit on the cards of one worker (room for weights: {room}). Give every worker "
+        "more of them: --used_npus 4 or 8."
+    )

@@ -1,0 +1,114 @@
+"""Validation from stored features: how far the draft's chains would get, without running the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from eagle.drafts.alignment import Batch, named
+from eagle.drafts.losses import smooth_l1
+from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.unroll import chain_supervision
+from eagle.errors import WorkError
+
+#: How deep validation unrolls: n-α for n = 0..4 and the chain's τ for K = 1..5.
+DEPTH = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Over all held-out supervised positions.
+
+    alpha: n-α for n = 0..DEPTH-1, the agreement with the target's own argmax when n of the features the draft token was
+    predicted from are the draft's own. tau: for K = 1..DEPTH, 1 + the mean number of leading draft tokens that agree
+    in a chain of K, over chains from every position. top_3: how often the target's token is among the draft's three
+    most likely (n = 0). The losses are per position, of the first step.
+    """
+
+    alpha: list[float]
+    tau: list[float]
+    top_3: float
+    feature_loss: float
+    token_loss: float
+    positions: int
+
+    @property
+    def accuracy(self) -> float:
+        """Teacher-forced top-1 agreement: 0-α."""
+        return self.alpha[0]
+
+    def metrics(self) -> dict[str, object]:
+        return {
+            "val_accuracy": self.accuracy,
+            "val_top_3": self.top_3,
+            "val_alpha": self.alpha,
+            "val_tau": self.tau,
+            "val_feature_loss": self.feature_loss,
+            "val_token_loss": self.token_loss,
+            "val_positions": self.positions,
+        }
+
+
+def chain_counts(agrees: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per depth: positions, agreements, and chains whose tokens agree up to there; each ``[D]``.
+
+    agrees, valid: ``[D, B, T]`` bool; depth k (from 0) at position t belongs to the chain that started at t - k.
+    """
+    whole, unbroken = [], None
+    for depth in range(len(agrees)):
+        here = agrees[depth] & valid[depth]
+        if unbroken is not None:
+            here = here & torch.nn.functional.pad(unbroken[..., :-1], (1, 0))
+        unbroken = here
+        whole.append(here.sum())
+    return valid.flatten(1).sum(1), (agrees & valid).flatten(1).sum(1), torch.stack(whole)
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator, model: torch.nn.Module, head: FrozenHead, batches: Iterable[Batch]
+) -> Validation:
+    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them.
+
+    Raises: WorkError for a loss that is not finite.
+    """
+    model.eval()
+    counts = torch.zeros(3, DEPTH, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for cpu_batch in batches:
+        batch = cpu_batch.to(accelerator.device, head.weight.dtype)
+        with accelerator.autocast():
+            predicted = model(batch.tokens, batch.features, DEPTH)
+        chosen = batch.supervised
+        valid = chain_supervision(chosen, DEPTH)
+        predicted, targets = predicted[:, chosen], batch.targets[chosen]
+        result = head.loss(predicted, targets, valid[:, chosen], loss_steps=1, top_3=True)
+        agrees = torch.zeros_like(valid)
+        agrees[:, chosen] = result.agrees
+        counts += torch.stack(chain_counts(agrees, valid)).cpu()
+        own = (smooth_l1(predicted[0], targets).sum(), result.token_loss[0], result.in_top_3[0].sum())
+        values = torch.tensor([value.item() for value in own], dtype=sums.dtype)
+        if not values.isfinite().all():
+            numbers = cpu_batch.not_finite() or cpu_batch.conversations.tolist()
+            raise WorkError(
+                f"The validation loss is not finite, in a batch of {named(numbers)}. Check their features, or lower "
+                "--lr."
+            )
+        sums += values
+    model.train()
+    exact = torch.float32 if accelerator.device.type == "npu" else torch.float64  # NPUs have no float64 sums
+    everything = torch.cat([counts.flatten(), sums]).to(accelerator.device, exact)
+    everything = accelerator.reduce(everything).cpu().double()
+    (positions, agreed, whole), (feature_loss, token_loss, top_3) = everything[:-3].view(3, DEPTH), everything[-3:]
+    per_depth, count = positions.clamp_min(1), positions[0].clamp_min(1)
+    return Validation(
+        alpha=(agreed / per_depth).tolist(),
+        tau=(1 + (whole / per_depth).cumsum(0)).tolist(),
+        top_3=float(top_3 / count),
+        feature_loss=float(feature_loss / count),
+        token_loss=float(token_loss / count),
+        positions=int(positions[0]),
+    )

@@ -1,0 +1,232 @@
+"""One vLLM engine in its own process: generate greedily from token ids and count what the draft got accepted.
+
+    result = run_engine(EngineRequest(model=..., draft=..., prompts=[[1, 2, 3]]))
+
+The parent starts ``python -m eagle.vllm.engine REQUEST.json RESULT.json``. Only that child imports vLLM, so an engine
+that dies takes nobody with it, and its memory is free before the next one starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle.errors import WorkError
+from eagle.files import ROOT, write_json
+
+#: No downloads, no telemetry; the CPU's key-value cache in GiB. What the user has set stays.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+_COUNTER = "vllm:spec_decode_num_"
+# "(EngineCore pid=12) ERROR 01-02 03:04:05 [core.py:67] ValueError: why"
+_LOG_PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:(INFO|WARNING|ERROR|DEBUG) \S+ \S+ \[[^\]]*\]\s?)?")
+_LONGEST_LINE = 240
+_ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt)\b.*")
+
+
+class EngineError(WorkError):
+    """The engine did not start or died. The message ends with its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What one engine is to do.
+
+    prompts: token ids. draft: an exported folder, None to run without one. dtype: vLLM's name for it; ``auto`` is the
+    target's own. batch_size: how many prompts it decodes at once. stop_token_ids: end a reply; empty lets every reply
+    run to `max_new_tokens`. warm_up: generate once before the clock and the counters start.
+    """
+
+    model: str
+    prompts: list[list[int]]
+    draft: str | None = None
+    num_speculative_tokens: int = 3
+    max_new_tokens: int = 128
+    dtype: str = "auto"
+    batch_size: int = 1
+    tensor_parallel_size: int = 1
+    stop_token_ids: list[int] = dataclasses.field(default_factory=list)
+    warm_up: bool = True
+
+    def max_model_len(self) -> int:
+        """The shortest context that holds every prompt, its reply and the tokens drafted past its end."""
+        return max(len(prompt) for prompt in self.prompts) + self.max_new_tokens + self.num_speculative_tokens + 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    """What one engine did.
+
+    outputs: the token ids of every reply. seconds: generation only, without start and warm-up. drafts: how many chains
+    were proposed; accepted_per_position: how many of them had their first, second, ... token accepted.
+    """
+
+    outputs: list[list[int]]
+    seconds: float
+    drafts: int
+    drafted: int
+    accepted: int
+    accepted_per_position: list[int]
+    dtype: str
+    device: str
+    vllm: str
+    torch: str
+
+    def tokens(self) -> int:
+        return sum(len(output) for output in self.outputs)
+
+    def tokens_per_second(self) -> float:
+        return self.tokens() / self.seconds
+
+    def acceptance(self) -> float:
+        """Accepted of drafted tokens, 0 where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    def tau(self) -> float:
+        """Tokens per target forward pass: 1 + accepted / drafts."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+
+def run_engine(request: EngineRequest) -> EngineResult:
+    """Run one engine to its end.
+
+    Raises: EngineError with the engine's last words.
+    """
+    environment = {**ENVIRONMENT, **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as folder:
+        asked, answered, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
+        write_json(asked, dataclasses.asdict(request))
+        with log.open("wb") as output:
+            code = subprocess.run(
+                [sys.executable, "-m", "eagle.vllm.engine", str(asked), str(answered)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                check=False,
+            ).returncode
+        if code != 0 or not answered.is_file():
+            words = last_words(log.read_text(encoding="utf-8", errors="replace"))
+            with_draft = f" with the draft {request.draft}" if request.draft else " without a draft"
+            raise EngineError(f"vLLM did not run{with_draft} (exit code {code}). Its last words:\n{words}")
+        return EngineResult(**json.loads(answered.read_text(encoding="utf-8")))
+
+
+def last_words(log: str) -> str:
+    """Why an engine died: the first error in its log, which is the cause of all others, and the last one.
+
+    Of each the line itself and the indented ones that explain it; of a log without an error line the end.
+    """
+    lines, errors = [], []
+    for raw in log.splitlines():
+        prefix = _LOG_PREFIX.match(raw)
+        line = raw[prefix.end() :].rstrip() if prefix else raw.rstrip()
+        if not line:
+            continue
+        # vLLM also logs the tracebacks of things that it can do without, as warnings.
+        if _ERROR_LINE.match(line) and (prefix is None or prefix[1] in (None, "ERROR")):
+            errors.append(len(lines))
+        # It lists every architecture it knows, on one line.
+        lines.append(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ...")
+    shown: list[str] = []
+    for start in dict.fromkeys((errors[0], errors[-1])) if errors else ():
+        explained = itertools.takewhile(lambda line: line.startswith(" "), lines[start + 1 : start + 3])
+        shown += [line for line in (lines[start], *explained) if line not in shown]
+    return "\n".join(f"  {line}" for line in shown or lines[-12:]) or "  (none)"
+
+
+def serve(request: EngineRequest) -> EngineResult:
+    """Build the engine here, in this process, and run the request. Only the child calls it."""
+    import torch
+    import vllm
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {
+        "model": request.model,
+        "dtype": request.dtype,
+        "max_model_len": request.max_model_len(),
+        "max_num_seqs": request.batch_size,
+        "tensor_parallel_size": request.tensor_parallel_size,
+        "skip_tokenizer_init": True,  # token ids go in and come out
+        "disable_log_stats": False,  # or there are no counters
+        "seed": 0,
+    }
+    if current_platform.is_cpu():
+        options["enforce_eager"] = True  # compiling takes longer than all the rest
+    if request.draft is not None:
+        options["speculative_config"] = {
+            "method": "eagle",
+            "model": request.draft,
+            "num_speculative_tokens": request.num_speculative_tokens,
+        }
+    engine = LLM(**options)
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=request.max_new_tokens,
+        stop_token_ids=request.stop_token_ids or None,
+        ignore_eos=not request.stop_token_ids,
+        detokenize=False,
+    )
+    if request.warm_up:
+        # Backwards, so that no prompt finds itself in the prefix cache.
+        engine.generate([{"prompt_token_ids": request.prompts[0][::-1]}], sampling, use_tqdm=False)
+    before = read_counters(engine)
+    start = time.perf_counter()
+    replies = engine.generate([{"prompt_token_ids": ids} for ids in request.prompts], sampling, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    counted = {name: value - before.get(name, 0) for name, value in read_counters(engine).items()}
+    positions = range(request.num_speculative_tokens if request.draft is not None else 0)
+    return EngineResult(
+        outputs=[list(reply.outputs[0].token_ids) for reply in replies],
+        seconds=seconds,
+        drafts=counted.get("drafts", 0),
+        drafted=counted.get("draft_tokens", 0),
+        accepted=counted.get("accepted_tokens", 0),
+        accepted_per_position=[counted.get(f"accepted_tokens_per_pos.{position}", 0) for position in positions],
+        dtype=str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
+        device=current_platform.device_name or current_platform.device_type,
+        vllm=vllm.__version__,
+        torch=torch.__version__,
+    )
+
+
+def read_counters(engine: Any) -> dict[str, int]:
+    """vLLM's speculation counters by what follows ``vllm:spec_decode_num_``, summed over engines."""
+    counters: dict[str, int] = {}
+    for metric in engine.get_metrics():
+        if not metric.name.startswith(_COUNTER):
+            continue
+        name = metric.name.removeprefix(_COUNTER)
+        values = getattr(metric, "values", None)
+        named = {name: metric.value} if values is None else {f"{name}.{at}": value for at, value in enumerate(values)}
+        for key, value in named.items():
+            counters[key] = counters.get(key, 0) + int(value)
+    return counters
+
+
+def main(argv: list[str] | None = None) -> int:
+    asked, answered = (Path(argument) for argument in (sys.argv[1:] if argv is None else argv))
+    request = EngineRequest(**json.loads(asked.read_text(encoding="utf-8")))
+    write_json(answered, dataclasses.asdict(serve(request)))
+    return 0
+
+
+# vLLM spawns its workers, which import this module again.
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What an export must be, rule by rule, checked on the files as they lie on disk.
+
+Every rule stands for a way in which vLLM loads a draft silently and accepts nothing, or refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from eagle.drafts.saved import WEIGHTS_FILE
+from eagle.errors import RequestError, WorkError
+from eagle.files import read_json
+from eagle.target.config import ModelConfig, parse_config
+
+#: What vLLM builds the layer from, and must find as the target has it.
+_LAYER_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_scaling",
+    "hidden_act",
+    "qkv_bias",
+    "o_bias",
+    "mlp_bias",
+)
+
+
+def check_export(
+    folder: Path, layout: str, config: ModelConfig, expected: dict[str, torch.Tensor], head: torch.Tensor | None
+) -> None:
+    """Read an export back and check it.
+
+    config: the draft's, in the target's own numbers. expected: the tensors that were to be written. head: the target's
+    ``lm_head`` where the layout carries it.
+
+    Raises: WorkError naming every rule that does not hold.
+    """
+    raw = read_json(folder / "config.json", "an exported config.json")
+    plain = raw.get("model", {}) if layout == "v0" else raw
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    broken = [*_config_rules(raw, plain, layout, config), *_tensor_rules(tensors, plain, layout, expected, head)]
+    if broken:
+        raise WorkError(
+            f"The self-check of the {layout} export failed, so nothing was written: {'; '.join(broken)}. A draft like "
+            "this would load in vLLM and never be accepted."
+        )
+
+
+def _config_rules(raw: dict[str, Any], plain: dict[str, Any], layout: str, config: ModelConfig) -> Iterator[str]:
+    if layout == "v0" and (raw.get("model_type"), raw.get("architectures")) != ("eagle", ["EAGLEModel"]):
+        yield "a v0 config is nested: model_type 'eagle', architectures ['EAGLEModel']"
+    if layout == "v1" and (plain.get("model_type"), plain.get("architectures")) != ("llama", ["LlamaForCausalLM"]):
+        yield "a v1 config says model_type 'llama' and architectures ['LlamaForCausalLM']"
+    if "layer_types" in plain:
+        yield "layer_types must not be in a one-layer config"
+    if plain.get("num_hidden_layers") != 1:
+        yield f"num_hidden_layers is {plain.get('num_hidden_layers')}, a draft has 1"
+    theta, parameters = plain.get("rope_theta"), plain.get("rope_parameters") or {}
+    if not theta == parameters.get("rope_theta") == config.rope_theta:
+        yield (
+            f"rope_theta is {theta}, in rope_parameters {parameters.get('rope_theta')}; both must be the target's "
+            f"{config.rope_theta}"
+        )
+    try:
+        written = parse_config(raw)
+    except RequestError as error:
+        yield f"the config cannot be read back: {error}"
+        return
+    for name in _LAYER_FIELDS:
+        if getattr(written, name) != getattr(config, name):
+            yield f"{name} reads back as {getattr(written, name)!r}, it should be {getattr(config, name)!r}"
+
+
+def _tensor_rules(
+    tensors: dict[str, torch.Tensor],
+    plain: dict[str, Any],
+    layout: str,
+    expected: dict[str, torch.Tensor],
+    head: torch.Tensor | None,
+) -> Iterator[str]:
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        yield f"{name} is {'missing' if name in expected else 'extra'}"
+    forbidden = {"lm_head.weight", "embed_tokens.weight", "fc.bias"} if layout == "v1" else set()
+    yield from (f"{name} must not be in a v1 draft" for name in sorted(forbidden & tensors.keys()))
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor = tensors[name]
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
+            yield f"{name} is {list(tensor.shape)} {tensor.dtype}"
+        elif not torch.isfinite(tensor).all():
+            yield f"{name} holds NaN or infinite values"
+        elif not torch.equal(tensor, expected[name]):
+            yield f"{name} did not come back as it was written"
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        yield "the tensors have different dtypes"
+    has_bias = {f"layers.0.self_attn.{name}_proj.bias" in tensors for name in "qkv"}
+    declared = plain.get("model_type") == "qwen2" or bool(plain.get("qkv_bias")) or bool(plain.get("attention_bias"))
+    if has_bias != {declared}:
+        yield f"q, k, v biases are {'declared but not' if declared else 'not declared but'} among the tensors"
+    if bool(plain.get("attention_bias")) != ("layers.0.self_attn.o_proj.bias" in tensors):
+        yield "attention_bias and o_proj.bias must come together"
+    if head is not None and not torch.equal(tensors.get("lm_head.weight", torch.empty(0)), head):
+        yield "lm_head.weight is not the target's"
