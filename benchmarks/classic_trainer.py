@@ -22,16 +22,19 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
 
+from eagle.drafts.eagle1.draft_config import draft_config_for
+from eagle.store.shard import HIDDEN_STATE
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.device import choose_kind
 from eagle.drafts.alignment import Batch, collate
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.entry import run
 from eagle.store.reader import FeatureStore
-from eagle.target.config import draft_config_for, load_config
+from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.dataset import FeatureDataset, split_store
 from eagle.train.options import TrainOptions
@@ -66,7 +69,7 @@ class PublishedTrainer:
         embedding = read_embedding(weights, target)
         head = embedding if target.tie_word_embeddings else read_head(weights, target)
         torch.manual_seed(0)
-        self.draft = DraftModel(config, embedding.float()).to(self.accelerator.device)
+        self.draft = Eagle1Network(config, embedding.float()).to(self.accelerator.device)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head.weight = nn.Parameter(head.float(), requires_grad=False)
         self.head.to(self.accelerator.device)
@@ -75,8 +78,8 @@ class PublishedTrainer:
         self.optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.95))
         store = FeatureStore(args.tmpdir)
         train, held_out = split_store(store, 0.05, 42)
-        self.train = FeatureDataset(store, train, args.max_len, noise=0.1)
-        self.held_out = FeatureDataset(store, held_out, args.max_len)
+        self.train = FeatureDataset(store, train, args.max_len, HIDDEN_STATE, noise=0.1)
+        self.held_out = FeatureDataset(store, held_out, args.max_len, HIDDEN_STATE)
         self.step, self.seconds = 0, 0.0
 
     def fit(self) -> None:
@@ -147,7 +150,7 @@ class PublishedTrainer:
         loader = torch.utils.data.DataLoader(
             self.held_out, batch_sampler=[[(0, i)] for i in range(len(self.held_out))], collate_fn=collate
         )
-        head = FrozenHead(self.head.weight.detach().bfloat16())
+        head = TokenLossHead(self.head.weight.detach().bfloat16())
         found = validate(self.accelerator, UnrolledDraft(self.draft), head, loader)
         self.write(**found.metrics())
         return found.tau[-1]

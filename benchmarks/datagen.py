@@ -38,7 +38,7 @@ from eagle.errors import WorkError
 from eagle.files import existing_path, write_json
 from eagle.generate.collector import Item
 from eagle.generate.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
-from eagle.generate.worker import Worker
+from eagle.generate.worker import Share, Worker, open_source
 from eagle.provenance import provenance
 from eagle.store.dtypes import STORE_DTYPES, pack
 from eagle.store.reader import FeatureStore
@@ -140,9 +140,10 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     encode_job(job)
     tokenised = time.perf_counter()
     (folder / "0").mkdir()
-    worker = Worker(folder, 0, job.kind, 1, "on" if args.compiled else "off")
-    batches = [worker.items(batch) for stretch in worker.missing for batch in worker.batches(stretch)]
-    worker.forward(batches[0])  # warm
+    share = Share(folder, 0)
+    worker = Worker(share, open_source(share, job.kind, 1, "on" if args.compiled else "off"))
+    batches = [share.items(batch) for stretch in share.missing for batch in share.batches(stretch)]
+    worker.compute(batches[0])  # warm
     bare = [bare_forward(worker, batches)]
     loaded = time.perf_counter()
     for _ in worker.work(job.request.shard_mb << 20):
@@ -161,11 +162,12 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
 
 def bare_forward(worker: Worker, batches: list[list[Item]]) -> float:
     """Seconds of nothing but the trunk on our batches."""
-    synchronize(worker.device)
+    device = next(iter(worker.compute(batches[0]).values())).device
+    synchronize(device)
     started = time.perf_counter()
     for batch in batches:
-        worker.forward(batch)
-    synchronize(worker.device)
+        worker.compute(batch)
+    synchronize(device)
     return time.perf_counter() - started
 
 

@@ -30,11 +30,14 @@ import numpy as np
 import psutil
 import torch
 
+from eagle.drafts.eagle1.draft_config import draft_config_for
+from eagle.store.shard import HIDDEN_STATE
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
 from eagle.device import choose_kind, describe, process_peak, torch_device
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.saved import describe as describe_draft
 from eagle.entry import HelpFormatter, run
 from eagle.errors import WorkError
@@ -42,8 +45,8 @@ from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import Record, ShardWriter
-from eagle.target.config import draft_config_for, load_config
-from eagle.target.weights import EMBEDDING, HEAD, Weights, read_embedding, read_head
+from eagle.target.config import load_config
+from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.train.dataset import FeatureDataset
 from eagle.train.run_log import METRICS
@@ -94,7 +97,10 @@ def train_eagle_llm(args: argparse.Namespace, folder: Path) -> list[str]:
     base, records = folder / "base", folder / "records"
     base.mkdir()
     records.mkdir()
-    tensors = {EMBEDDING: read_embedding(weights, target), HEAD: read_head(weights, target).clone()}
+    tensors = {
+        "model.embed_tokens.weight": read_embedding(weights, target),
+        "lm_head.weight": read_head(weights, target).clone(),
+    }
     write_tensors(base / "model.safetensors", tensors)
     index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -142,8 +148,8 @@ def flops_per_supervised(args: argparse.Namespace) -> float:
     """Of the products any trainer needs, for one supervised position and its share of the tokens around it."""
     config, store = draft_config_for(load_config(args.basepath), None), FeatureStore(args.tmpdir)
     with torch.device("meta"):
-        weights = describe_draft(DraftModel(config, torch.empty(config.vocab_size, config.hidden_size)))["trainable"]
-    data = FeatureDataset(store, np.arange(len(store)), args.max_len)
+        weights = describe_draft(Eagle1Network(config, torch.empty(config.vocab_size, config.hidden_size)))["trainable"]
+    data = FeatureDataset(store, np.arange(len(store)), args.max_len, HIDDEN_STATE)
     sample = [data[0, int(i)].supervised for i in np.linspace(0, len(store) - 1, min(len(store), 200))]
     tokens_each = sum(map(len, sample)) / sum(int(s.sum()) for s in sample)
     return 6 * config.vocab_size * config.hidden_size + 6 * weights * tokens_each

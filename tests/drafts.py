@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from eagle.decode.target import Target, load_target
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.network import DraftNetwork
 from eagle.target.trunk import from_pretrained_dtype
 
 CPU = torch.device("cpu")
@@ -20,17 +21,17 @@ def tiny_target(folder: Path, dtype: torch.dtype = torch.float32) -> Target:
     return load_target(folder, dtype, CPU)
 
 
-def random_draft(target: Target, seed: int = 1, std: float = 0.3) -> DraftModel:
+def random_draft(target: Target, seed: int = 1, std: float = 0.3) -> Eagle1Network:
     """Every weight random."""
     torch.manual_seed(seed)
-    draft = DraftModel(target.config.draft(), target.trunk.embed_tokens.weight.data)
+    draft = Eagle1Network(target.config.draft(), target.embedding.data)
     for parameter in draft.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=std)
     return draft.requires_grad_(False).eval().to(target.head.dtype)
 
 
-def trained_draft(target: Target, prompt: list[int], tokens: list[int], features: torch.Tensor) -> DraftModel:
+def trained_draft(target: Target, prompt: list[int], tokens: list[int], features: torch.Tensor) -> Eagle1Network:
     """A random draft after some steps on one continuation; right about much of it, and about little else."""
     draft = random_draft(target, std=0.1)
     trained = [p.requires_grad_() for name, p in draft.named_parameters() if name != "embed_tokens.weight"]
@@ -46,7 +47,7 @@ def trained_draft(target: Target, prompt: list[int], tokens: list[int], features
     return draft.requires_grad_(False)
 
 
-class RiggedDraft(nn.Module):
+class RiggedDraft(DraftNetwork):
     """Predicts, at position t, what it is told of the target's own greedy continuation: right says where truly.
 
     features: ``[T, H]``, the target's along prompt and continuation. right: by position; wrong features are the true
@@ -57,6 +58,12 @@ class RiggedDraft(nn.Module):
         super().__init__()
         self.config = target.config.draft()
         self.features, self.right = features, right
+
+    def read(self, features):
+        return features
+
+    def for_head(self, states):
+        return states
 
     def forward(self, tokens, features, positions, mask, remember):
         shape = (1, self.config.num_key_value_heads, tokens.shape[1], self.config.head_dim)

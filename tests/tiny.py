@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from eagle.generate.worker import Share, Worker, open_source
+
 VOCAB = 400
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -158,3 +160,9 @@ def conversations(count: int, turns: int = 2, seed: int = 0) -> list[dict[str, A
 def write_sharegpt(path: Path, records: list[Any]) -> Path:
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def cpu_worker(outdir: Path, number: int) -> Worker:
+    """A worker of a claimed and encoded job, in this process."""
+    share = Share(outdir, number)
+    return Worker(share, open_source(share, "cpu", cards=1, compile_mode="off"))

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 
 from eagle.decode.target import Target
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.saved import STATE, load_draft, resolve_pointer, trained_state
+from eagle.drafts.families import family_of
+from eagle.drafts.family import DraftFamily
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.saved import STATE, load_draft, resolve_pointer
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.weights import fingerprint
+from eagle.target.weights import Weights, fingerprint
 
 
-def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftModel:
+def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
     """The draft in a run, a checkpoint, an export of either layout or a public EAGLE folder, in the target's dtype.
 
     It is built by its own config.json, as vLLM does; a theta that is not the target's is warned about, not mended.
@@ -25,9 +27,10 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftModel:
     """
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
-    check_fit(load_config(folder), target.config, folder)
+    names = {name.removeprefix("model.") for name in Weights(folder, flag="--draft-path").names()}
+    check_fit(load_config(folder), target.config, folder, family_of(names))
     check_base(folder, base)
-    embedding = target.trunk.embed_tokens.weight
+    embedding = target.embedding
     # Its own copy of the embedding, if there is one, is dropped for the target's: the same values, once in memory.
     draft = load_draft(folder, torch.empty(embedding.shape, device="meta"))
     if tuple(draft.embed_tokens.weight.shape) != tuple(embedding.shape):
@@ -36,26 +39,19 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftModel:
             f"{list(embedding.shape)}. This draft was trained for another model."
         )
     draft.embed_tokens = torch.nn.Embedding.from_pretrained(embedding.data.to(target.device), freeze=True)
-    if not all(bool(tensor.isfinite().all()) for tensor in trained_state(draft).values()):
+    if not all(bool(tensor.isfinite().all()) for tensor in draft.trained_state().values()):
         raise RequestError(f"--draft-path {folder}: its weights contain NaN or infinity; the training has diverged.")
     draft.requires_grad_(False)
-    if draft.fc.bias is not None and bool(draft.fc.bias.any()):
-        warn(
-            f"{folder} has a trained fc.bias, which is used here. vLLM 0.9 and newer have no place for it and accept "
-            "less than this measurement says."
-        )
+    for note in family_of(draft.trained_state()).for_training(draft.trained_state())[1]:
+        warn(f"{folder}: {note} (vLLM 0.9 and newer); it is used here, and vLLM will accept less than this says.")
     return draft.eval().to(target.device, target.head.dtype)
 
 
-def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path) -> None:
+def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path, family: DraftFamily) -> None:
     """Raises: RequestError naming every size in which the draft's config differs from the target's."""
-    sizes = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-        "hidden_act", "qkv_bias",
-    )  # fmt: skip
     wrong = [
         f"{name} is {getattr(draft, name)!r}, the base model's is {getattr(target, name)!r}"
-        for name in sizes
+        for name in family.same_as_target
         if getattr(draft, name) != getattr(target, name)
     ]
     if wrong:

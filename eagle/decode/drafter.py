@@ -1,7 +1,7 @@
 """The draft's proposals: a tree that is always the same (a chain is one), or EAGLE-2's dynamic tree.
 
-The draft's row i is (embed(x[i+1]), f[i]) at position i and predicts f[i+1], whose logits say x[i+2]. Rows of the true
-sequence use the target's features; rows of drafted nodes use the draft's own output, without any norm.
+The draft's row i is (x[i+1], state i) at position i and gives state i+1, whose logits say x[i+2]. States of the true
+sequence are read from the target's features; those of drafted nodes are the draft's own.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ from eagle.decode.tree import (
     identity,
     static_tree,
 )
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.network import DraftNetwork
 from eagle.errors import RequestError
 
 
 class DraftRunner:
     """The draft with its key-value cache, over one sequence. rows: the longest it can get, drafted nodes included."""
 
-    def __init__(self, model: DraftModel, head: torch.Tensor, rows: int) -> None:
+    def __init__(self, model: DraftNetwork, head: torch.Tensor, rows: int) -> None:
         self.model, self.head = model, head
         self.cache = DraftCache(model.config, rows, head.device, head.dtype)
 
     def advance(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Take in rows of the true sequence: tokens ``[T]``, the target's features ``[T, H]`` before them.
+        """Take in rows of the true sequence: tokens ``[T]``, the target's features ``[T, W]`` before them.
 
-        Returns the predicted feature behind the last one, ``[1, H]``.
+        Returns the draft's state behind the last one, ``[1, H]``.
         """
         self.cache.forget()
         start, end = self.cache.length, self.cache.length + len(tokens)
         positions = torch.arange(end, device=tokens.device)
         mask = positions <= positions[start:, None] if start else None
-        predicted = self._rows(tokens, features, positions[start:], mask)
+        states = self._rows(tokens, self.model.read(features), positions[start:], mask)
         self.cache.keep()
-        return predicted[-1:]
+        return states[-1:]
 
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor, depth: int, visible: torch.Tensor) -> torch.Tensor:
-        """Predicted features ``[W, H]`` behind drafted nodes of one depth (the root's children have depth 1).
+    def extend(self, tokens: torch.Tensor, states: torch.Tensor, depth: int, visible: torch.Tensor) -> torch.Tensor:
+        """States ``[W, H]`` behind drafted nodes of one depth (the root's children have depth 1).
 
-        tokens: ``[W]``. features: ``[W, H]``, predicted behind their parents. visible: ``[W, rows of drafted nodes]``.
+        tokens: ``[W]``. states: ``[W, H]``, those behind their parents. visible: ``[W, rows of drafted nodes]``.
         """
         positions = torch.full_like(tokens, self.cache.length + depth - 1)
         before = torch.ones(len(tokens), self.cache.length, dtype=torch.bool, device=tokens.device)
-        return self._rows(tokens, features, positions, torch.cat((before, visible), dim=1))
+        return self._rows(tokens, states, positions, torch.cat((before, visible), dim=1))
 
     def _rows(
-        self, tokens: torch.Tensor, features: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+        self, tokens: torch.Tensor, states: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        return self.model(tokens[None], features[None], positions[None], mask, self.cache.remember)[0]
+        return self.model(tokens[None], states[None], positions[None], mask, self.cache.remember)[0]
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        return functional.linear(features, self.head)
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self.model.for_head(states), self.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class StaticDrafter:
     def propose(
         self, root: torch.Tensor, predicted: torch.Tensor, draft: DraftRunner, generator: torch.Generator
     ) -> Proposal:
-        """root: ``[1]``, the last emitted token. predicted: ``[1, H]``, the feature the draft predicts behind it."""
+        """root: ``[1]``, the last emitted token. predicted: ``[1, H]``, the draft's state behind it."""
         tokens, distributions = [root], []
         for depth, level in enumerate(self.shape.levels, start=1):
             logits = draft.logits(predicted)

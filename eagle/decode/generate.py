@@ -23,7 +23,7 @@ from eagle.decode.sampling import Sampling, draw
 from eagle.decode.target import Target
 from eagle.decode.verification import follow
 from eagle.device import synchronize
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.network import DraftNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Generation:
 class SpeculativeDecoder:
     """A target with a draft. One sequence at a time; the random generator goes on from one to the next."""
 
-    def __init__(self, target: Target, draft: DraftModel, drafter: Drafter, sampling: Sampling) -> None:
+    def __init__(self, target: Target, draft: DraftNetwork, drafter: Drafter, sampling: Sampling) -> None:
         self.target, self.draft, self.drafter, self.sampling = target, draft, drafter, sampling
         self.generator = sampling.generator(target.device)
 

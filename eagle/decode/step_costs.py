@@ -14,7 +14,7 @@ from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import Target
 from eagle.device import synchronize
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.network import DraftNetwork
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Estimate:
 
 @torch.inference_mode()
 def estimate(
-    target: Target, draft: DraftModel, drafters: dict[int, Drafter], acceptance: Acceptance, context: int
+    target: Target, draft: DraftNetwork, drafters: dict[int, Drafter], acceptance: Acceptance, context: int
 ) -> list[Estimate]:
     """Time a step of each drafter, and of the target alone, behind `context` tokens.
 

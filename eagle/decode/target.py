@@ -11,7 +11,7 @@ from torch.nn import functional
 from eagle.decode.cache import TargetCache
 from eagle.files import existing_path
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.trunk import load_trunk
+from eagle.target.trunk import load_trunk, parts_of
 from eagle.target.weights import Weights, read_head
 
 
@@ -24,12 +24,17 @@ class Target:
     head: torch.Tensor
 
     @property
+    def embedding(self) -> torch.Tensor:
+        """``[V, H]``."""
+        return parts_of(self.trunk, self.config).embedding.weight
+
+    @property
     def device(self) -> torch.device:
         """Where tokens go in and features come out (accelerate moves what is between, where layers are spread)."""
         return self.head.device
 
     def new_cache(self, rows: int) -> TargetCache:
-        devices = [layer.self_attn.k_proj.weight.device for layer in self.trunk.layers]
+        devices = [next(layer.parameters()).device for layer in parts_of(self.trunk, self.config).layers]
         return TargetCache(self.config, rows, devices, self.head.dtype)
 
     def features(
@@ -75,6 +80,7 @@ def load_target(folder: Path, dtype: torch.dtype, device: torch.device, *, sprea
     config = load_config(folder)
     head = read_head(Weights(folder, flag="--base-path"), config)
     trunk = load_trunk(folder, dtype, device, spread=spread)
-    device, embedding = trunk.norm.weight.device, trunk.embed_tokens.weight
+    parts = parts_of(trunk, config)
+    device, embedding = parts.norm.weight.device, parts.embedding.weight
     shared = config.tie_word_embeddings and embedding.device == device
     return Target(config, trunk, embedding.data if shared else head.to(device, dtype))

@@ -14,8 +14,9 @@ from eagle.store.shard import Record
 class Example:
     """A conversation as the draft sees it, ``T-1`` positions long.
 
-    At position t: tokens ``x[t+1]``, features ``f[t]`` (with noise when training), targets ``f[t+1]``;
-    supervised is True where ``x[t+1]`` and ``x[t+2]`` are both the assistant's. conversation: the record's, to name it.
+    At position t: tokens ``x[t+1]``, features what the draft reads of the target at t (with noise when training),
+    targets the target's last hidden state ``f[t+1]``, which says what ``x[t+2]`` should be; supervised is True where
+    ``x[t+1]`` and ``x[t+2]`` are both the assistant's. conversation: the record's, to name it.
     """
 
     tokens: torch.Tensor
@@ -29,7 +30,7 @@ class Example:
 class Batch:
     """Examples padded on the right.
 
-    tokens ``[B, T]``, features and targets ``[B, T, H]``, supervised ``[B, T]``, conversations ``[B]``.
+    tokens ``[B, T]``, features ``[B, T, W]``, targets ``[B, T, H]``, supervised ``[B, T]``, conversations ``[B]``.
     """
 
     tokens: torch.Tensor
@@ -71,11 +72,11 @@ def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:
     return supervised
 
 
-def shift(record: Record) -> Example:
-    """The alignment of EAGLE (arXiv 2401.15077, section 4.1), for one record."""
+def shift(record: Record, reads: str) -> Example:
+    """The alignment of EAGLE (arXiv 2401.15077, section 4.1), for one record. reads: the features the draft reads."""
     return Example(
         tokens=record.input_ids[1:].long(),
-        features=record.hidden_state[:-1],
+        features=record.features()[reads][:-1],
         targets=record.hidden_state[1:],
         supervised=supervised_positions(record.loss_mask),
         conversation=record.conversation,

@@ -1,18 +1,14 @@
-"""The parts that draft networks are built from, in the public key names."""
+"""The parts that draft networks are built from: their parameters carry the public key names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from eagle.target.config import ModelConfig
-
-#: Takes the keys and values of new rows, keeps them, and gives those of all rows so far: a KV cache's one verb.
-Remember = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Attention(nn.Module):

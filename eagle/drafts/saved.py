@@ -1,38 +1,63 @@
-"""A draft on disk: the folder it is saved as, and the folders of others that hold one."""
+"""A draft on disk: the folder it is saved as, the folders of others that hold one, and the shapes of its tensors."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.families import family_of
+from eagle.drafts.family import DraftFamily
+from eagle.drafts.layout import SavedDraft
+from eagle.drafts.network import DraftNetwork
 from eagle.errors import RequestError
-from eagle.files import write_json
-from eagle.target.config import load_config
+from eagle.files import existing_path, read_json, write_json
+from eagle.target.config import ModelConfig, load_config
 from eagle.target.weights import Weights
 from eagle.tensor_file import write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 
+#: What a training run's folder holds beside checkpoints: pointers to two of them; and what one says of itself.
+BEST, LAST, STATE = "best", "last", "state.json"
 
-def trained_state(model: DraftModel) -> dict[str, torch.Tensor]:
-    """The trainable weights by their public names."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+#: Tensors that a saved draft may bring along and that are the target's.
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def save_draft(model: DraftModel, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+def trained_shapes(family: DraftFamily, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every trained tensor by name, counted from the network; nothing is allocated."""
+    with torch.device("meta"):
+        network = family.build(config, torch.empty(config.vocab_size, config.hidden_size))
+    return {name: tuple(tensor.shape) for name, tensor in network.trained_state().items()}
+
+
+def shape_problems(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], family: DraftFamily
+) -> list[str]:
+    """What is missing, what does not belong, and what has another shape, in words."""
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is not part of {family.describes}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(found[name].shape)}, expected {list(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if tuple(found[name].shape) != expected[name]
+    ]
+    return sorted(problems)
+
+
+def save_draft(network: DraftNetwork, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` (embedding included), a folder that loads by itself.
 
-    whole: the weights by name, where the model itself holds only shards of them.
+    whole: the weights by name, where the network itself holds only shards of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = dict(model.named_parameters()) if whole is None else whole
+    named = dict(network.named_parameters()) if whole is None else whole
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     write_tensors(folder / WEIGHTS_FILE, tensors)
-    write_json(folder / "config.json", model.config.to_json())
+    write_json(folder / "config.json", network.config.to_json())
 
 
 def read_draft_state(weights: Weights) -> dict[str, torch.Tensor]:
@@ -48,7 +73,7 @@ def read_draft_state(weights: Weights) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> DraftModel:
+def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> DraftNetwork:
     """The draft in a checkpoint or export folder, in its stored dtype.
 
     embedding: the target's, for exports that leave it out.
@@ -56,42 +81,66 @@ def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> Dra
     Raises: FileNotFoundError, RequestError (missing or misshapen tensors).
     """
     config = load_config(folder)
-    weights = Weights(folder, flag="--draft-path")
-    state = read_draft_state(weights)
-    state.pop("lm_head.weight", None)
-    stored = state.pop("embed_tokens.weight", None)
+    state = read_draft_state(Weights(folder, flag="--draft-path"))
+    state.pop(HEAD, None)
+    stored = state.pop(EMBEDDING, None)
     embedding = stored if stored is not None else embedding
     if embedding is None:
-        raise RequestError(f"{folder} holds no embed_tokens.weight; the target's embedding is needed beside it.")
-    model = DraftModel(config, embedding, fc_bias="fc.bias" in state)
-    load_trained_state(model, state, str(folder))
-    return model.to(state["fc.weight"].dtype)
+        raise RequestError(f"{folder} holds no {EMBEDDING}; the target's embedding is needed beside it.")
+    network = family_of(state).build(config, embedding, state)
+    load_trained_state(network, state, str(folder))
+    return network.to(next(iter(state.values())).dtype)
 
 
-def load_trained_state(model: DraftModel, state: dict[str, torch.Tensor], source: str) -> None:
-    """Copy weights into the draft. Raises: RequestError naming what is missing, extra or of another shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in trained_state(model).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is not part of an EAGLE-1 draft" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} is {list(found[name])}, expected {list(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
+def load_trained_state(network: DraftNetwork, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy weights into the network. Raises: RequestError naming what is missing, extra or of another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.trained_state().items()}
+    problems = shape_problems(expected, state, family_of(state))
     if problems:
-        raise RequestError(f"{source} does not hold a draft of this target: {'; '.join(sorted(problems))}.")
-    model.load_state_dict(state, strict=False)
+        raise RequestError(f"{source} does not hold a draft of this target: {'; '.join(problems)}.")
+    network.load_state_dict(dict(state), strict=False)
 
 
-def describe(model: DraftModel) -> dict[str, Any]:
-    """Parameter counts, for people."""
-    return {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+def warm_start(network: DraftNetwork, path: Path, flag: str) -> list[str]:
+    """Start `network` from a saved draft; notes on what of it is left behind.
+
+    Raises: FileNotFoundError, RequestError (no draft of this network's shape).
+    """
+    source = resolve_pointer(path)
+    state = read_draft_state(Weights(source, flag=flag))
+    for name in (EMBEDDING, HEAD):
+        state.pop(name, None)  # the base model's are used
+    kept, notes = family_of(state).for_training(state)
+    load_trained_state(network, kept, f"{flag} {source}")
+    return [f"{flag} {source}: {note}" for note in notes]
 
 
-BEST, LAST = "best", "last"
+def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> SavedDraft:
+    """Read a draft from a checkpoint of ours, a run's folder, or a public EAGLE folder, for export.
 
-STATE, OPTIMIZER = "state.json", "optimizer.pt"
+    Raises: FileNotFoundError, RequestError (wrong keys or shapes for this target).
+    """
+    existing_path(path, "--draft-path", "path")
+    folder = resolve_pointer(path)
+    state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
+    for name in (EMBEDDING, HEAD):  # the layouts that want them take them from the target
+        tensor = state.pop(name, None)
+        expected = (target.vocab_size, target.hidden_size)
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise RequestError(
+                f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
+                "draft was trained for another model."
+            )
+    family = family_of(state)
+    config = family.config_of(target, state)
+    kept, _ = family.for_training(state)  # what is no part of it but may be there
+    problems = shape_problems(trained_shapes(family, config), kept, family)
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise RequestError(f"--draft-path {folder} does not hold a draft of --base-path's model: {shown}.")
+    saved = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
+    measured, trained_for = saved.get("metrics", {}), saved.get("run", {}).get("target")
+    return SavedDraft(family.name, config, state, folder, measured, trained_for)
 
 
 def resolve_pointer(path: Path) -> Path:

@@ -40,7 +40,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class FrozenHead:
+class TokenLossHead:
     """The target's ``lm_head`` ``[V, H]``, and the buffers of a block of its logits.
 
     The buffers are kept between calls: on a CPU so large a tensor costs as much to allocate as to fill.

@@ -16,40 +16,39 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.network import DraftNetwork
 
 
 class UnrolledDraft(nn.Module):
     """A draft whose forward takes several steps; the module that is wrapped for distributed training."""
 
-    def __init__(self, draft: DraftModel) -> None:
+    def __init__(self, draft: DraftNetwork) -> None:
         super().__init__()
         self.draft = draft
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, steps: int = 1) -> torch.Tensor:
-        """Predicted features ``[steps, B, T, H]``; row t of every step predicts f[t+1].
+        """States ``[steps, B, T, H]``; row t of every step belongs to position t+1.
 
-        tokens: ``[B, T]``, x[t+1] at position t. features: ``[B, T, H]``, f[t] at position t. Rows t < k - 1 of step k
-        belong to no chain and mean nothing. A step's output is detached before the next reads it, as a server's is.
+        tokens: ``[B, T]``, x[t+1] at position t. features: ``[B, T, W]``, the target's at position t. Rows t < k - 1 of
+        step k belong to no chain and mean nothing. A step's output is detached before the next reads it, as a server's
+        is.
         """
-        draft, layer = self.draft, self.draft.layers[0]
         length = tokens.shape[1]
-        hidden = draft.fc(draft.inputs(tokens, features))
-        rotary = draft.rotary(hidden, torch.arange(length, device=tokens.device).unsqueeze(0))
+        positions = torch.arange(length, device=tokens.device).unsqueeze(0)
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
-        for step in range(1, steps + 1):
-            queries, key, value = layer.self_attn.project(hidden, rotary)
+
+        def remember(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             keys.append(key)
             values.append(value)
+            return torch.cat(keys, 2), torch.cat(values, 2)
+
+        states = self.draft.read(features)
+        dtype, outputs = states.dtype, []
+        for step in range(1, steps + 1):
             mask = None if step == 1 else chain_mask(length, step, tokens.device)
-            mixed = layer.self_attn.attend(queries, torch.cat(keys, 2), torch.cat(values, 2), mask)
-            hidden = hidden + mixed
-            outputs.append(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
-            if step < steps:
-                own = nn.functional.pad(outputs[-1].detach()[:, :-1], (0, 0, 1, 0))
-                hidden = draft.fc(draft.inputs(tokens, own.to(features.dtype)))
+            outputs.append(self.draft(tokens, states, positions, mask, remember))
+            states = nn.functional.pad(outputs[-1].detach()[:, :-1], (0, 0, 1, 0)).to(dtype)
         return torch.stack(outputs)
 
 

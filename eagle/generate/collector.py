@@ -19,7 +19,7 @@ import torch
 from eagle.data.loss_mask import Encoded
 from eagle.errors import WorkError
 from eagle.generate.progress import Progress
-from eagle.store.shard import Record, ShardWriter
+from eagle.store.shard import HIDDEN_STATE, Record, ShardWriter
 
 #: Batches that may wait to be fetched. One is enough to keep the device busy.
 _AHEAD = 2
@@ -49,12 +49,12 @@ class Collector:
         self._pool = ThreadPoolExecutor(1, "collector")
         self._pending: deque[Future[None]] = deque()
 
-    def add(self, hidden: torch.Tensor, items: list[Item]) -> None:
-        """Features ``[B, T, H]`` of a batch, on the device and perhaps still being computed."""
-        if hidden.device.type == "cpu":  # nothing to wait for
-            self._store(hidden, items)
+    def add(self, features: dict[str, torch.Tensor], items: list[Item]) -> None:
+        """Features of a batch by name, ``[B, T, W]`` each, on the device and perhaps still being computed."""
+        if all(tensor.device.type == "cpu" for tensor in features.values()):  # nothing to wait for
+            self._store(features, items)
         else:
-            self._submit(lambda: self._store(hidden, items))
+            self._submit(lambda: self._store(features, items))
 
     def close(self) -> None:
         """Write what is left and wait for it."""
@@ -69,9 +69,9 @@ class Collector:
         while len(self._pending) > _AHEAD:
             self._pending.popleft().result()
 
-    def _store(self, hidden: torch.Tensor, items: list[Item]) -> None:
-        finite = torch.isfinite(hidden).all(-1).cpu()
-        hidden = hidden.cpu()
+    def _store(self, features: dict[str, torch.Tensor], items: list[Item]) -> None:
+        finite = torch.stack([tensor.isfinite().all(-1).cpu() for tensor in features.values()]).all(0)
+        features = {name: tensor.cpu() for name, tensor in features.items()}
         for row, item in enumerate(items):
             length = len(item.encoded.input_ids)
             if not finite[row, :length].all():
@@ -80,7 +80,8 @@ class Collector:
                     "float16 overflows on some models: use --dtype bfloat16 or float32."
                 )
             ids, mask = torch.from_numpy(item.encoded.input_ids), torch.from_numpy(item.encoded.loss_mask)
-            self.writer.add(Record(item.conversation, ids, mask, hidden[row, :length]))
+            own = {name: tensor[row, :length] for name, tensor in features.items()}
+            self.writer.add(Record(item.conversation, ids, mask, own.pop(HIDDEN_STATE), own))
             self.progress.records += 1
             self.progress.tokens += length
             self.progress.supervised_tokens += int(item.encoded.loss_mask.sum())

@@ -18,6 +18,7 @@ from eagle.data.cleaning import Tally
 from eagle.data.json_file import RecordFile
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
@@ -26,7 +27,7 @@ from eagle.provenance import provenance
 from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
-from eagle.target.config import FAMILIES, load_config
+from eagle.target.config import TARGET_FAMILIES, load_config
 from eagle.target.weights import Weights, fingerprint
 
 COMPILE_MODES = ("auto", "on", "off")
@@ -64,8 +65,8 @@ class GenerationRequest:
         for name in ("batch_tokens", "shard_mb"):
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
-        if self.model_type not in (None, *FAMILIES):
-            raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(FAMILIES)}.")
+        if self.model_type not in (None, *TARGET_FAMILIES):
+            raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(TARGET_FAMILIES)}.")
         parse_dtype(self.dtype)
         check_store_dtype(self.store_dtype)
         if self.num_nodes < 1:
@@ -121,6 +122,11 @@ class Job:
     encoder: Encoder
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Of the features that every record is to hold, by name."""
+        return self.manifest["features"]
+
+    @property
     def groups(self) -> list[tuple[int, ...]]:
         return self.request.card_groups()
 
@@ -164,6 +170,7 @@ def resolve(request: GenerationRequest) -> Job:
             "damage": dataclasses.asdict(records.damage) if records.damage else None,
         },
         "dtype": dtype_name(parse_dtype(request.dtype)),
+        "features": DRAFT_FAMILIES[DEFAULT_DRAFT].features(config),
         "options": {
             "conversations": conversations,
             "seed": request.seed,

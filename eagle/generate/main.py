@@ -26,7 +26,7 @@ from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan
 from eagle.generate.progress import finished
 from eagle.store.dtypes import STORE_DTYPES
-from eagle.target.config import FAMILIES
+from eagle.target.config import TARGET_FAMILIES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--outdir", type=Path, required=True, help="folder of the store; worker i writes OUTDIR/<i>/")
     parser.add_argument("--model_name", required=True, help="folder of the base model")
     parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
-    parser.add_argument("--model_type", choices=FAMILIES, help="the base model's family; checked against config.json")
+    parser.add_argument(
+        "--model_type", choices=TARGET_FAMILIES, help="the base model's family; checked against config.json"
+    )
     parser.add_argument(
         "--end_num", type=int, help="how many conversations to use, after shuffling with the seed (default: all)"
     )

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,16 +80,17 @@ def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def store_bytes(tokens: int, records: int, hidden_size: int, dtype: str, store_dtype: str) -> int:
-    """What shards of that many tokens and records hold: features, scales, ids, mask and index."""
+def store_bytes(tokens: int, records: int, widths: Iterable[int], dtype: str, store_dtype: str) -> int:
+    """What shards of that many tokens and records hold: features of these widths, scales, ids, mask and index."""
     scale = 0 if store_dtype == STORE_DTYPES[0] else 4
-    per_token = hidden_size * bytes_per_value(store_dtype, parse_dtype(dtype)) + scale + 4 + 1
+    size = bytes_per_value(store_dtype, parse_dtype(dtype))
+    per_token = sum(width * size + scale for width in widths) + 4 + 1
     return tokens * per_token + records * 3 * 8
 
 
 def make_plan(job: Job, tokens: Tokens) -> Plan:
     """What every worker has left to do."""
-    folder, lengths, hidden = job.request.folder, tokens.lengths, job.manifest["target"]["hidden_size"]
+    folder, lengths, widths = job.request.folder, tokens.lengths, job.widths.values()
     shares = []
     for number in range(len(job.groups)):
         share = tokens.share(number, len(job.groups))
@@ -98,7 +100,7 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
     def sizes(store_dtype: str) -> list[int]:
         found = []
         for share, count in zip(shares, counts, strict=True):
-            whole = store_bytes(count, len(share), hidden, job.manifest["dtype"], store_dtype)
+            whole = store_bytes(count, len(share), widths, job.manifest["dtype"], store_dtype)
             found.append(whole + _HEADER_BYTES * (1 + whole // (job.request.shard_mb << 20)) if share else 0)
         return found
 

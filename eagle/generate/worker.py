@@ -3,8 +3,8 @@
     python -m eagle.generate.worker --outdir STORE --worker 0        (started by allocation.py, one per card group)
 
 The conversations come as tokens (`eagle.data.tokens`), in blocks sorted by length, and are run in that order in
-batches of about equal tokens, so that little is padding. Only the trunk runs: no ``lm_head``, no logits. What it
-computes is written behind its back (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line. The
+batches of about equal tokens, so that little is padding, by the feature source it is given. What that computes is
+written behind its back (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line. The
 worker ends when its stdin closes: it does not outlive the parent that holds the other end.
 """
 
@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from eagle import device
+from eagle.data.cleaning import Tally
 from eagle.data.tokens import TOKENS, key_of, load_tokens
 from eagle.dtypes import parse_dtype
 from eagle.entry import run
@@ -33,11 +33,9 @@ from eagle.files import write_json
 from eagle.generate.collector import Collector, Item
 from eagle.generate.job import COMPILE_MODES, node_share
 from eagle.generate.progress import Progress, Stretch, finished, missing
+from eagle.generate.sources import SOURCES, FeatureSource, SourceOptions
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
-from eagle.store.shard import ShardWriter
-from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
-from eagle.target.cpu_attention import attention_for
-from eagle.target.trunk import load_trunk
+from eagle.store.shard import HIDDEN_STATE, ShardWriter
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterator[range]:
@@ -55,110 +53,117 @@ def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterat
         yield range(start, len(lengths))
 
 
-@torch.inference_mode()
-def padded_features(
-    trunk: torch.nn.Module, sequences: Sequence[np.ndarray], where: torch.device, step: int = 1
-) -> torch.Tensor:
-    """Features ``[B, T, H]`` of token sequences ``[T_i]``, padded to a multiple of `step`, on the device.
+class Share:
+    """One worker's share of a job, and what of it is not done yet.
 
-    Padding stands on the right, where a causal model never looks, so no mask is needed.
+    places: its conversations in its order, by their place in the tokens; lengths: theirs. missing: the stretches that
+    its shards do not hold. held: what they do.
+
+    Raises: RequestError, WorkError (the job's tokens are missing, a shard is damaged).
     """
-    longest = -(-max(map(len, sequences)) // step) * step
-    ids = np.zeros((len(sequences), longest), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-    return trunk(input_ids=torch.from_numpy(ids).to(where), use_cache=False).last_hidden_state
 
-
-class Worker:
-    """Computes one share."""
-
-    def __init__(self, outdir: Path, number: int, kind: str, cards: int, compile_mode: str = "off") -> None:
+    def __init__(self, outdir: Path, number: int) -> None:
         self.manifest = read_manifest(outdir / MANIFEST)
         self.number, self.folder = number, outdir / str(number)
-        options = self.manifest["options"]
         tokens = load_tokens(outdir / TOKENS, key_of(self.manifest))
         if tokens is None:
             raise WorkError(f"{outdir / TOKENS} is missing or damaged; run the same allocation.py command again.")
         self.tokens, self.missing = tokens, missing(self.folder)
-        #: The conversations of this worker in its order, by their place in the tokens.
-        self.places = tokens.share(number, options["workers"])
+        self.workers = self.manifest["options"]["workers"]
+        self.places = tokens.share(number, self.workers)
         self.lengths = tokens.lengths[self.places].tolist()
         self.conversations = node_share(self.manifest)
-        self.batch_tokens = options["batch_tokens"]
-        self.device = device.torch_device(kind)
-        model, dtype = self.manifest["target"]["name"], parse_dtype(self.manifest["dtype"])
         left = [length for stretch in self.missing for length in stretch.of(self.lengths)]
-        #: What the shards hold.
+        self.tokens_left = sum(left)
         self.held = Progress(len(self.lengths) - len(left), sum(self.lengths) - sum(left))
-        compiling = cards == 1 and should_compile(compile_mode, kind, sum(left))
-        self.trunk = load_trunk(
-            model,
-            dtype,
-            self.device,
-            attention="sdpa" if compiling else attention_for(self.device, dtype),
-            spread=cards > 1 and kind != "cpu",
-        )
-        self.step = 1
-        compiled = compile_trunk(self.trunk, self.device) if compiling else None
-        if compiled is not None:
-            self.trunk, self.step = compiled, LENGTH_STEP
-
-    def work(self, shard_bytes: int) -> Iterator[Progress]:
-        """Compute what is missing of the share, then write ``done.json``. Yields how much of it there is.
-
-        Raises: WorkError (features that are not finite, disk full), OSError.
-        """
-        records, tokens, done = self.held.records, self.held.tokens, Progress()
-        for stretch in self.missing:
-            writer = ShardWriter(
-                self.folder,
-                shard_bytes=shard_bytes,
-                store_dtype=self.manifest["options"]["store_dtype"],
-                background=True,
-                first=stretch.first,
-            )
-            todo = self.batches(stretch)
-            done = dataclasses.replace(stretch.begin)
-            collector = Collector(writer, done, self.manifest["dtype"], len(todo), stretch.shards)
-            for batch in map(self.items, todo):
-                collector.add(self.forward(batch), batch)
-                records += len(batch)
-                tokens += sum(len(item.encoded.input_ids) for item in batch)
-                yield Progress(records, tokens)
-            collector.close()
-        # The last stretch reaches the end of the share.
-        done.tally = self.tokens.tally(slice(self.number, None, self.manifest["options"]["workers"]))
-        write_json(self.folder / DONE, done.to_json())
-        yield done
 
     def batches(self, stretch: Stretch) -> list[range]:
         """The batches of a stretch, as indices into the share."""
-        return list(batches(self.lengths[: stretch.end], self.batch_tokens, stretch.begin.records))
+        size = self.manifest["options"]["batch_tokens"]
+        return list(batches(self.lengths[: stretch.end], size, stretch.begin.records))
 
     def items(self, batch: range) -> list[Item]:
         """The conversations of a batch."""
         places = [self.places[index] for index in batch]
         return [Item(self.conversations[place], self.tokens[place]) for place in places]
 
-    def forward(self, batch: list[Item]) -> torch.Tensor:
-        """The features ``[B, T, H]`` of a batch on the device, where they may still be being computed."""
-        return padded_features(self.trunk, [item.encoded.input_ids for item in batch], self.device, self.step)
+    def tally(self) -> Tally:
+        """What could not be used, and what was mended."""
+        return self.tokens.tally(slice(self.number, None, self.workers))
+
+
+class Worker:
+    """Computes a share with the source it is given."""
+
+    def __init__(self, share: Share, source: FeatureSource) -> None:
+        self.share, self.source = share, source
+
+    def work(self, shard_bytes: int) -> Iterator[Progress]:
+        """Compute what is missing of the share, then write ``done.json``. Yields how much of it there is.
+
+        Raises: WorkError (features that are not finite, disk full), OSError.
+        """
+        share = self.share
+        records, tokens, done = share.held.records, share.held.tokens, Progress()
+        for stretch in share.missing:
+            writer = ShardWriter(
+                share.folder,
+                shard_bytes=shard_bytes,
+                store_dtype=share.manifest["options"]["store_dtype"],
+                background=True,
+                first=stretch.first,
+            )
+            todo = share.batches(stretch)
+            done = dataclasses.replace(stretch.begin)
+            collector = Collector(writer, done, share.manifest["dtype"], len(todo), stretch.shards)
+            for batch in map(share.items, todo):
+                collector.add(self.compute(batch), batch)
+                records += len(batch)
+                tokens += sum(len(item.encoded.input_ids) for item in batch)
+                yield Progress(records, tokens)
+            collector.close()
+        # The last stretch reaches the end of the share.
+        done.tally = share.tally()
+        write_json(share.folder / DONE, done.to_json())
+        yield done
+
+    def compute(self, batch: list[Item]) -> dict[str, torch.Tensor]:
+        """The features of a batch by name, ``[B, T, W]`` each, on a device where they may still be being computed."""
+        return self.source.features([item.encoded.input_ids for item in batch])
 
     def probe(self, seconds: float) -> tuple[int, float]:
         """Tokens computed and seconds taken: as many batches as fit into `seconds`, the first one not counted."""
         tokens, started = 0, None
-        some = [batch for stretch in self.missing for batch in self.batches(stretch)]
+        some = [batch for stretch in self.share.missing for batch in self.share.batches(stretch)]
         random.Random(0).shuffle(some)  # the first ones are all long
-        for batch in map(self.items, some):
+        for batch in map(self.share.items, some):
             if started is None:  # the first one compiles, reads the weights, fills caches
-                self.forward(batch)[0, 0, 0].item()
+                self._wait_for(batch)
                 started = time.monotonic()
-            self.forward(batch)[0, 0, 0].item()  # waits for the card it lies on
+            self._wait_for(batch)
             tokens += sum(len(item.encoded.input_ids) for item in batch)
             if time.monotonic() - started > seconds:
                 break
         return tokens, time.monotonic() - (started or 0)
+
+    def _wait_for(self, batch: list[Item]) -> None:
+        for features in self.compute(batch).values():
+            features[0, 0, 0].item()
+
+
+def open_source(share: Share, kind: str, cards: int, compile_mode: str) -> FeatureSource:
+    """What computes the features that the share's manifest names."""
+    options = SourceOptions(
+        Path(share.manifest["target"]["name"]),
+        parse_dtype(share.manifest["dtype"]),
+        device.torch_device(kind),
+        # Stores of version 0.1 hold the last hidden state only, and do not say so.
+        tuple(share.manifest.get("features", (HIDDEN_STATE,))),
+        cards=cards,
+        compile=compile_mode,
+        tokens=share.tokens_left,
+    )
+    return SOURCES["trunk"](options)
 
 
 def end_with_parent() -> None:
@@ -194,12 +199,13 @@ def main(argv: list[str] | None = None) -> int:
     if progress:
         _report(progress)
         return 0
-    worker = Worker(args.outdir, args.worker, kind, args.cards, args.compile)
+    share = Share(args.outdir, args.worker)
+    worker = Worker(share, open_source(share, kind, args.cards, args.compile))
     if args.probe:
         tokens, seconds = worker.probe(args.probe)
         print(json.dumps({"tokens": tokens, "seconds": seconds}))
         return 0
-    _report(worker.held)
+    _report(share.held)
     for progress in worker.work(args.shard_mb << 20):
         _report(progress)
     return 0

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.store.shard import Record
+from eagle.store.shard import HIDDEN_STATE, Record
 from eagle.tensor_file import DTYPE_CODES
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
-_KEYS = ("input_ids", "loss_mask", "hidden_state")
+_KEYS = ("input_ids", "loss_mask", HIDDEN_STATE)
 
 
 class ClassicFolder:
@@ -27,15 +27,16 @@ class ClassicFolder:
         self.path = path
         self.files = files
         self.conversations = np.array([_number(file) for file in files], dtype=np.int64)
-        shapes = [_load(file)["hidden_state"] for file in files]
+        shapes = [_load(file)[HIDDEN_STATE] for file in files]
         self.lengths = np.array([len(hidden) for hidden in shapes], dtype=np.int64)
-        self.hidden_size = int(shapes[0].shape[1])
+        hidden_size = int(shapes[0].shape[1])
+        self.widths = {HIDDEN_STATE: hidden_size}
         self.dtype_code = self.stored_code = DTYPE_CODES.get(shapes[0].dtype, str(shapes[0].dtype))
         for file, hidden in zip(files, shapes, strict=True):
-            if hidden.shape[1] != self.hidden_size or hidden.dtype != shapes[0].dtype:
+            if hidden.shape[1] != hidden_size or hidden.dtype != shapes[0].dtype:
                 raise RequestError(
                     f"{file} holds hidden states of size {hidden.shape[1]} ({hidden.dtype}), the dumps beside it "
-                    f"{self.hidden_size} ({shapes[0].dtype}). Dumps of different targets cannot be mixed."
+                    f"{hidden_size} ({shapes[0].dtype}). Dumps of different targets cannot be mixed."
                 )
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class ClassicFolder:
     def read(self, position: int, *, features: bool = True) -> Record:
         """Raises: WorkError for a dump that is damaged."""
         content = _load(self.files[position])
-        hidden = content["hidden_state"]
+        hidden = content[HIDDEN_STATE]
         return Record(
             int(self.conversations[position]),
             content["input_ids"].to(torch.int32),
@@ -104,7 +105,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         raise WorkError(f"{file} has no {', '.join(missing)}; a dump holds {', '.join(_KEYS)}. Delete it to go on.")
     tensors = {key: torch.as_tensor(content[key]) for key in _KEYS}
     # Some forks keep the batch dimension of 1.
-    tensors = {key: t.squeeze(0) if t.dim() == (3 if key == "hidden_state" else 2) else t for key, t in tensors.items()}
+    tensors = {key: t.squeeze(0) if t.dim() == (3 if key == HIDDEN_STATE else 2) else t for key, t in tensors.items()}
     lengths = {key: len(tensor) for key, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise WorkError(f"{file} is inconsistent: lengths {lengths} should be equal. Delete it to go on.")

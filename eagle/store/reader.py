@@ -20,7 +20,7 @@ import torch
 
 from eagle.errors import RequestError, WorkError
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
-from eagle.store.shard import Record, RecordSource, Shard, is_shard_name
+from eagle.store.shard import HIDDEN_STATE, Record, RecordSource, Shard, is_shard_name
 
 
 class FeatureStore:
@@ -111,14 +111,22 @@ class FeatureStore:
         return str(folder)
 
     def _check_shapes(self, flag: str) -> None:
-        shapes = {(source.hidden_size, source.dtype_code): source.path for source in self.sources}
+        shapes = {(*source.widths.items(), source.dtype_code): source.path for source in self.sources}
         if len(shapes) > 1:
-            found = "; ".join(f"{path}: hidden size {size}, {dtype}" for (size, dtype), path in shapes.items())
+            found = "; ".join(
+                f"{path}: {', '.join(f'{name} of size {size}' for name, size in widths)}, {dtype}"
+                for (*widths, dtype), path in shapes.items()
+            )
             raise RequestError(f"{flag} {self.folder} mixes stores of different targets ({found}). Separate them.")
 
     @property
     def hidden_size(self) -> int:
-        return self.sources[0].hidden_size
+        return self.sources[0].widths[HIDDEN_STATE]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the features that every record holds, by name."""
+        return self.sources[0].widths
 
     @property
     def tokens(self) -> int:

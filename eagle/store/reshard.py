@@ -96,7 +96,7 @@ def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[
 
     Raises: RequestError as `reshard` does.
     """
-    layout = Layout(_open(old, parts, leave_out_damaged), parts)
+    layout = Partition(_open(old, parts, leave_out_damaged), parts)
     rewritten = 0
     for first, last in layout.stretches:
         for source, start, end in _pieces(layout.sources, first, last):
@@ -106,7 +106,7 @@ def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[
     return layout.summary, rewritten
 
 
-class Layout:
+class Partition:
     """Which records go where.
 
     sources: every file of the store, in the order in which they are dealt out. stretches: the records first..last of
@@ -143,7 +143,7 @@ def _made_before(store: FeatureStore, new: Path, parts: int) -> list[Part] | Non
 
 def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]) -> list[Part]:
     manifest = _merged_manifest(store)
-    layout = Layout(store, parts)
+    layout = Partition(store, parts)
     summary = layout.summary
     before = None
     for number, (part, (first, last)) in enumerate(zip(summary, layout.stretches, strict=True)):

@@ -2,6 +2,8 @@
 
     hidden_state [N, H] store dtype    features, N the tokens of all its records
     scale        [N]    float32        only where the store dtype is int8 or float8: see `eagle.store.dtypes`
+    <name>       [N, W] store dtype    more features, where a draft family reads others than the last hidden state,
+    <name>.scale [N]    float32        and their scales
     input_ids    [N]    int32
     loss_mask    [N]    uint8          unshifted
     offsets      [R+1]  int64          record r is the rows offsets[r]:offsets[r+1]
@@ -17,7 +19,7 @@ import re
 import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +32,17 @@ from eagle.files import fsync_folder
 from eagle.store.dtypes import SAME, Packed, pack
 from eagle.tensor_file import DTYPE_CODES, write_pieces
 
-#: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features.
-FORMAT_VERSION, SCALED_VERSION = 1, 2
+#: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features. Those with
+#: more features than the last hidden state say 3.
+FORMAT_VERSION, SCALED_VERSION, WIDER_VERSION = 1, 2, 3
 #: A shard is closed once it holds this much. Large enough that 68k conversations are a few thousand files,
 #: small enough that a killed worker loses minutes, not hours.
 SHARD_BYTES = 128 << 20
 
-_TENSORS = {"hidden_state", "input_ids", "loss_mask", "offsets", "conversation", "crc32"}
+#: The features that every record holds: a draft of any family is trained towards what they say of the next token.
+HIDDEN_STATE = "hidden_state"
+_SCALE = "scale"
+_INDEX = ("input_ids", "loss_mask", "offsets", "conversation", "crc32")
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
@@ -45,16 +51,27 @@ class Record:
     """One conversation's features.
 
     input_ids: ``[T]`` int32. loss_mask: ``[T]`` uint8, unshifted. hidden_state: ``[T, H]``, row t is the target's
-    last hidden state after its final norm at token t. conversation: its index in the data file.
+    last hidden state after its final norm at token t. conversation: its index in the data file. more: other features
+    by name, ``[T, W]`` each, where the draft family reads any.
     """
 
     conversation: int
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     hidden_state: torch.Tensor
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def features(self) -> dict[str, torch.Tensor]:
+        """All features by name, ``[T, W]`` each."""
+        return {HIDDEN_STATE: self.hidden_state, **self.more}
+
+    def cut(self, end: int) -> Record:
+        """The first `end` tokens."""
+        more = {name: tensor[:end] for name, tensor in self.more.items()}
+        return Record(self.conversation, self.input_ids[:end], self.loss_mask[:end], self.hidden_state[:end], more)
 
     def crc32(self) -> int:
         """A checksum over everything the record holds."""
@@ -62,13 +79,13 @@ class Record:
 
     def stored(self, store_dtype: str = SAME) -> StoredRecord:
         """This record as a shard of that store dtype holds it."""
-        features = pack(self.hidden_state, store_dtype)
+        features = {name: pack(tensor, store_dtype) for name, tensor in self.features().items()}
         return StoredRecord(self.conversation, self.input_ids, self.loss_mask, features)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record as it lies on disk: its features perhaps scaled. Copied between shards without a change.
+    """A record as it lies on disk: its features, by name, perhaps scaled. Copied between shards without a change.
 
     checked: its checksum, where it was read from a shard and found to match.
     """
@@ -76,7 +93,7 @@ class StoredRecord:
     conversation: int
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
-    features: Packed
+    features: dict[str, Packed]
     checked: int | None = None
 
     def __len__(self) -> int:
@@ -84,16 +101,22 @@ class StoredRecord:
 
     @property
     def nbytes(self) -> int:
-        return self.input_ids.nbytes + self.loss_mask.nbytes + self.features.nbytes
+        return self.input_ids.nbytes + self.loss_mask.nbytes + self.feature_bytes
+
+    @property
+    def feature_bytes(self) -> int:
+        return sum(packed.nbytes for packed in self.features.values())
 
     def crc32(self) -> int:
         """A checksum over everything the record holds, as it is stored."""
-        tensors = (self.input_ids, self.loss_mask, *self.features.tensors())
+        packed = [tensor for packed in self.features.values() for tensor in packed.tensors()]
+        tensors = (self.input_ids, self.loss_mask, *packed)
         return _crc32(*(tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors))
 
     def read(self) -> Record:
         """The record with its features in the dtype the target computed them in."""
-        return Record(self.conversation, self.input_ids, self.loss_mask, self.features.unpack())
+        features = {name: packed.unpack() for name, packed in self.features.items()}
+        return Record(self.conversation, self.input_ids, self.loss_mask, features.pop(HIDDEN_STATE), features)
 
 
 class ShardWriter:
@@ -134,7 +157,7 @@ class ShardWriter:
     def add(self, record: Record | StoredRecord) -> None:
         stored = record.stored(self.store_dtype) if isinstance(record, Record) else record
         self._records.append(stored)
-        self._bytes += stored.features.nbytes
+        self._bytes += stored.feature_bytes
 
     @property
     def is_full(self) -> bool:
@@ -167,7 +190,6 @@ class ShardWriter:
 def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress: str = "{}") -> None:
     """Write `records` as one finished shard at `path`."""
     stored = [record.stored() if isinstance(record, Record) else record for record in records]
-    features = [record.features for record in stored]
     crcs = [record.crc32() if record.checked is None else record.checked for record in stored]
     index = {
         "offsets": np.cumsum([0, *map(len, stored)], dtype=np.int64),
@@ -175,16 +197,21 @@ def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress
         "crc32": np.array(crcs, dtype=np.int64),
     }
     tensors = {
-        "hidden_state": [packed.values for packed in features],
         "input_ids": [record.input_ids for record in stored],
         "loss_mask": [record.loss_mask for record in stored],
         **{name: [torch.from_numpy(array)] for name, array in index.items()},
     }
     metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(_crc32(*index.values()))}
     metadata["progress_crc32"] = str(zlib.crc32(progress.encode()))
-    if features[0].scale is not None:
-        tensors["scale"] = [packed.scale for packed in features if packed.scale is not None]
-        metadata |= {"format": str(SCALED_VERSION), "dtype": str(features[0].dtype).removeprefix("torch.")}
+    names = list(stored[0].features)
+    for name in names:
+        packed = [record.features[name] for record in stored]
+        tensors[name] = [one.values for one in packed]
+        if packed[0].scale is not None:
+            tensors[_scale_of(name)] = [one.scale for one in packed if one.scale is not None]
+            metadata |= {"format": str(SCALED_VERSION), "dtype": str(packed[0].dtype).removeprefix("torch.")}
+    if names != [HIDDEN_STATE]:
+        metadata |= {"format": str(WIDER_VERSION), "features": " ".join(names)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write_pieces(temporary, tensors, metadata)
@@ -237,14 +264,25 @@ def _open_shard(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise WorkError(_damaged(path, str(error))) from error
     version = (file.metadata() or {}).get("format")
-    if not (version or "").isdigit() or set(file.keys()) not in (_TENSORS, _TENSORS | {"scale"}):
+    names = _feature_names(file)
+    scales = {_scale_of(name) for name in names}
+    expected = {*_INDEX, *names}
+    if not (version or "").isdigit() or set(file.keys()) not in (expected, expected | scales):
         raise WorkError(_damaged(path, "its header names what no shard holds"))
-    if version not in (str(FORMAT_VERSION), str(SCALED_VERSION)):
+    if version not in (str(FORMAT_VERSION), str(SCALED_VERSION), str(WIDER_VERSION)):
         raise RequestError(
-            f"{path} has store format {version!r}; this version reads the formats {FORMAT_VERSION} and "
-            f"{SCALED_VERSION}."
+            f"{path} has store format {version!r}; this version reads the formats {FORMAT_VERSION} to {WIDER_VERSION}."
         )
     return file
+
+
+def _scale_of(name: str) -> str:
+    """The tensor that holds the scales of those features."""
+    return _SCALE if name == HIDDEN_STATE else f"{name}.{_SCALE}"
+
+
+def _feature_names(file: Any) -> list[str]:
+    return (file.metadata() or {}).get("features", HIDDEN_STATE).split()
 
 
 class RecordSource(Protocol):
@@ -255,6 +293,10 @@ class RecordSource(Protocol):
     conversations: np.ndarray
     lengths: np.ndarray
 
+    widths: dict[str, int]
+    dtype_code: str
+    stored_code: str
+
     def __len__(self) -> int: ...
     def read(self, position: int, *, features: bool = True) -> Record: ...
     def leave_out(self, positions: list[int]) -> None: ...
@@ -263,7 +305,8 @@ class RecordSource(Protocol):
 class Shard:
     """One finished shard, memory-mapped: a record is read when it is asked for, the index is kept.
 
-    stored_code, dtype_code: how safetensors calls the dtype its features are stored and read in.
+    stored_code, dtype_code: how safetensors calls the dtype its features are stored and read in. widths: of its
+    features, by name.
 
     Raises: WorkError for a damaged file, RequestError for one of another format.
     """
@@ -276,20 +319,22 @@ class Shard:
             self.offsets = file.get_tensor("offsets").numpy()
             self.conversations = file.get_tensor("conversation").numpy()
             self._crc32 = file.get_tensor("crc32").numpy()
-            hidden = file.get_slice("hidden_state")
-            rows, self.hidden_size = hidden.get_shape()
-            self.stored_code = hidden.get_dtype()
+            slices = {name: file.get_slice(name) for name in _feature_names(file)}
+            self.widths = {name: part.get_shape()[1] for name, part in slices.items()}
+            rows = {part.get_shape()[0] for part in slices.values()}
+            self.stored_code = slices[HIDDEN_STATE].get_dtype()
         name, index_crc32 = metadata.get("dtype"), metadata.get("index_crc32")
         self._progress, self._progress_crc32 = metadata.get("progress", ""), metadata.get("progress_crc32")
         self.scaled_from = getattr(torch, name) if name else None
         self.dtype_code = DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
         self.lengths = np.diff(self.offsets)
         self._kept = np.arange(len(self.conversations))
-        whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1 and self.offsets[-1] == rows
+        whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1
+        whole &= rows == {int(self.offsets[-1])}
         if index_crc32 is not None:  # shards of an earlier version have none
             whole &= str(_crc32(self.offsets, self.conversations, self._crc32)) == index_crc32
         if not whole:
-            raise WorkError(_damaged(path, f"its index does not fit its {rows:,} rows"))
+            raise WorkError(_damaged(path, f"its index does not fit its {max(rows):,} rows"))
 
     def __getstate__(self) -> dict[str, Any]:
         # A data-loader worker opens its own mapping; handles do not travel between processes.
@@ -335,11 +380,13 @@ class Shard:
         number = int(self._kept[position])
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         last = end if features else start
-        values = self._file.get_slice("hidden_state")[start:last]
-        scale = self._file.get_slice("scale")[start:last] if self.scaled_from else None
+        packed = {}
+        for name in self.widths:
+            values = self._file.get_slice(name)[start:last]
+            scale = self._file.get_slice(_scale_of(name))[start:last] if self.scaled_from else None
+            packed[name] = Packed(values, scale, self.scaled_from or values.dtype)
         conversation, expected = int(self.conversations[position]), int(self._crc32[number])
         ids, mask = (self._file.get_slice(name)[start:end] for name in ("input_ids", "loss_mask"))
-        packed = Packed(values, scale, self.scaled_from or values.dtype)
         record = StoredRecord(conversation, ids, mask, packed, expected if features else None)
         if features and record.crc32() != expected:
             what = f"the checksum of record {number} (conversation {record.conversation}) does not match"

@@ -103,7 +103,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         supervised += int(record.loss_mask.sum())
         lengths[max(edge for edge in LENGTH_EDGES if edge <= len(record))] += 1
         tokens_alone = _digest(record.input_ids, record.loss_mask)
-        digests.append((record.conversation, tokens_alone, _digest(record.hidden_state)))
+        digests.append((record.conversation, tokens_alone, _digest(*record.features().values())))
     tally = Tally()
     for path, manifest in store.manifests.items():
         tally.add(Tally.from_json({"dropped": {}, "repaired": {}} | manifest))

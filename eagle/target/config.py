@@ -16,11 +16,10 @@ from typing import Any
 
 from eagle.errors import RequestError
 from eagle.files import read_json
+from eagle.target.families import TARGET_FAMILIES
 
 #: transformers' own assumption where a config names no theta.
 DEFAULT_ROPE_THETA = 10000.0
-
-FAMILIES = ("llama", "qwen2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,9 @@ class ModelConfig:
         class loads.
         """
         family = "llama" if as_llama else self.family
-        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
         rope = dict(self.rope_scaling or {"rope_type": "default"})
         config: dict[str, Any] = {
-            "architectures": [architecture],
+            "architectures": [TARGET_FAMILIES[family].architecture],
             "model_type": family,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -96,12 +94,7 @@ class ModelConfig:
             "pad_token_id": self.pad_token_id,
             "torch_dtype": self.dtype,
         }
-        if family == "llama":
-            config["attention_bias"] = self.o_bias
-            config["mlp_bias"] = self.mlp_bias
-            if self.qkv_bias and not self.o_bias:
-                config["qkv_bias"] = True
-        return config
+        return config | TARGET_FAMILIES[family].keys(self.qkv_bias, self.o_bias, self.mlp_bias)
 
     def draft(self) -> ModelConfig:
         """The draft's config: this model with a single layer."""
@@ -118,28 +111,31 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         if not isinstance(inner, dict):
             raise RequestError(f"{source}: model_type is 'eagle' but there is no 'model' object inside it.")
         raw = {"torch_dtype": raw.get("torch_dtype"), **inner}
-    family = raw.get("model_type")
+    family = TARGET_FAMILIES.get(raw.get("model_type", ""))
     architectures = raw.get("architectures") or []
-    if family not in FAMILIES:
-        named = architectures[0] if architectures else family
+    if family is None:
+        named = architectures[0] if architectures else raw.get("model_type")
         raise RequestError(
-            f"{source}: the architecture {named!r} is not supported; expected a Llama (1, 2 or a model of the "
-            "same shape) or Qwen2 / Qwen2.5 model, whose config.json says model_type 'llama' or 'qwen2'."
+            f"{source}: the architecture {named!r} is not supported; expected a "
+            f"{' or '.join(known.describes for known in TARGET_FAMILIES.values())} model, whose config.json says "
+            f"model_type {' or '.join(map(repr, TARGET_FAMILIES))}."
         )
-    _refuse_unsupported(raw, source)
+    for refusal in family.refusals:
+        if reason := refusal(raw):
+            raise RequestError(f"{source}: {reason}")
 
     def need(key: str) -> Any:
         if raw.get(key) is None:
-            raise RequestError(f"{source} has no {key!r}; a {family} config must name it.")
+            raise RequestError(f"{source} has no {key!r}; a {family.name} config must name it.")
         if type(raw[key]) is not int or raw[key] < 1:
             raise RequestError(f"{source}: {key} is {raw[key]!r}; expected a whole number above 0.")
         return raw[key]
 
     heads = need("num_attention_heads")
-    attention_bias = bool(raw.get("attention_bias", False))
+    qkv_bias, o_bias = family.biases(raw)
     theta, scaling = _rope(raw, source)
     return ModelConfig(
-        family=family,
+        family=family.name,
         hidden_size=need("hidden_size"),
         intermediate_size=need("intermediate_size"),
         num_hidden_layers=need("num_hidden_layers"),
@@ -147,13 +143,13 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or need("hidden_size") // heads,
         vocab_size=need("vocab_size"),
-        max_position_embeddings=raw.get("max_position_embeddings") or (2048 if family == "llama" else 32768),
+        max_position_embeddings=raw.get("max_position_embeddings") or family.max_position_embeddings,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         hidden_act=raw.get("hidden_act", "silu"),
-        qkv_bias=family == "qwen2" or attention_bias or bool(raw.get("qkv_bias", False)),
-        o_bias=family == "llama" and attention_bias,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         initializer_range=raw.get("initializer_range", 0.02),
@@ -162,22 +158,6 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         eos_token_id=raw.get("eos_token_id"),
         pad_token_id=raw.get("pad_token_id"),
     )
-
-
-def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
-    # transformers takes a window of 4096 where the key is absent; an explicit null is no window.
-    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096):
-        raise RequestError(
-            f"{source}: use_sliding_window is on; vLLM's EAGLE draft attends to everything, so a draft would "
-            "not match. Set use_sliding_window to false (the released Qwen2 configs have it off)."
-        )
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise RequestError(
-            f"{source}: this is a quantized model ({method}). Train "
-            "against the unquantized model it was made from; the draft fits both."
-        )
 
 
 def _rope(raw: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
@@ -203,38 +183,3 @@ def load_config(path: str | Path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file. A Hugging Face model folder holds a config.json.")
     return parse_config(read_json(file, "a model's config.json"), str(file))
-
-
-def draft_config_for(target: ModelConfig, configpath: str | Path | None) -> ModelConfig:
-    """The draft's config: derived from the target, or the user's file once it is checked against the target.
-
-    The file people make is the target's config.json with ``num_hidden_layers`` set to 1; other keys
-    (a ``layer_types`` list that still names every layer, say) may stay.
-
-    Raises: RequestError naming every field in which the file does not fit the target.
-    """
-    derived = target.draft()
-    if configpath is None:
-        return derived
-    given = load_config(configpath)
-    if given.num_hidden_layers != 1:
-        raise RequestError(
-            f"--configpath {configpath}: num_hidden_layers is {given.num_hidden_layers}; a draft has exactly "
-            "one layer. Copy the base model's config.json and set num_hidden_layers to 1."
-        )
-    # Not shapes of the layer: the base model's are taken. (Published draft configs disagree with their base models
-    # here: Vicuna v1.5's still carry v1.3's length, Llama-2 7B's the eps of its first release.)
-    free = {"dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
-    free |= {"tie_word_embeddings", "max_position_embeddings", "rms_norm_eps"}
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
-    wrong = [
-        f"{name} is {getattr(given, name)!r}, the base model's is {getattr(derived, name)!r}"
-        for name in fields
-        if getattr(given, name) != getattr(derived, name)
-    ]
-    if wrong:
-        raise RequestError(
-            f"--configpath {configpath} does not fit the base model: {'; '.join(wrong)}. Use the base model's "
-            "own config.json with num_hidden_layers set to 1, or leave --configpath out."
-        )
-    return derived

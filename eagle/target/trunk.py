@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from eagle.device import weight_memory
 from eagle.errors import RequestError
+from eagle.target.config import ModelConfig
+from eagle.target.families import TARGET_FAMILIES
 
 
 def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -70,3 +73,30 @@ def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError
         f"--model_name {folder} does not fit on the cards of one worker (room for weights: {room}). Give every worker "
         "more of them: --used_npus 4 or 8."
     )
+
+
+def trunk_values(config: ModelConfig) -> int:
+    """Numbers of values of the target without its ``lm_head``, counted from the module; nothing is allocated."""
+    from transformers import AutoConfig, AutoModel
+
+    raw = config.to_json()
+    family = raw.pop("model_type")
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(AutoConfig.for_model(family, **raw))
+    return sum(parameter.numel() for parameter in trunk.parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkParts:
+    """Modules of a trunk that others than its own forward pass need."""
+
+    embedding: torch.nn.Module
+    layers: list[torch.nn.Module]
+    norm: torch.nn.Module
+
+
+def parts_of(trunk: torch.nn.Module, config: ModelConfig) -> TrunkParts:
+    """The parts of a target's trunk, found as its family names them."""
+    family = TARGET_FAMILIES[config.family]
+    layers = list(trunk.get_submodule(family.trunk_layers).children())
+    return TrunkParts(trunk.get_submodule(family.trunk_embedding), layers, trunk.get_submodule(family.trunk_norm))

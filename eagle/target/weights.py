@@ -17,16 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
-
-EMBEDDING = "model.embed_tokens.weight"
-
-HEAD = "lm_head.weight"
-
-FINAL_NORM = "model.norm.weight"
+from eagle.target.families import TARGET_FAMILIES
 
 # In the order transformers itself prefers them.
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -132,26 +126,27 @@ def _load_legacy(path: Path) -> dict[str, torch.Tensor]:
 
 def read_embedding(weights: Weights, config: ModelConfig) -> torch.Tensor:
     """The target's input embedding ``[V, H]`` in its stored dtype."""
-    return _checked(weights, EMBEDDING, config)
+    return _checked(weights, TARGET_FAMILIES[config.family].embedding, config)
 
 
 def read_head(weights: Weights, config: ModelConfig) -> torch.Tensor:
     """The target's ``lm_head`` ``[V, H]`` in its stored dtype; with tied embeddings the embedding itself."""
-    if HEAD in weights and not config.tie_word_embeddings:
-        return _checked(weights, HEAD, config)
-    if not config.tie_word_embeddings and HEAD not in weights:
+    if config.tie_word_embeddings:
+        return read_embedding(weights, config)
+    head = TARGET_FAMILIES[config.family].head
+    if head not in weights:
         raise RequestError(
-            f"{weights.flag} {weights.folder}: no {HEAD} among its weights and tie_word_embeddings is false. "
+            f"{weights.flag} {weights.folder}: no {head} among its weights and tie_word_embeddings is false. "
             "The download is incomplete, or config.json is not this model's."
         )
-    return read_embedding(weights, config)
+    return _checked(weights, head, config)
 
 
 def _checked(weights: Weights, name: str, config: ModelConfig) -> torch.Tensor:
     if name not in weights:
         raise RequestError(
-            f"{weights.flag} {weights.folder}: no {name} among its weights. It is not a Llama or Qwen2 "
-            "causal language model in the Hugging Face layout."
+            f"{weights.flag} {weights.folder}: no {name} among its weights. It is not a "
+            f"{TARGET_FAMILIES[config.family].describes} causal language model in the Hugging Face layout."
         )
     tensor = weights[name]
     expected = (config.vocab_size, config.hidden_size)
@@ -171,13 +166,9 @@ def fingerprint(folder: str | Path, weights: Weights | None = None) -> str:
     """
     config, weights = load_config(folder), weights or Weights(folder)
     digest = hashlib.sha256(config.digest().encode())
-    last = config.num_hidden_layers - 1
-    for name in (
-        FINAL_NORM,
-        "model.layers.0.self_attn.q_proj.weight",
-        f"model.layers.{last}.mlp.down_proj.weight",
-    ):
+    family = TARGET_FAMILIES[config.family]
+    for name in family.marks(config.num_hidden_layers):
         if name not in weights:
-            raise RequestError(f"{folder}: no {name} among its weights; it is not a Llama or Qwen2 model.")
+            raise RequestError(f"{folder}: no {name} among its weights; it is not a {family.describes} model.")
         digest.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

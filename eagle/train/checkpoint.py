@@ -19,22 +19,21 @@ from typing import Any
 
 import torch
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.network import DraftNetwork
 from eagle.drafts.saved import (
     BEST,
     LAST,
-    OPTIMIZER,
     STATE,
     load_trained_state,
     read_draft_state,
     resolve_pointer,
     save_draft,
-    trained_state,
 )
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder, read_json, write_json
 from eagle.target.weights import Weights
 
+OPTIMIZER = "optimizer.pt"
 _NAME = re.compile(r"state_(\d+)")
 
 
@@ -49,7 +48,7 @@ class Position:
 
 def save(
     cpdir: Path,
-    model: DraftModel,
+    model: DraftNetwork,
     optimizer: dict[str, Any],
     position: Position,
     run: dict[str, Any],
@@ -126,10 +125,11 @@ def load_last(cpdir: Path) -> tuple[Path, dict] | None:
     return (found[-1], read_json(found[-1] / STATE, "a checkpoint's state")) if found else None
 
 
-def restore(folder: Path, model: DraftModel) -> dict[str, Any]:
+def restore(folder: Path, model: DraftNetwork) -> dict[str, Any]:
     """Load a checkpoint's weights into `model`; returns the optimizer part."""
     state = read_draft_state(Weights(folder, flag="--cpdir"))
-    load_trained_state(model, {name: state[name] for name in trained_state(model) if name in state}, str(folder))
+    own = {name: state[name] for name in model.trained_state() if name in state}
+    load_trained_state(model, own, str(folder))
     return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
 
 

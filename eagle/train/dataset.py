@@ -20,12 +20,13 @@ BUCKET = 16
 class RecordStore(Protocol):
     """What a data set reads from: an `eagle.store.reader.FeatureStore`, or the base model itself.
 
-    lengths: ``[R]`` tokens of every record.
+    lengths: ``[R]`` tokens of every record. widths: of the features it holds, by name.
     """
 
     lengths: np.ndarray
-    hidden_size: int
 
+    @property
+    def widths(self) -> dict[str, int]: ...
     @property
     def tokens(self) -> int: ...
     def __len__(self) -> int: ...
@@ -38,14 +39,14 @@ class RecordStore(Protocol):
 class FeatureDataset(Dataset):
     """Examples by ``(epoch, index)``; index counts within `indices` of the store.
 
-    noise: half-width of the uniform noise added to the features, in their own units. It depends on seed, epoch and
-    record alone, so it is the same whatever process loads it.
+    reads: the features that the draft reads. noise: half-width of the uniform noise added to them, in their own units.
+    It depends on seed, epoch and record alone, so it is the same whatever process loads it.
     """
 
     def __init__(
-        self, store: RecordStore, indices: np.ndarray, max_len: int, *, noise: float = 0.0, seed: int = 0
+        self, store: RecordStore, indices: np.ndarray, max_len: int, reads: str, *, noise: float = 0.0, seed: int = 0
     ) -> None:
-        self.store, self.indices, self.max_len = store, indices, max_len
+        self.store, self.indices, self.max_len, self.reads = store, indices, max_len, reads
         self.noise, self.seed = noise, seed
 
     def __len__(self) -> int:
@@ -57,11 +58,11 @@ class FeatureDataset(Dataset):
 
     def record(self, index: int) -> Record:
         """The record cut to `max_len`."""
-        return self._cut(self.store[int(self.indices[index])])
+        return self.store[int(self.indices[index])].cut(self.max_len)
 
-    def _cut(self, record: Record) -> Record:
-        end = self.max_len
-        return Record(record.conversation, record.input_ids[:end], record.loss_mask[:end], record.hidden_state[:end])
+    def example(self, index: int) -> Example:
+        """The record as the draft sees it, without noise."""
+        return shift(self.record(index), self.reads)
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         return self._example(*key, self.record(key[1]))
@@ -69,10 +70,10 @@ class FeatureDataset(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example]:
         """What a data loader asks for: the records of a micro-batch at once, for a store that computes them."""
         records = self.store.read([int(self.indices[index]) for _, index in keys])
-        return [self._example(*key, self._cut(record)) for key, record in zip(keys, records, strict=True)]
+        return [self._example(*key, record.cut(self.max_len)) for key, record in zip(keys, records, strict=True)]
 
     def _example(self, epoch: int, index: int, record: Record) -> Example:
-        example = shift(record)
+        example = shift(record, self.reads)
         if not self.noise:
             return example
         generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(self.indices[index]))) & (2**63 - 1))

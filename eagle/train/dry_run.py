@@ -9,13 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from eagle import device
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.layers import rotary_embedding
+from eagle.drafts.memory import Setting
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path
 from eagle.store.reader import FeatureStore
-from eagle.target.config import ModelConfig, draft_config_for, load_config
-from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, Setting, make_plan, trunk_values
+from eagle.target.config import ModelConfig, load_config
+from eagle.target.trunk import trunk_values
+from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, make_plan
 from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded
 
@@ -32,7 +35,7 @@ def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
 
 def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     """What the run that was asked for would be."""
-    target = planned_target(options)
+    target, family = planned_target(options), DRAFT_FAMILIES[DEFAULT_DRAFT]
     kind = accelerator.device.type
     store_bytes, base_dtype = _store(options.tmpdir, target)
     compute = device.compute_dtype(accelerator.mixed_precision).itemsize
@@ -41,14 +44,16 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     if options.data_path and options.basepath:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
     return Setting(
-        config=target.draft(),
+        config=family.config(target, options.configpath) if options.basepath else target.draft(),
+        widths=family.features(target),
+        reads=family.reads,
         bs=options.bs,
         max_len=options.max_len,
         kind=kind,
         ttt_steps=options.ttt_steps,
         accumulation=options.gradient_accumulation_steps,
         token_loss=options.token_loss,
-        closed_form=options.init == "closed_form",
+        init=options.init,
         init_positions=options.init_positions,
         validates=options.val_ratio > 0,
         base_dtype=base_dtype,
@@ -71,7 +76,6 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     if options.basepath is not None:
         existing_path(options.basepath, "--basepath", "folder")
         target = load_config(options.basepath)
-        draft_config_for(target, options.configpath)
         return target
     if options.configpath is None:
         raise RequestError(

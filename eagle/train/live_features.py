@@ -19,12 +19,10 @@ from eagle.data.loss_mask import load_encoder
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
-from eagle.generate.worker import padded_features
+from eagle.generate.sources import SOURCES, SourceOptions
 from eagle.store.manifest import describe_features
-from eagle.store.shard import Record
+from eagle.store.shard import HIDDEN_STATE, Record
 from eagle.target.config import load_config
-from eagle.target.cpu_attention import attention_for
-from eagle.target.trunk import load_trunk
 from eagle.tensor_file import DTYPE_CODES
 
 
@@ -44,12 +42,13 @@ class LiveSource:
 class LiveFeatures:
     """Looks like `eagle.store.reader.FeatureStore` to a data set; ``live[i]`` runs the base model.
 
-    processes: how many processes of this machine do the same, so that they share its cores for tokenising.
 
     Raises: FileNotFoundError, RequestError (nothing usable in the data).
     """
 
-    def __init__(self, source: LiveSource, basepath: Path, device: torch.device, processes: int = 1) -> None:
+    def __init__(
+        self, source: LiveSource, basepath: Path, device: torch.device, widths: dict[str, int], processes: int = 1
+    ) -> None:
         config = load_config(basepath)
         records = RecordFile(source.data_path, allow_truncated=source.allow_truncated)
         encoder = load_encoder(basepath, config, source.chat_template)
@@ -63,10 +62,10 @@ class LiveFeatures:
             raise RequestError(f"--data_path {source.data_path}: none of its conversations can be used: {reasons}.")
         self.conversations = chosen[self._places]
         self.lengths = self.tokens_of.lengths[self._places]
-        self.hidden_size = config.hidden_size
+        self.widths = widths
         self.data_digest = records.digest()
-        self.device, self.dtype = device, parse_dtype(source.dtype)
-        self.trunk = load_trunk(basepath, self.dtype, device, attention=attention_for(device, self.dtype))
+        self.dtype = parse_dtype(source.dtype)
+        self.source = SOURCES["trunk"](SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
     @property
     def tokens(self) -> int:
@@ -81,17 +80,15 @@ class LiveFeatures:
     def read(self, indices: Sequence[int]) -> list[Record]:
         """These records, computed together."""
         encoded = [self.tokens_of[int(self._places[index])] for index in indices]
+        ids = [one.input_ids for one in encoded]
         # A clone is no inference tensor: autograd may save it.
-        hidden = padded_features(self.trunk, [e.input_ids for e in encoded], self.device).cpu().clone()
-        return [
-            Record(
-                int(self.conversations[index]),
-                torch.from_numpy(one.input_ids),
-                torch.from_numpy(one.loss_mask),
-                hidden[row, : len(one.input_ids)],
-            )
-            for row, (index, one) in enumerate(zip(indices, encoded, strict=True))
-        ]
+        computed = {name: tensor.cpu().clone() for name, tensor in self.source.features(ids).items()}
+        records = []
+        for row, (index, one) in enumerate(zip(indices, encoded, strict=True)):
+            own = {name: tensor[row, : len(one.input_ids)] for name, tensor in computed.items()}
+            ids_and_mask = torch.from_numpy(one.input_ids), torch.from_numpy(one.loss_mask)
+            records.append(Record(int(self.conversations[index]), *ids_and_mask, own.pop(HIDDEN_STATE), own))
+        return records
 
     def notes(self) -> list[str]:
         return []

@@ -13,13 +13,12 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from eagle.drafts.alignment import Batch, collate, shift
-from eagle.drafts.eagle1.closed_form_start import NormalEquations, start_from
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.losses import TOKEN_LOSSES, smooth_l1
-from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.alignment import Batch, collate
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.objective import LossSums, Objective
+from eagle.drafts.starts import Start, StartData
 from eagle.drafts.unroll import UnrolledDraft, chain_supervision
-from eagle.errors import RequestError, WorkError
+from eagle.errors import WorkError
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches
@@ -27,6 +26,7 @@ from eagle.train.divergence import LossGrowth, check_finite
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
+from eagle.train.schedule import lr_factor
 from eagle.train.sharding import is_sharded, no_sync, shard, whole, whole_draft, whole_optimizer
 from eagle.train.validation import Validation, validate
 
@@ -34,21 +34,22 @@ from eagle.train.validation import Validation, validate
 class Trainer:
     """One training run.
 
-    run: what identifies it (store, target, options), compared when it is resumed. `head` is the frozen ``lm_head``
-    ``[V, H]`` on the device.
+    run: what identifies it (store, target, options), compared when it is resumed. dtype: of what the draft reads.
     """
 
     def __init__(
         self,
         options: TrainOptions,
         accelerator: Accelerator,
-        model: DraftModel,
-        head: FrozenHead,
+        draft: DraftNetwork,
+        objective: Objective,
+        dtype: torch.dtype,
         train: FeatureDataset,
         validation: FeatureDataset,
         run: dict[str, Any],
     ) -> None:
-        self.options, self.accelerator, self.draft, self.head = options, accelerator, model, head
+        self.options, self.accelerator, self.draft = options, accelerator, draft
+        self.objective, self.dtype = objective, dtype
         self.train_set, self.validation_set, self.run = train, validation, run
         self.processes = accelerator.num_processes
         self.global_size = options.bs * self.processes * options.gradient_accumulation_steps
@@ -58,12 +59,14 @@ class Trainer:
             self.total_steps = min(self.total_steps, options.max_steps)
         self.position = Position()
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=options.learning_rate(model.config.hidden_size),
+            list(draft.trained_state().values()),
+            lr=options.learning_rate(draft.config.hidden_size),
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, self.total_steps, options.warmup_ratio)
+        )
         # accelerate's wrapper unscales float16 gradients; it changes nothing else.
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.best_tau, self._validations_without_gain = 0.0, 0
@@ -73,36 +76,29 @@ class Trainer:
         )
         self._last_save = time.monotonic()
 
-    def _lr_factor(self, step: int) -> float:
-        """Linear warm-up over the run's first `warmup_ratio`, then linear to zero at its real end."""
-        warmup = max(1, round(self.total_steps * self.options.warmup_ratio))
-        if step < warmup:
-            return (step + 1) / warmup
-        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - warmup))
-
-    def initialise(self) -> None:
-        """Closed-form start, each process taking its share of the records."""
-        started = time.monotonic()
-        equations = NormalEquations(self.draft, self.accelerator.device)
+    def initialise(self, start: Start) -> None:
+        """Give the draft its first weights, each process looking at its share of the records."""
         order = np.random.RandomState(self.options.seed).permutation(len(self.train_set))
-        for index in order[self.accelerator.process_index :: self.processes]:
-            equations.add(shift(self.train_set.record(int(index))))
-            if equations.positions >= self.options.init_positions / self.processes:
-                break
-        equations.flush()
-        for name in ("xx", "xy"):
-            # NPUs have no float64 sums.
-            dtype = torch.float32 if self.accelerator.device.type == "npu" else torch.float64
-            total = self.accelerator.reduce(getattr(equations, name).to(self.accelerator.device, dtype))
-            setattr(equations, name, total.cpu().double())
-        if not equations.xx.any():
-            raise RequestError(
-                f"No position of the {len(self.train_set):,} training records is supervised within --max_len "
-                f"{self.options.max_len} tokens: every reply comes later. Raise --max_len."
-            )
-        start_from(self.draft, equations.solve())
-        seconds = time.monotonic() - started
-        self.log.say(f"closed-form start from {equations.positions:,} positions per process in {seconds:.1f} s")
+        own = order[self.accelerator.process_index :: self.processes]
+        said = start(
+            self.draft,
+            StartData(
+                examples=(self.train_set.example(int(index)) for index in own),
+                positions=self.options.init_positions / self.processes,
+                max_len=self.options.max_len,
+                device=self.accelerator.device,
+                reduce=self._reduce,
+            ),
+        )
+        if said:
+            self.log.say(said)
+
+    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of a float64 tensor, on the CPU."""
+        # NPUs have no float64 sums.
+        dtype = torch.float32 if self.accelerator.device.type == "npu" else torch.float64
+        total = self.accelerator.reduce(tensor.to(self.accelerator.device, dtype))
+        return total.cpu().double()
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take the run up where `folder` left it."""
@@ -218,14 +214,14 @@ class Trainer:
         counts = accelerator.reduce(counts)
         sums = torch.zeros(3, device=accelerator.device)
         for number, (cpu_batch, cpu_valid) in enumerate(zip(group, valid, strict=True)):
-            batch, own = cpu_batch.to(accelerator.device, self.head.weight.dtype), cpu_valid.to(accelerator.device)
+            batch, own = cpu_batch.to(accelerator.device, self.dtype), cpu_valid.to(accelerator.device)
             with no_sync(accelerator, model) if number + 1 < len(group) else torch.enable_grad():
-                features, tokens, correct = self._losses(model, batch, own)
-                token_loss = (tokens / counts.clamp_min(1)).mean()
-                feature_loss = features / counts[0].clamp_min(1)
-                loss = options.vloss_weight * feature_loss + options.ploss_weight * token_loss
+                found = self._losses(model, batch, own)
+                feature_loss, token_loss = self.objective.means(found, counts)
+                loss = self.objective.total(feature_loss, token_loss)
                 # DDP averages over processes; the sum over the global batch is wanted.
                 accelerator.backward(loss * self.processes)
+            correct = found.agrees[0].sum()
             sums += torch.stack([feature_loss.detach().float(), token_loss.detach().float(), correct.float()])
         save_now = accelerator.is_main_process and self._save_is_due()
         flag = torch.tensor([float(save_now)], device=accelerator.device)
@@ -240,7 +236,7 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         result = StepResult(
-            loss=options.vloss_weight * feature_loss + options.ploss_weight * token_loss,
+            loss=self.objective.total(feature_loss, token_loss),
             feature_loss=feature_loss,
             token_loss=token_loss,
             accuracy=correct / max(float(counts[0]), 1.0),
@@ -249,20 +245,12 @@ class Trainer:
         )
         return result, bool(save)
 
-    def _losses(
-        self, model: torch.nn.Module, batch: Batch, valid: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums over a micro-batch: the feature loss of step 1, the token loss ``[steps]``, step 1's agreements.
-
-        The feature loss belongs to step 1 alone: later steps are judged by their tokens (EAGLE-3, arXiv 2503.01840).
-        """
+    def _losses(self, model: torch.nn.Module, batch: Batch, valid: torch.Tensor) -> LossSums:
+        """Sums over a micro-batch."""
         with self.accelerator.autocast():
-            predicted = model(batch.tokens, batch.features, self.options.ttt_steps)
+            states = model(batch.tokens, batch.features, self.options.ttt_steps)
         chosen = batch.supervised
-        predicted, targets = predicted[:, chosen], batch.targets[chosen]
-        loss = TOKEN_LOSSES[self.options.token_loss]
-        found = self.head.loss(predicted, targets, valid[:, chosen], loss=loss)
-        return smooth_l1(predicted[0], targets).sum(), found.token_loss, found.agrees[0].sum()
+        return self.objective.sums(states[:, chosen], batch.targets[chosen], valid[:, chosen])
 
     def _save_is_due(self) -> bool:
         every = self.options.save_interval()
@@ -283,7 +271,7 @@ class Trainer:
         empty = [False] * len(keys) + [True] * filling
         batches = self._batches(self.validation_set, keys + [[(0, 0)]] * filling, empty)
         started = time.monotonic()
-        result = validate(self.accelerator, model, self.head, batches)
+        result = validate(self.accelerator, model, self.objective, batches, self.dtype)
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
 

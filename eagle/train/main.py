@@ -22,17 +22,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from eagle import device
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.losses import TOKEN_LOSSES
-from eagle.drafts.saved import describe, load_trained_state, read_draft_state
-from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.saved import warm_start
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, locked, output_folder, write_json
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import skip_damaged
-from eagle.target.config import draft_config_for, load_config
+from eagle.target.config import load_config
 from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.cpu_launch import become_group, use_cores
@@ -147,7 +146,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
-def open_store(options: TrainOptions, accelerator: Accelerator, identity: str) -> RecordStore:
+def open_store(options: TrainOptions, accelerator: Accelerator, identity: str, widths: dict[str, int]) -> RecordStore:
     """The store of features, or the base model that computes them."""
     if options.data_path:
         source = LiveSource(
@@ -159,7 +158,7 @@ def open_store(options: TrainOptions, accelerator: Accelerator, identity: str) -
             options.allow_truncated,
             options.dtype,
         )
-        return LiveFeatures(source, options.basepath, accelerator.device, accelerator.num_processes)
+        return LiveFeatures(source, options.basepath, accelerator.device, widths, accelerator.num_processes)
     assert options.tmpdir
     store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
     store.check_target(identity, options.basepath)
@@ -173,15 +172,12 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     """
     existing_path(options.basepath, "--basepath", "folder")
     target = load_config(options.basepath)
-    config = draft_config_for(target, options.configpath)
+    family = DRAFT_FAMILIES[DEFAULT_DRAFT]
+    config = family.config(target, options.configpath)
     weights = Weights(options.basepath, flag="--basepath")
     identity = fingerprint(options.basepath)
-    store = open_store(options, accelerator, identity)
-    if store.hidden_size != config.hidden_size:
-        raise RequestError(
-            f"--tmpdir {options.tmpdir} holds features of size {store.hidden_size}, but --basepath {options.basepath} "
-            f"has hidden_size {config.hidden_size}. They are of different models."
-        )
+    store = open_store(options, accelerator, identity, family.features(target))
+    check_widths(store.widths, family.features(target), options)
     train, held_out = split_store(store, options.val_ratio, options.seed)
     if not len(train):
         where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
@@ -189,20 +185,15 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = device.compute_dtype(accelerator.mixed_precision)
-    model = DraftModel(config, read_embedding(weights, target).to(compute)).to(accelerator.device)
+    draft = family.build(config, read_embedding(weights, target).to(compute)).to(accelerator.device)
     # A tied lm_head is the embedding: one tensor then, not two.
     tied = target.tie_word_embeddings
-    head = model.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
+    head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
-    if options.init not in INITS and not checkpoint.states(options.cpdir):
-        source = checkpoint.resolve_pointer(Path(options.init))
-        state = read_draft_state(Weights(source, flag="--init"))
-        for name in ("embed_tokens.weight", "lm_head.weight"):
-            state.pop(name, None)  # the base model's are used
-        bias = state.pop("fc.bias", None)  # published drafts carry one; vLLM has none to load it into
-        load_trained_state(model, state, f"--init {source}")
-        if bias is not None and bias.any() and accelerator.is_main_process:
-            print(f"note: --init {source}: the bias of its fc is left out, which vLLM would not load")
+    if options.init not in family.starts and not checkpoint.states(options.cpdir):
+        for note in warm_start(draft, Path(options.init), "--init"):
+            if accelerator.is_main_process:
+                print(f"note: {note}")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {
@@ -217,12 +208,23 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     return Trainer(
         options,
         accelerator,
-        model,
-        FrozenHead(head),
-        FeatureDataset(store, train, options.max_len, noise=options.noise, seed=options.seed),
-        FeatureDataset(store, held_out, options.max_len),
+        draft,
+        family.objective(head, options.losses()),
+        compute,
+        FeatureDataset(store, train, options.max_len, family.reads, noise=options.noise, seed=options.seed),
+        FeatureDataset(store, held_out, options.max_len, family.reads),
         run_identity,
     )
+
+
+def check_widths(found: dict[str, int], expected: dict[str, int], options: TrainOptions) -> None:
+    """Raises: RequestError where a store holds other features than the draft is trained on."""
+    for name, width in expected.items():
+        if found.get(name) != width:
+            raise RequestError(
+                f"--tmpdir {options.tmpdir} holds {name} of size {found.get(name, 0)}, but a draft of --basepath "
+                f"{options.basepath} needs {width}. They are of different models."
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,9 +252,10 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
     if options.report_to != "none":  # only now: a tracker writes to the folder, which a refused run must not
         settings = {k: v for k, v in options.to_json().items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("eagle", config=settings)
+    size = sum(weight.numel() for weight in trainer.draft.trained_state().values())
     trainer.log.say(
         f"{len(trainer.train_set):,} training and {len(trainer.validation_set):,} validation records; a draft of "
-        f"{describe(trainer.draft)['trainable'] / 1e6:.1f} M weights; {trainer.total_steps:,} steps of "
+        f"{size / 1e6:.1f} M weights; {trainer.total_steps:,} steps of "
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
@@ -260,8 +263,8 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         trainer.log.say(f"note: {note}")
     if saved:
         trainer.resume(*saved)
-    elif options.init == "closed_form":
-        trainer.initialise()
+    elif options.init in DRAFT_FAMILIES[DEFAULT_DRAFT].starts:
+        trainer.initialise(DRAFT_FAMILIES[DEFAULT_DRAFT].starts[options.init])
     trainer.fit()
     best = checkpoint.resolve_pointer(options.cpdir / checkpoint.BEST)
     summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""

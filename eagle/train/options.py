@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.losses import TOKEN_LOSSES
+from eagle.drafts.objective import LossOptions
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 
-INITS = ("closed_form", "random")
+#: What ``--init`` takes beside a folder, whatever the draft family.
+INITS = tuple(dict.fromkeys(name for family in DRAFT_FAMILIES.values() for name in family.starts))
 TRACKERS = ("none", "tensorboard", "wandb", "swanlab")
 
 #: Named sets of defaults; a flag given beside ``--recipe`` wins over it.
@@ -146,6 +149,9 @@ class TrainOptions:
     def learning_rate(self, hidden_size: int) -> float:
         """``--lr``, or the default for a draft of that width."""
         return self.lr if self.lr is not None else REFERENCE_LR * REFERENCE_WIDTH / hidden_size
+
+    def losses(self) -> LossOptions:
+        return LossOptions(self.token_loss, self.vloss_weight, self.ploss_weight)
 
     def to_json(self) -> dict:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}

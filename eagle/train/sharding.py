@@ -16,8 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from eagle.device import compute_dtype
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.saved import trained_state
+from eagle.drafts.network import DraftNetwork
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.errors import RequestError
 
@@ -48,7 +47,7 @@ def check_sharding(environment: Mapping[str, str] = os.environ) -> None:
 def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim.Optimizer) -> UnrolledDraft:
     """Shard a draft, whole and the same on every process, and its optimizer with what that holds, in place.
 
-    Three units: ``fc``, the feed-forward block (the largest by far) and the rest; each is gathered only while it runs.
+    The network's large units and the rest are each gathered only while they run.
     Weights are gathered in the dtype computed in; gradients are summed in float32, as without sharding.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -56,7 +55,7 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
     from torch.distributed.tensor import distribute_tensor
 
     draft = model.draft
-    old = trained_state(draft)
+    old = draft.trained_state()
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(accelerator.mixed_precision),
         reduce_dtype=torch.float32,
@@ -66,11 +65,11 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
     # Out of sight while the rest is sharded: torch before 2.7 cannot be told to leave a weight alone.
     embedding = draft.embed_tokens.weight
     del draft.embed_tokens.weight
-    for unit in (draft.fc, draft.layers[0].mlp, model):
+    for unit in (*draft.units(), model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     draft.embed_tokens.weight = embedding
 
-    new = {old[name]: parameter for name, parameter in trained_state(draft).items()}
+    new = {old[name]: parameter for name, parameter in draft.trained_state().items()}
     for group in optimizer.param_groups:
         group["params"] = [new[parameter] for parameter in group["params"]]
     for parameter in list(optimizer.state):
@@ -106,7 +105,7 @@ def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
     return full.cpu() if keep else None
 
 
-def whole_draft(draft: DraftModel, keep: bool) -> dict[str, torch.Tensor]:
+def whole_draft(draft: DraftNetwork, keep: bool) -> dict[str, torch.Tensor]:
     """Every weight of the draft by its public name, the embedding included; every process calls this."""
     return {name: whole(parameter, keep) for name, parameter in draft.named_parameters()}
 

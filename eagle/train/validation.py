@@ -9,8 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from eagle.drafts.alignment import Batch, named
-from eagle.drafts.losses import smooth_l1
-from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.objective import Objective
 from eagle.drafts.unroll import chain_supervision
 from eagle.errors import WorkError
 
@@ -69,9 +68,10 @@ def chain_counts(agrees: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator, model: torch.nn.Module, head: FrozenHead, batches: Iterable[Batch]
+    accelerator: Accelerator, model: torch.nn.Module, objective: Objective, batches: Iterable[Batch], dtype: torch.dtype
 ) -> Validation:
-    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them.
+    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them. dtype: of what
+    the draft reads.
 
     Raises: WorkError for a loss that is not finite.
     """
@@ -79,17 +79,16 @@ def validate(
     counts = torch.zeros(3, DEPTH, dtype=torch.float64)
     sums = torch.zeros(3, dtype=torch.float64)
     for cpu_batch in batches:
-        batch = cpu_batch.to(accelerator.device, head.weight.dtype)
+        batch = cpu_batch.to(accelerator.device, dtype)
         with accelerator.autocast():
-            predicted = model(batch.tokens, batch.features, DEPTH)
+            states = model(batch.tokens, batch.features, DEPTH)
         chosen = batch.supervised
         valid = chain_supervision(chosen, DEPTH)
-        predicted, targets = predicted[:, chosen], batch.targets[chosen]
-        result = head.loss(predicted, targets, valid[:, chosen], loss_steps=1, top_3=True)
+        result = objective.judge(states[:, chosen], batch.targets[chosen], valid[:, chosen])
         agrees = torch.zeros_like(valid)
         agrees[:, chosen] = result.agrees
         counts += torch.stack(chain_counts(agrees, valid)).cpu()
-        own = (smooth_l1(predicted[0], targets).sum(), result.token_loss[0], result.in_top_3[0].sum())
+        own = (result.feature_loss, result.token_loss, result.in_top_3.sum())
         values = torch.tensor([value.item() for value in own], dtype=sums.dtype)
         if not values.isfinite().all():
             numbers = cpu_batch.not_finite() or cpu_batch.conversations.tolist()

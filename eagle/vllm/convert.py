@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eagle.vllm.export import LAYOUTS, export
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.vllm.export import export
+
+#: Of all families.
+LAYOUTS = tuple(dict.fromkeys(name for family in DRAFT_FAMILIES.values() for name in family.layouts))
 
 
 def make_parser() -> argparse.ArgumentParser:

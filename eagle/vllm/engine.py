@@ -47,14 +47,16 @@ class EngineError(WorkError):
 class EngineRequest:
     """What one engine is to do.
 
-    prompts: token ids. draft: an exported folder, None to run without one. dtype: vLLM's name for it; ``auto`` is the
-    target's own. batch_size: how many prompts it decodes at once. stop_token_ids: end a reply; empty lets every reply
-    run to `max_new_tokens`. warm_up: generate once before the clock and the counters start.
+    prompts: token ids. draft: an exported folder, None to run without one; method: vLLM's name for its family. dtype:
+    vLLM's name for it; ``auto`` is the target's own. batch_size: how many prompts it decodes at once. stop_token_ids:
+    end a reply; empty lets every reply run to `max_new_tokens`. warm_up: generate once before the clock and the
+    counters start.
     """
 
     model: str
     prompts: list[list[int]]
     draft: str | None = None
+    method: str = "eagle"
     num_speculative_tokens: int = 3
     max_new_tokens: int = 128
     dtype: str = "auto"
@@ -171,7 +173,7 @@ def serve(request: EngineRequest) -> EngineResult:
         options["enforce_eager"] = True  # compiling takes longer than all the rest
     if request.draft is not None:
         options["speculative_config"] = {
-            "method": "eagle",
+            "method": request.method,
             "model": request.draft,
             "num_speculative_tokens": request.num_speculative_tokens,
         }

@@ -20,12 +20,15 @@ from typing import Any
 
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
+from eagle.drafts.families import family_of
+from eagle.drafts.saved import read_draft_state
 from eagle.dtypes import DTYPES
 from eagle.entry import run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.config import load_config
+from eagle.target.weights import Weights
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
 from eagle.vllm.export import installed_vllm, release
 from eagle.vllm.note import note_with_acceptance
@@ -233,6 +236,7 @@ def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], st
         model=str(args.base_path.resolve()),
         prompts=ids,
         draft=str(draft.resolve()),
+        method=family_of(read_draft_state(Weights(draft, flag="--draft-path"))).method,
         num_speculative_tokens=args.num_speculative_tokens,
         max_new_tokens=args.max_new_tokens,
         dtype="auto" if args.dtype == "auto" else str(DTYPES[args.dtype]).removeprefix("torch."),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import shard_paths
 from eagle.target.config import load_config
@@ -99,7 +99,7 @@ def contents(store: Path) -> list[tuple[int, int]]:
     return [(record.conversation, record.crc32()) for record in FeatureStore(store)]
 
 
-def draft_of(target: Path) -> DraftModel:
+def draft_of(target: Path) -> Eagle1Network:
     """An untrained draft of a target."""
     config = load_config(target)
-    return DraftModel(config.draft(), read_embedding(Weights(target), config))
+    return Eagle1Network(config.draft(), read_embedding(Weights(target), config))

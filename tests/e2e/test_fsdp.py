@@ -28,7 +28,7 @@ SHARES = """
 import sys
 import torch
 from accelerate import Accelerator
-from eagle.drafts.eagle1.network import DraftModel, trained_state
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.target.config import load_config
 from eagle.train.main import leave
 from eagle.train.sharding import shard, whole_draft, whole_optimizer
@@ -37,14 +37,14 @@ from eagle.drafts.unroll import UnrolledDraft
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(0)
 config = load_config(sys.argv[1]).draft()
-draft = DraftModel(config, torch.randn(config.vocab_size, config.hidden_size))
+draft = Eagle1Network(config, torch.randn(config.vocab_size, config.hidden_size))
 before = {name: value.detach().clone() for name, value in draft.named_parameters()}
 optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
 model = shard(accelerator, UnrolledDraft(draft), optimizer)
 model(torch.zeros(1, 4, dtype=torch.long), torch.randn(1, 4, config.hidden_size), 2).sum().backward()
 optimizer.step()
 trained = sum(value.numel() for name, value in before.items() if name != "embed_tokens.weight")
-local = sum(value.to_local().numel() for value in trained_state(draft).values())
+local = sum(value.to_local().numel() for value in draft.trained_state().values())
 state = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
 assert local == state == trained // 2, (local, state, trained)
 assert torch.equal(draft.embed_tokens.weight, before["embed_tokens.weight"])

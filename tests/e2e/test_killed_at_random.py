@@ -14,13 +14,12 @@ import torch
 
 from eagle.generate.job import GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
 from eagle.generate.progress import finished
-from eagle.generate.worker import Worker
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import check_store
 from tests.e2e.commands import command, start
 from tests.e2e.conftest import contents
 from tests.e2e.test_interrupted_generation import wait_until, workers_of
-from tests.tiny import conversations, make_target, write_sharegpt
+from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
 
 KILLS = 20
 
@@ -36,7 +35,7 @@ def whole_job(request: GenerationRequest) -> None:
         folder = request.folder / str(number)
         folder.mkdir(exist_ok=True)
         if not finished(folder):
-            list(Worker(request.folder, number, "cpu", 1).work(20_000))
+            list(cpu_worker(request.folder, number).work(20_000))
     finish(job)
 
 

@@ -113,7 +113,7 @@ def test_a_folder_that_takes_no_files(
     def refused(**_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("eagle.entry.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("eagle.files.tempfile.TemporaryFile", refused)
     check_refused(ask(allocation.main, capsys, *words, "--outdir", tmp_path), "--outdir", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -124,6 +124,6 @@ def test_a_full_disk_is_not_a_wrong_request(
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("eagle.entry.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("eagle.files.tempfile.TemporaryFile", full)
     answer = ask(allocation.main, capsys, *words, "--outdir", tmp_path)
     assert answer.code == 1 and "free some space and run again" in answer.error

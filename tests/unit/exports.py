@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.saved import save_draft
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
@@ -19,7 +19,7 @@ def make_draft(folder: Path, base: Path) -> Path:
     """A random draft of `base` in our own checkpoint layout."""
     target = load_config(base)
     torch.manual_seed(3)
-    model = DraftModel(target.draft(), read_embedding(Weights(base), target))
+    model = Eagle1Network(target.draft(), read_embedding(Weights(base), target))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.saved import load_draft
 from eagle.errors import RequestError, WorkError
 from eagle.target.config import load_config
@@ -19,7 +19,7 @@ from tests.tiny import make_target
 def model(tmp_path_factory):
     target = make_target(tmp_path_factory.mktemp("target"))
     config = load_config(target)
-    return DraftModel(config.draft(), read_embedding(Weights(target), config))
+    return Eagle1Network(config.draft(), read_embedding(Weights(target), config))
 
 
 def save(cpdir: Path, model, step: int) -> Path:
@@ -37,7 +37,7 @@ def test_save_and_restore(model, tmp_path):
         2,
         {"a": 0.5},
     )
-    other = DraftModel(model.config, model.embed_tokens.weight.detach())
+    other = Eagle1Network(model.config, model.embed_tokens.weight.detach())
     assert checkpoint.restore(folder, other) == {"optimizer": {"step": 7}}
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
     assert load_draft(tmp_path / "last").config == model.config

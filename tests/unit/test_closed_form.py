@@ -5,7 +5,7 @@ import torch
 
 from eagle.drafts.alignment import Example
 from eagle.drafts.eagle1.closed_form_start import NormalEquations, start_from
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
 from tests.tiny import make_target
@@ -15,10 +15,10 @@ from tests.tiny import make_target
 def model(request, tmp_path):
     target = make_target(tmp_path / "m", request.param)
     config = load_config(target)
-    return DraftModel(config.draft(), read_embedding(Weights(target), config))
+    return Eagle1Network(config.draft(), read_embedding(Weights(target), config))
 
 
-def linear_example(model: DraftModel, fc: torch.Tensor, seed: int, noise: float = 0.0) -> Example:
+def linear_example(model: Eagle1Network, fc: torch.Tensor, seed: int, noise: float = 0.0) -> Example:
     """An example whose next feature is exactly `fc` of its inputs, on the supervised half of the positions."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(400, (120,), generator=generator)

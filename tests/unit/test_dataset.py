@@ -6,7 +6,7 @@ import torch
 
 from eagle.drafts.alignment import collate, shift, supervised_positions
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import Record, write_shard
+from eagle.store.shard import HIDDEN_STATE, Record, write_shard
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store
 
 
@@ -22,7 +22,7 @@ def record(mask: list[int], number: int = 0) -> Record:
 
 def test_alignment():
     """Position t reads token x[t+1] and feature f[t], and predicts f[t+1]."""
-    example = shift(record([0, 0, 1, 1, 1]))
+    example = shift(record([0, 0, 1, 1, 1]), HIDDEN_STATE)
     assert example.tokens.tolist() == [101, 102, 103, 104]
     assert example.features[:, 0].tolist() == [0, 1, 2, 3]
     assert example.targets[:, 0].tolist() == [1, 2, 3, 4]
@@ -49,7 +49,7 @@ def test_supervised_exactly_where_both_tokens_are_the_assistants(mask, supervise
 
 
 def test_padding_changes_nothing():
-    batch = collate([shift(record([0, 1, 1, 1])), shift(record([0, 1, 1, 1, 1, 1]))])
+    batch = collate([shift(record([0, 1, 1, 1]), HIDDEN_STATE), shift(record([0, 1, 1, 1, 1, 1]), HIDDEN_STATE)])
     assert batch.tokens.shape == (2, 5) and batch.features.shape == (2, 5, 4)
     assert batch.supervised.tolist() == [[True, True, False, False, False], [True, True, True, True, False]]
 
@@ -62,8 +62,8 @@ def store(tmp_path):
 
 
 def test_noise(store):
-    quiet = FeatureDataset(store, np.arange(40), 100)
-    noisy = FeatureDataset(store, np.arange(40), 100, noise=0.1, seed=3)
+    quiet = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE)
+    noisy = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE, noise=0.1, seed=3)
     difference = torch.cat([noisy[1, i].features - quiet[1, i].features for i in range(40)])
     assert difference.abs().max() <= 0.1 and difference.abs().max() > 0.09
     assert abs(float(difference.mean())) < 0.01
@@ -73,13 +73,13 @@ def test_noise(store):
 
 
 def test_noise_belongs_to_the_record_not_to_its_place(store):
-    everything = FeatureDataset(store, np.arange(40), 100, noise=0.1, seed=3)
-    some = FeatureDataset(store, np.array([7, 9]), 100, noise=0.1, seed=3)
+    everything = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE, noise=0.1, seed=3)
+    some = FeatureDataset(store, np.array([7, 9]), 100, HIDDEN_STATE, noise=0.1, seed=3)
     assert torch.equal(everything[0, 9].features, some[0, 1].features)
 
 
 def test_cut_to_max_len(store):
-    data = FeatureDataset(store, np.arange(40), 5)
+    data = FeatureDataset(store, np.arange(40), 5, HIDDEN_STATE)
     assert max(data.lengths) == 5 and len(data[0, 6].tokens) == 4
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.saved import load_draft, read_draft_state, save_draft, trained_state
+from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.saved import load_draft, read_draft_state, save_draft
 from eagle.errors import RequestError
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
@@ -31,10 +31,10 @@ def target(request, tmp_path_factory):
     return make_target(tmp_path_factory.mktemp("target"), **TARGETS[request.param])
 
 
-def draft_of(target) -> DraftModel:
+def draft_of(target) -> Eagle1Network:
     config = load_config(target)
     torch.manual_seed(1)
-    model = DraftModel(config.draft(), read_embedding(Weights(target), config))
+    model = Eagle1Network(config.draft(), read_embedding(Weights(target), config))
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
@@ -79,7 +79,7 @@ def test_folder_loads_by_itself(target, tmp_path):
 
 
 def test_only_the_layer_and_fc_are_trained(target):
-    names = trained_state(draft_of(target)).keys()
+    names = draft_of(target).trained_state().keys()
     assert "embed_tokens.weight" not in names
     assert not any("norm" in name and "post_attention" not in name for name in names)
     assert "fc.bias" not in names
@@ -93,7 +93,7 @@ def test_foreign_names_are_read(target, tmp_path):
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     (tmp_path / "model.safetensors").unlink()
     torch.save(state, tmp_path / "pytorch_model.bin")
-    assert read_draft_state(Weights(tmp_path)).keys() == {*trained_state(draft), "embed_tokens.weight"}
+    assert read_draft_state(Weights(tmp_path)).keys() == {*draft.trained_state(), "embed_tokens.weight"}
     again = load_draft(tmp_path)
     tokens, features = torch.arange(2, 12)[None], torch.randn(1, 10, 32)
     assert torch.equal(draft(tokens, features), again(tokens, features))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.errors import RequestError
-from eagle.target.config import draft_config_for, parse_config
+from eagle.target.config import parse_config
 from tests.unit.config_cases import (
     base,
     write,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import load_draft
 from eagle.entry import run
 from eagle.errors import RequestError
@@ -155,9 +156,10 @@ def test_auto_follows_the_installed_vllm(
         return version
 
     monkeypatch.setattr(metadata, "version", installed)
-    assert choose_layouts("auto") == expected
-    assert choose_layouts("both") == ("v1", "v0")
-    assert choose_layouts("v0") == ("v0",)
+    layouts = DRAFT_FAMILIES["eagle1"].layouts
+    assert choose_layouts(layouts, "auto") == expected
+    assert choose_layouts(layouts, "both") == ("v1", "v0")
+    assert choose_layouts(layouts, "v0") == ("v0",)
 
 
 def test_both_layouts_go_into_subfolders_beside_the_draft(llama: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eagle.drafts.layout import Layout
 from eagle.errors import WorkError
 from eagle.vllm import export as export_module
 from eagle.vllm.export import export
@@ -155,8 +156,8 @@ def test_every_rule_of_the_self_check_holds_and_leaves_nothing(
 def test_a_failed_second_layout_takes_the_first_with_it(
     qwen: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
-    def fail_v0(folder: Path, layout: str, *rest: object) -> None:
-        if layout == "v0":
+    def fail_v0(folder: Path, layout: Layout, *rest: object) -> None:
+        if layout.name == "v0":
             raise WorkError("v0 is damaged")
 
     monkeypatch.setattr(export_module, "check_export", fail_v0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eagle.drafts.losses import TOKEN_LOSSES, acceptance, smooth_l1, soft_cross_entropy, top_k_distillation
-from eagle.drafts.token_loss import FrozenHead, likeliest
+from eagle.drafts.token_loss import TokenLossHead, likeliest
 
 STEPS, N, H, V = 3, 13, 6, 50
 
@@ -29,7 +29,7 @@ def plain_loss(draft, target, head, valid, loss):
 def test_equals_the_plain_formula(tensors, block, part, name):
     draft, target, head, valid = tensors
     loss, weights = TOKEN_LOSSES[name], torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
-    result = FrozenHead(head).loss(draft, target, valid, loss=loss, block=block, part=part, top_3=True)
+    result = TokenLossHead(head).loss(draft, target, valid, loss=loss, block=block, part=part, top_3=True)
     plain = plain_loss(draft, target, head, valid, loss)
     torch.testing.assert_close(result.token_loss, plain)
     (gradient,) = torch.autograd.grad(result.token_loss @ weights, draft)
@@ -46,14 +46,14 @@ def test_gradcheck(tensors, name):
     draft, target, head, valid = tensors
     loss = TOKEN_LOSSES[name]
     assert torch.autograd.gradcheck(
-        lambda d: FrozenHead(head).loss(d, target, valid, loss=loss, block=5, part=2).token_loss, (draft,)
+        lambda d: TokenLossHead(head).loss(d, target, valid, loss=loss, block=5, part=2).token_loss, (draft,)
     )
 
 
 def test_losses_of_the_first_steps_only(tensors):
     draft, target, head, valid = tensors
-    result = FrozenHead(head).loss(draft, target, valid, loss_steps=1, block=5, part=2)
-    every = FrozenHead(head).loss(draft, target, valid)
+    result = TokenLossHead(head).loss(draft, target, valid, loss_steps=1, block=5, part=2)
+    every = TokenLossHead(head).loss(draft, target, valid)
     assert torch.equal(result.agrees, every.agrees)
     torch.testing.assert_close(result.token_loss.detach(), torch.tensor([1.0, 0, 0]) * every.token_loss.detach())
     (gradient,) = torch.autograd.grad(result.token_loss.sum(), draft)
@@ -70,7 +70,7 @@ def test_likeliest_is_argmax(size):
 def test_float32_to_rounding(tensors):
     draft, target, head = (tensor.detach().float() for tensor in tensors[:3])
     draft.requires_grad_()
-    value = FrozenHead(head).loss(draft, target, block=6, part=4).token_loss
+    value = TokenLossHead(head).loss(draft, target, block=6, part=4).token_loss
     plain = plain_loss(draft, target, head, torch.ones(STEPS, N), soft_cross_entropy)
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(torch.autograd.grad(value.sum(), draft), torch.autograd.grad(plain.sum(), draft))
@@ -78,7 +78,7 @@ def test_float32_to_rounding(tensors):
 
 def test_without_positions(tensors):
     draft, target, head, _ = tensors
-    result = FrozenHead(head).loss(draft[:, :0], target[:0])
+    result = TokenLossHead(head).loss(draft[:, :0], target[:0])
     assert not result.token_loss.detach().any() and result.agrees.shape == (STEPS, 0)
     (gradient,) = torch.autograd.grad(result.token_loss.sum(), draft)
     assert not gradient.any()
@@ -87,13 +87,13 @@ def test_without_positions(tensors):
 def test_without_gradient(tensors):
     draft, target, head, _ = tensors
     with torch.no_grad():
-        assert not FrozenHead(head).loss(draft, target).token_loss.requires_grad
+        assert not TokenLossHead(head).loss(draft, target).token_loss.requires_grad
 
 
 def test_perfect_draft(tensors):
     """The cross-entropy is the target's entropy, every token agrees, and -log α is zero."""
     _, target, head, _ = tensors
-    result = FrozenHead(head).loss(target[None], target)
+    result = TokenLossHead(head).loss(target[None], target)
     probabilities = (target @ head.T).softmax(-1)
     torch.testing.assert_close(result.token_loss[0], torch.distributions.Categorical(probabilities).entropy().sum())
     assert result.agrees.all()

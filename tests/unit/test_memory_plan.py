@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.eagle1.memory import saved_bytes
+from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.memory import Setting
+from eagle.drafts.saved import trained_shapes
+from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.target.config import ModelConfig, parse_config
 from eagle.train.dry_run import attention_is_fused
-from eagle.train.memory_plan import Setting, draft_weights, make_plan, saved_bytes, workspace_bytes
+from eagle.train.memory_plan import make_plan, workspace_bytes
+
+EAGLE1 = DRAFT_FAMILIES["eagle1"]
 
 
 def config(*, kv_heads: int = 4, vocab: int = 300, tied: bool = False, hidden: int = 64) -> ModelConfig:
@@ -25,9 +32,17 @@ def config(*, kv_heads: int = 4, vocab: int = 300, tied: bool = False, hidden: i
     )  # fmt: skip
 
 
+def setting_of(shape: ModelConfig, **more: object) -> Setting:
+    return Setting(shape, EAGLE1.features(shape), EAGLE1.reads, **more)
+
+
+def draft_weights(shape: ModelConfig) -> dict[str, int]:
+    return {name: math.prod(sizes) for name, sizes in trained_shapes(EAGLE1, shape).items()}
+
+
 def kept_by_autograd(shape: ModelConfig, batch: int, length: int, steps: int, dtype: torch.dtype) -> int:
     """Bytes of every storage that the backward pass of the unrolled draft will read, weights and inputs left out."""
-    draft = DraftModel(shape, torch.randn(shape.vocab_size, shape.hidden_size).to(dtype))
+    draft = Eagle1Network(shape, torch.randn(shape.vocab_size, shape.hidden_size).to(dtype))
     features = torch.randn(batch, length, shape.hidden_size).to(dtype)
     tokens = torch.zeros(batch, length, dtype=torch.long)
     kept: dict[int, torch.Tensor] = {}
@@ -59,13 +74,13 @@ def test_activations_are_what_autograd_keeps(dtype, steps, kv_heads):
     if not all(attention_is_fused(torch.device("cpu"), dtype.itemsize, masked) for masked in (False, True)):
         pytest.skip("this torch keeps attention's scores on a CPU")
     shape, batch, length = config(kv_heads=kv_heads), 3, 90
-    setting = Setting(shape, bs=batch, max_len=length + 1, compute=dtype.itemsize)
+    setting = setting_of(shape, bs=batch, max_len=length + 1, compute=dtype.itemsize)
     planned = sum(saved_bytes(setting, step) for step in range(1, steps + 1))
     assert planned == pytest.approx(kept_by_autograd(shape, batch, length, steps, dtype), rel=0.05)
 
 
 def test_scores_count_where_the_kernel_keeps_them():
-    fused = Setting(config(), bs=2, max_len=101)
+    fused = setting_of(config(), bs=2, max_len=101)
     plain = dataclasses.replace(fused, fused=False)
     assert saved_bytes(plain, 1) - saved_bytes(fused, 1) == 2 * (2 * 4 * 100 * 100) * 4
     assert saved_bytes(plain, 2) == saved_bytes(fused, 2)  # the second step is masked, which is another question
@@ -73,13 +88,15 @@ def test_scores_count_where_the_kernel_keeps_them():
 
 def test_the_workspace_depends_on_the_block_alone():
     """Not on the batch, and not on the vocabulary either, while a block holds more than the fewest positions."""
-    sizes = {bs: workspace_bytes(Setting(config(vocab=50_000), bs=bs, max_len=2048), 1) for bs in (1, 64)}
+    sizes = {bs: workspace_bytes(setting_of(config(vocab=50_000), bs=bs, max_len=2048), 1) for bs in (1, 64)}
     assert sizes[1] == sizes[64]
-    small, large = (workspace_bytes(Setting(config(vocab=vocab), bs=1, max_len=2048), 1) for vocab in (30_000, 240_000))
+    small, large = (
+        workspace_bytes(setting_of(config(vocab=vocab), bs=1, max_len=2048), 1) for vocab in (30_000, 240_000)
+    )
     assert large < 1.1 * small
-    deep = workspace_bytes(Setting(config(vocab=50_000), bs=1, max_len=2048), 5)
+    deep = workspace_bytes(setting_of(config(vocab=50_000), bs=1, max_len=2048), 5)
     assert deep == pytest.approx(sizes[1], rel=0.1)
-    rows = FrozenHead(torch.empty(50_000, 1).expand(50_000, 64)).block_positions(1)
+    rows = TokenLossHead(torch.empty(50_000, 1).expand(50_000, 64)).block_positions(1)
     assert sizes[1] >= 2 * rows * 50_000 * 4
 
 
@@ -97,7 +114,7 @@ def test_the_workspace_depends_on_the_block_alone():
     ],
 )  # fmt: skip
 def test_each_part_grows_with_what_it_should(change, grows, stays):
-    before = Setting(config(vocab=300_000), bs=2, max_len=128)
+    before = setting_of(config(vocab=300_000), bs=2, max_len=128)
 
     def parts(setting: Setting) -> dict[str, int]:
         plan = make_plan(setting)
@@ -109,8 +126,8 @@ def test_each_part_grows_with_what_it_should(change, grows, stays):
 
 
 def test_shards_are_divided_and_put_together_again():
-    alone = make_plan(Setting(config(hidden=256), bs=1, max_len=16))
-    shared = make_plan(Setting(config(hidden=256), bs=1, max_len=16, processes=4, sharded=True))
+    alone = make_plan(setting_of(config(hidden=256), bs=1, max_len=16))
+    shared = make_plan(setting_of(config(hidden=256), bs=1, max_len=16, processes=4, sharded=True))
     trained = 4 * sum(draft_weights(config(hidden=256)).values())
     assert alone.held["draft weights"] == trained
     assert shared.held["draft weights"] == trained // 4
@@ -123,13 +140,13 @@ def test_shards_are_divided_and_put_together_again():
 
 def test_the_draft_is_counted_as_it_is():
     shape = config(kv_heads=2)
-    draft = DraftModel(shape, torch.zeros(shape.vocab_size, shape.hidden_size))
+    draft = Eagle1Network(shape, torch.zeros(shape.vocab_size, shape.hidden_size))
     assert draft_weights(shape) == {n: p.numel() for n, p in draft.named_parameters() if p.requires_grad}
 
 
 def test_the_peak_is_the_fullest_phase():
-    plan = make_plan(Setting(config(), bs=2, max_len=128, runtime=1000, store=7))
+    plan = make_plan(setting_of(config(), bs=2, max_len=128, runtime=1000, store=7))
     assert plan.peak == max(plan.total(phase) for phase in plan.phases)
     assert plan.resident == plan.peak + 7
-    tied = make_plan(Setting(config(tied=True), bs=2, max_len=128, runtime=1000))
+    tied = make_plan(setting_of(config(tied=True), bs=2, max_len=128, runtime=1000))
     assert plan.held["frozen head"] == plan.held["frozen embedding"] == plan.peak - tied.peak

@@ -11,18 +11,17 @@ from eagle.generate import main as allocation
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.plan import dry_run_lines, make_plan
 from eagle.generate.progress import missing
-from eagle.generate.worker import Worker
 from eagle.store.shard import shard_paths
 from eagle.store.verify import check_store
 from eagle.target.compiled import WORTH_TOKENS, should_compile
-from tests.tiny import write_sharegpt
+from tests.tiny import cpu_worker, write_sharegpt
 from tests.unit.test_job import inputs, request  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def run_worker(job, number):
-    list(Worker(job.request.folder, number, "cpu", 1).work(1))
+    list(cpu_worker(job.request.folder, number).work(1))
 
 
 @pytest.mark.parametrize("store_dtype", ["same", "int8", "float8"])

@@ -7,8 +7,9 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
+from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.errors import RequestError
-from eagle.target.config import ModelConfig, draft_config_for, load_config, parse_config
+from eagle.target.config import ModelConfig, load_config, parse_config
 from tests.unit.config_cases import (
     BASES,
     BASES_FOLDER,

@@ -6,8 +6,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from eagle.drafts.alignment import Batch
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.drafts.token_loss import FrozenHead
+from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.eagle1.objective import Eagle1Objective
+from eagle.drafts.objective import LossOptions
+from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft, chain_mask, chain_supervision
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
@@ -23,7 +25,7 @@ def models(request, tmp_path_factory):
     target = make_target(tmp_path_factory.mktemp("target"), family, tied=tied)
     config, weights = load_config(target), Weights(target)
     torch.manual_seed(2)
-    draft = DraftModel(config.draft(), read_embedding(weights, config))
+    draft = Eagle1Network(config.draft(), read_embedding(weights, config))
     for parameter in draft.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -31,7 +33,7 @@ def models(request, tmp_path_factory):
 
 
 def chain(
-    draft: DraftModel, tokens: torch.Tensor, features: torch.Tensor, start: int, steps: int
+    draft: Eagle1Network, tokens: torch.Tensor, features: torch.Tensor, start: int, steps: int
 ) -> list[torch.Tensor]:
     """Draft `steps` features from position `start` the slow way: re-read everything for every step."""
     own: list[torch.Tensor] = []
@@ -108,7 +110,13 @@ def test_validation_equals_counting_chains_one_by_one(models):
         targets[0, 3] = parallel[2, 0, 3]
     supervised = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2])
     batch = Batch(tokens, features, targets, supervised, torch.tensor([0]))
-    result = validate(Accelerator(), UnrolledDraft(draft), FrozenHead(head), [batch])
+    result = validate(
+        Accelerator(),
+        UnrolledDraft(draft),
+        Eagle1Objective(TokenLossHead(head), LossOptions()),
+        [batch],
+        features.dtype,
+    )
 
     lengths: dict[int, list[int]] = {depth: [] for depth in range(1, DEPTH + 1)}
     agreement: dict[int, list[bool]] = {depth: [] for depth in range(DEPTH)}

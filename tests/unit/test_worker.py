@@ -9,10 +9,10 @@ from eagle.data import tokens as tokens_module
 from eagle.errors import WorkError
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.progress import finished, missing
-from eagle.generate.worker import Worker, batches
+from eagle.generate.worker import batches
 from eagle.store.manifest import DONE
 from eagle.store.shard import Shard, shard_paths
-from tests.tiny import conversations, make_target, write_sharegpt
+from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
 from tests.unit.test_job import request
 
 #: No question, and no reply: dropped; a reply before the first question: mended. At both ends of the file.
@@ -39,7 +39,7 @@ def job(tmp_path_factory):
 
 def work(job, outdir, shard_bytes):
     """The worker's progress behind every batch."""
-    return list(Worker(outdir, 0, "cpu", 1).work(shard_bytes))
+    return list(cpu_worker(outdir, 0).work(shard_bytes))
 
 
 def contents(outdir):
@@ -182,7 +182,7 @@ def test_manifest_adds_up_the_workers(tmp_path):
     claim_outdir(made)
     encode_job(made)
     for number in (0, 1):
-        list(Worker(tmp_path / "store", number, "cpu", 1).work(1 << 20))
+        list(cpu_worker(tmp_path / "store", number).work(1 << 20))
     manifest = finish(made)
     assert manifest["records"] == 21
     assert sum(manifest["dropped"].values()) == 2 and manifest["repaired"] == {"leading_reply_skipped": 1}

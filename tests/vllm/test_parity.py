@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.drafts.eagle1.network import DraftModel
+from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.saved import load_draft, save_draft
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
@@ -39,7 +39,7 @@ def test_logits_equal_those_inside_vllm(tmp_path: Path, family: str, options: di
     base = make_target(tmp_path / "base", family, hidden=128, **options)
     target, weights = load_config(base), Weights(base)
     torch.manual_seed(1)
-    draft = DraftModel(target.draft(), read_embedding(weights, target).float())
+    draft = Eagle1Network(target.draft(), read_embedding(weights, target).float())
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if name.endswith(".bias"):

@@ -6,12 +6,16 @@ output through and training starts from that linear draft instead of from noise.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import nn
 
 from eagle.drafts.alignment import Example
-from eagle.drafts.eagle1.network import DraftModel
-from eagle.errors import WorkError
+from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.starts import StartData
+from eagle.errors import RequestError, WorkError
 
 #: Supervised positions are gathered until this many are together, then multiplied at once.
 CHUNK = 4096
@@ -25,7 +29,7 @@ class NormalEquations:
     The products of a chunk run in float32 on `device`; sums over chunks do not lose what float32 would.
     """
 
-    def __init__(self, model: DraftModel, device: torch.device) -> None:
+    def __init__(self, model: Eagle1Network, device: torch.device) -> None:
         size = model.config.hidden_size
         self.model, self.device = model, device
         self.xx = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
@@ -72,8 +76,32 @@ class NormalEquations:
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(left)).T.float().contiguous()
 
 
+def closed_form(network: DraftNetwork, data: StartData) -> str:
+    """Make `network` the best linear draft of all processes' examples, each taking its share of them.
+
+    Raises: RequestError where no position is supervised; WorkError for features that are not finite.
+    """
+    assert isinstance(network, Eagle1Network)
+    started = time.monotonic()
+    equations = NormalEquations(network, data.device)
+    for example in data.examples:
+        equations.add(example)
+        if equations.positions >= data.positions:
+            break
+    equations.flush()
+    equations.xx, equations.xy = data.reduce(equations.xx), data.reduce(equations.xy)
+    if not equations.xx.any():
+        raise RequestError(
+            f"No position of the training records is supervised within --max_len {data.max_len} tokens: every reply "
+            "comes later. Raise --max_len."
+        )
+    start_from(network, equations.solve())
+    seconds = time.monotonic() - started
+    return f"closed-form start from {equations.positions:,} positions per process in {seconds:.1f} s"
+
+
 @torch.no_grad()
-def start_from(model: DraftModel, fc_weight: torch.Tensor) -> None:
+def start_from(model: Eagle1Network, fc_weight: torch.Tensor) -> None:
     """Make `model` the linear draft of `fc_weight`: its layer changes nothing until it is trained."""
     model.fc.weight.copy_(fc_weight)
     layer = model.layers[0]

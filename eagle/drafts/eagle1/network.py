@@ -1,4 +1,4 @@
-"""The draft head: one class for training, decoding and export, and the folder it is saved as.
+"""EAGLE-1's network, for training, decoding and export alike.
 
     f̂[t+1] = layer(fc(concat(embed(x[t+1]), f[t])))       the layer has no input norm, nothing follows it
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eagle.drafts.layers import MLP, Attention, Remember, RMSNorm, rotary_embedding
+from eagle.drafts.layers import MLP, Attention, RMSNorm, rotary_embedding
+from eagle.drafts.network import DraftNetwork, Remember
 from eagle.target.config import ModelConfig
 
 
@@ -38,7 +39,7 @@ class DraftLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class DraftModel(nn.Module):
+class Eagle1Network(DraftNetwork):
     """The EAGLE-1 draft of a Llama or Qwen2 target.
 
     embedding: the target's ``[V, H]``, kept frozen and in its own dtype. fc_bias: only for published drafts that
@@ -61,27 +62,32 @@ class DraftModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def inputs(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """What ``fc`` reads: ``concat(embed(token), feature)`` ``[..., 2H]`` in the features' dtype."""
-        return torch.cat((self.embed_tokens(tokens).to(features.dtype), features), dim=-1)
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """The target's feature is the state itself."""
+        return features
+
+    def inputs(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """What ``fc`` reads: ``concat(embed(token), state)`` ``[..., 2H]`` in the states' dtype."""
+        return torch.cat((self.embed_tokens(tokens).to(states.dtype), states), dim=-1)
 
     def forward(
         self,
         tokens: torch.Tensor,
-        features: torch.Tensor,
+        states: torch.Tensor,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         remember: Remember | None = None,
     ) -> torch.Tensor:
-        """Predicted features ``[B, T, H]``.
-
-        tokens: ``[B, T]``, at position t the token x[t+1]. features: ``[B, T, H]``, at position t the feature f[t].
-        positions: ``[B, T]``, default 0..T-1. mask: None for causal attention, else a boolean one,
-        broadcastable to ``[B, heads, T, T]``, True where a query may look.
-        remember: decoding's KV cache; the mask then spans its rows too, ``[B, heads, T, rows so far]``.
-        Row t of the result predicts f[t+1].
-        """
+        """Predicted features ``[B, T, H]``: row t predicts f[t+1]."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        hidden = self.fc(self.inputs(tokens, features))
+        hidden = self.fc(self.inputs(tokens, states))
         return self.layers[0](hidden, self.rotary(hidden, positions), mask, remember)
+
+    def for_head(self, states: torch.Tensor) -> torch.Tensor:
+        """The target's ``lm_head`` reads predicted features as it reads the target's."""
+        return states
+
+    def units(self) -> list[nn.Module]:
+        """``fc``, and the feed-forward block, the largest by far."""
+        return [self.fc, self.layers[0].mlp]

@@ -1,0 +1,74 @@
+"""What EAGLE-1's network and its closed-form start take of memory; see `eagle.drafts.memory`."""
+
+from __future__ import annotations
+
+from eagle.drafts.eagle1.closed_form_start import CHUNK
+from eagle.drafts.memory import DOUBLE, SINGLE, Phase, Setting, attention_mask_bytes, score_bytes
+
+
+def saved_bytes(setting: Setting, step: int) -> int:
+    """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`.
+
+    Of the attention: queries, the keys and values of all steps so far (repeated where queries share them), the output
+    and one number per row; the scores too where the kernel is not a fused one.
+    """
+    config, compute = setting.config, setting.compute
+    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+    values = 2 * hidden + hidden + queries + queries + 2 * step * queries + 4 * config.intermediate_size
+    # The norm runs in float32: its input, the normed value and its product with the weight, the last two narrow again
+    # in mixed precision, which casts the product for each of its two readers.
+    norm = 3 * hidden * SINGLE if compute == SINGLE else hidden * SINGLE + 3 * hidden * compute
+    output = hidden * compute  # in the stack of all steps' predictions
+    per_position = values * compute + norm + output + config.num_attention_heads * SINGLE + SINGLE
+    return setting.positions * per_position + attention_mask_bytes(setting, step) + score_bytes(setting, step, copies=2)
+
+
+def flowing_bytes(setting: Setting) -> int:
+    """Gradients of activations at the widest place, the feed-forward block; and those of all steps' predictions."""
+    predictions = 2 * setting.ttt_steps * setting.config.hidden_size
+    return setting.positions * (3 * setting.config.intermediate_size + predictions) * setting.compute
+
+
+def validation_bytes(setting: Setting, depth: int) -> int:
+    """`depth` steps without a backward pass: keys and values of all steps, one step's layer, all predictions."""
+    config = setting.config
+    queries, hidden = config.num_attention_heads * config.head_dim, config.hidden_size
+    pairs = 2 * depth * config.num_key_value_heads * config.head_dim
+    repeated = 2 * depth * queries if queries > config.num_key_value_heads * config.head_dim else 0
+    # The keys and values of all steps stay, a copy of them is for one attention; the feed-forward block follows it.
+    layer = pairs + max(pairs + repeated + 2 * queries, 3 * config.intermediate_size) + 4 * hidden
+    # In mixed precision accelerate makes a float32 copy of what a model gives.
+    outputs = depth * hidden * (2 * setting.compute + (SINGLE if setting.compute < SINGLE else 0))
+    scores = attention_mask_bytes(setting, depth) + score_bytes(setting, depth, copies=1)
+    return setting.positions * (setting.compute * layer + outputs) + scores
+
+
+def start_phases(setting: Setting) -> list[Phase]:
+    """The closed-form start."""
+    if setting.init != "closed_form":
+        return []
+    equations = Phase("start: normal equations", _equations(setting))
+    return [equations, Phase("start: their solution", _solution(setting))]
+
+
+def _equations(setting: Setting) -> dict[str, int]:
+    """Sums in float64 on the CPU, one chunk's products in float32 on the device."""
+    size = setting.config.hidden_size
+    # Gathered one by one, then put together: twice.
+    rows = 2 * (min(CHUNK, setting.init_positions) + setting.max_len) * 3 * size * SINGLE
+    items = {"chunk of positions": rows, "its products": 4 * size * size * SINGLE}
+    if setting.kind == "cpu":
+        items |= {
+            "normal equations, float64": 6 * size * size * DOUBLE,
+            "products in float64": 4 * size * size * DOUBLE,
+        }
+    return items
+
+
+def _solution(setting: Setting) -> dict[str, int]:
+    """The matrix with its ridge, and its Cholesky factor; on the CPU, whatever the device."""
+    if setting.kind != "cpu":
+        return {}
+    square = 4 * setting.config.hidden_size**2 * DOUBLE
+    shared = {"sums over processes": square} if setting.processes > 1 else {}
+    return {"normal equations, float64": square * 3 // 2, "ridge and factor": 3 * square, **shared}

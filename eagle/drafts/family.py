@@ -1,0 +1,89 @@
+"""What a draft family is: everything in which kinds of drafts differ, as the stages ask for it.
+
+    generate   `features`: which tensors a record must hold, and how wide
+    train      `reads`, `config`, `build`, `objective`, `starts`, and for the memory plan the byte counts
+    decode     `build` by way of `eagle.drafts.saved`; the network itself does the rest
+    vllm       `layouts`, `method`, `config_of`
+
+A new family is a folder beside eagle1/ with a class like this one in it, and an entry in `eagle.drafts.families`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from eagle.drafts.layout import Layout
+from eagle.drafts.memory import Phase, Setting
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.objective import LossOptions, Objective
+from eagle.drafts.starts import Start
+from eagle.target.config import ModelConfig
+
+
+class DraftFamily(ABC):
+    """One kind of draft.
+
+    name: in the table. describes: for messages ("an EAGLE-1 draft"). method: vLLM's name for it. reads: the record's
+    features that the network reads. starts: what a draft may start from, by the name that ``--init`` takes; the first
+    is the default. layouts: the folders vLLM loads it from, by name, the newest first. same_as_target: fields of a
+    draft's config that must be the target's.
+    """
+
+    name: str
+    describes: str
+    method: str
+    reads: str
+    starts: dict[str, Start]
+    layouts: dict[str, Layout]
+    same_as_target: tuple[str, ...]
+
+    @abstractmethod
+    def features(self, target: ModelConfig) -> dict[str, int]:
+        """Widths of the features a record must hold, by name; the target's last hidden state is always among them."""
+
+    @abstractmethod
+    def config(self, target: ModelConfig, configpath: Path | None) -> ModelConfig:
+        """The draft's config for a target: derived, or the user's file once it is checked.
+
+        Raises: RequestError naming every field in which the file does not fit the target.
+        """
+
+    @abstractmethod
+    def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
+        """The config of a saved draft with these tensors: the target's numbers, the biases the draft really has."""
+
+    @abstractmethod
+    def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> DraftNetwork:
+        """The network with random weights. names: those of saved tensors it is to hold, where they decide its shape."""
+
+    @abstractmethod
+    def objective(self, head: torch.Tensor, options: LossOptions) -> Objective:
+        """The losses. head: the target's ``lm_head`` ``[V, H]``, frozen, on the device and in the dtype of the run."""
+
+    @abstractmethod
+    def recognises(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these (public) names are a draft of this family."""
+
+    @abstractmethod
+    def for_training(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Of a saved draft's tensors those that training goes on from, and notes on what is left behind."""
+
+    @abstractmethod
+    def saved_bytes(self, setting: Setting, step: int) -> int:
+        """Activations that unrolled step `step` (from 1) keeps for the backward pass."""
+
+    @abstractmethod
+    def flowing_bytes(self, setting: Setting) -> int:
+        """Gradients of activations where the backward pass holds most of them."""
+
+    @abstractmethod
+    def validation_bytes(self, setting: Setting, depth: int) -> int:
+        """Activations of `depth` steps without a backward pass."""
+
+    @abstractmethod
+    def start_phases(self, setting: Setting) -> list[Phase]:
+        """What the start named in the setting holds."""

@@ -1,0 +1,59 @@
+"""What every draft network can be asked to do, whatever it is built from.
+
+A draft works on *states*, ``[..., H]``. At position t it takes the token x[t+1] and a state, and gives the state of
+position t+1. The first state of a chain is read from the target's features; every later one is the draft's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from eagle.target.config import ModelConfig
+
+#: Takes the keys and values of new rows, keeps them, and gives those of all rows so far: a KV cache's one verb.
+Remember = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class DraftNetwork(nn.Module):
+    """The network of one draft. Its trainable parameters carry the names they are saved under.
+
+    config: of its one layer. embed_tokens: the target's embedding ``[V, H]``, frozen.
+    """
+
+    config: ModelConfig
+    embed_tokens: nn.Embedding
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """States ``[..., H]`` from the target's features ``[..., W]`` at the same positions."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        remember: Remember | None = None,
+    ) -> torch.Tensor:
+        """The next states ``[B, T, H]``; row t belongs to position t+1.
+
+        tokens: ``[B, T]``, at position t the token x[t+1]. states: ``[B, T, H]``. positions: ``[B, T]``, default
+        0..T-1. mask: None for causal attention, else boolean, broadcastable to ``[B, heads, T, T]``, True where a query
+        may look. remember: a key-value cache; the mask then spans its rows too, ``[B, heads, T, rows so far]``.
+        """
+        raise NotImplementedError
+
+    def for_head(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head turns into logits, ``[..., H]``."""
+        raise NotImplementedError
+
+    def units(self) -> list[nn.Module]:
+        """The large parts of the network, each of which FSDP gathers by itself while it runs."""
+        raise NotImplementedError
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """The trainable weights by the names they are saved under."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,93 @@
+"""Feature sources: what turns token sequences into the features of a record.
+
+    trunk    the frozen target's trunk, in this process
+
+Chosen by name in `SOURCES`; workers and training without a store know no more of one than `FeatureSource`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from eagle.errors import RequestError
+from eagle.store.shard import HIDDEN_STATE
+from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
+from eagle.target.cpu_attention import attention_for
+from eagle.target.trunk import load_trunk
+
+#: Where each kind of features is in what a trunk gives.
+FROM_TRUNK: dict[str, Callable[..., torch.Tensor]] = {HIDDEN_STATE: lambda output: output.last_hidden_state}
+
+
+class FeatureSource(Protocol):
+    """Computes features by name, ``[B, T, W]`` each, T the longest sequence's length or more.
+
+    What it gives may lie on a device and still be being computed; rows beyond a sequence's own length mean nothing.
+    """
+
+    def features(self, sequences: Sequence[np.ndarray]) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """What a source computes, and on what.
+
+    model: folder of the target. features: their names. cards: how many of `device`'s kind this process sees. tokens:
+    how many there are to compute in all, for what pays only in a long job. compile: ``--compile``.
+    """
+
+    model: Path
+    dtype: torch.dtype
+    device: torch.device
+    features: tuple[str, ...] = (HIDDEN_STATE,)
+    cards: int = 1
+    compile: str = "off"
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.features if name not in FROM_TRUNK]
+        if unknown:
+            raise RequestError(
+                f"features {', '.join(unknown)}: no source computes them; known: {', '.join(FROM_TRUNK)}."
+            )
+
+
+class TrunkSource:
+    """The target's trunk in this process: no ``lm_head``, no logits.
+
+    Raises: RequestError as `load_trunk` does, or where ``--compile on`` cannot be.
+    """
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.device, self.names, self.step = options.device, options.features, 1
+        kind, dtype = options.device.type, options.dtype
+        compiling = options.cards == 1 and should_compile(options.compile, kind, options.tokens)
+        self.trunk = load_trunk(
+            options.model,
+            dtype,
+            options.device,
+            attention="sdpa" if compiling else attention_for(options.device, dtype),
+            spread=options.cards > 1 and kind != "cpu",
+        )
+        compiled = compile_trunk(self.trunk, options.device) if compiling else None
+        if compiled is not None:
+            self.trunk, self.step = compiled, LENGTH_STEP
+
+    @torch.inference_mode()
+    def features(self, sequences: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Padding stands on the right, where a causal model never looks, so no mask is needed."""
+        longest = -(-max(map(len, sequences)) // self.step) * self.step
+        ids = np.zeros((len(sequences), longest), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = sequence
+        output = self.trunk(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
+        return {name: FROM_TRUNK[name](output) for name in self.names}
+
+
+SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {"trunk": TrunkSource}
