@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from eagle.entry import HelpFormatter
 from eagle.vllm.export import LAYOUTS, export
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_eagle_ckpt_to_vllm_compatible.py", description="Step 5: draft -> a folder that stock vLLM loads."
+        prog="convert_eagle_ckpt_to_vllm_compatible.py",
+        description="Step 5: draft -> a folder that stock vLLM loads.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--base-path", "--base_path", type=Path, required=True, help="folder of the base model")
     parser.add_argument(
@@ -18,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--draft_path",
         type=Path,
         required=True,
-        help="the training run's folder (its best), one state_<n>, or a public EAGLE draft",
+        help="the training run's folder (its best), one state_<n>, or a public EAGLE draft (.bin or .safetensors)",
     )
     parser.add_argument(
         "--base-weight-name", "--base_weight_name", help="weight or index file in --base-path (default: found)"
@@ -30,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output-path",
         "--output_path",
         type=Path,
-        help="where to write (default: beside the draft, its name with -vllm behind)",
+        help="an empty or new folder (default: beside the draft, its name with -vllm behind)",
     )
     parser.add_argument(
         "--layout",
