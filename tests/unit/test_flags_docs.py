@@ -147,3 +147,9 @@ def test_the_command_ends_with_1_where_something_is_stale(docs, monkeypatch, cap
     assert f"docs/flags.md {FIX}" in " ".join(capsys.readouterr().err.split())
     assert (docs / "flags.md").read_text(encoding="utf-8") == "old\n"
     assert run(lambda: write_flags.main([])) == 0 == run(lambda: write_flags.main(["--check"]))
+
+
+def test_help_shows_defaults_of_zero_and_none_of_switches():
+    texts = " ".join(EVALUATE.make_parser().format_help().split())
+    assert "0: all (default: 0)" in texts and "seed of the sampling (default: 0)" in texts
+    assert "(default: False)" not in texts and "(default: None)" not in texts
