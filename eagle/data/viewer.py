@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--model_name", required=True, help="folder of the base model")
-    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
+    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
     parser.add_argument("--num", type=int, default=3, help="how many records")
     parser.add_argument("--start", type=int, default=0, help="the first one, counting from 0")
     parser.add_argument("--html", type=Path, help="write a page instead of printing")

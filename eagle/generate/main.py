@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the base model: .safetensors or .bin, one file or sharded, tied or untied",
     )
-    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
+    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
     parser.add_argument(
         "--model_type",
         choices=FAMILIES,
