@@ -72,4 +72,4 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default that is a value; where it is None the help text itself says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)

@@ -177,13 +177,18 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--model_name", required=True, help="folder of the base model")
-    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
+    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
     parser.add_argument("--num", type=int, default=3, help="how many records")
     parser.add_argument("--start", type=int, default=0, help="the first one, counting from 0")
     parser.add_argument("--html", type=Path, help="write a page instead of printing")
     parser.add_argument("--max_length", type=int, default=2048, help="cut conversations to this many tokens")
-    parser.add_argument("--chat_template", help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)}")
-    parser.add_argument("--allow_truncated", action="store_true", help="accept a data file that ends too early")
+    parser.add_argument(
+        "--chat_template",
+        help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
+    )
+    parser.add_argument(
+        "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
+    )
     return parser
 
 

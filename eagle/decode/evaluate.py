@@ -34,6 +34,7 @@ from eagle.decode.step_costs import Estimate, estimate
 from eagle.decode.target import load_target
 from eagle.device import KINDS, choose_kind, describe, peak_memory, torch_device
 from eagle.dtypes import DTYPES, dtype_name, parse_dtype
+from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
 from eagle.files import existing_path, output_folder, write_json
 from eagle.progress import progress_bar
@@ -62,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eagle.evaluate",
         description="Measure a draft: how much is accepted, how much faster it is here.",
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--base-path", "--base_path", type=Path, required=True, help="folder of the base model")
@@ -70,28 +72,41 @@ def make_parser() -> argparse.ArgumentParser:
         "--draft_path",
         type=Path,
         required=True,
-        help="a run, a checkpoint, an export, or a public draft",
+        help="a training run (its best), a checkpoint, an export of either layout, or a public EAGLE draft",
     )
-    add("--prompts", type=Path, help="MT-bench or ShareGPT JSON, or one prompt a line (default: ours)")
-    add("--num_prompts", type=int, help="use only the first so many (default: all)")
-    add("--num_turns", type=int, default=2, help="answer at most so many turns of a prompt (default 2); the model's "
-        "own answers stand between them")  # fmt: skip
-    add("--mode", choices=MODES, default="chain", help="what is drafted (default: a chain, as vLLM does)")
-    add("--num_draft_tokens", type=int, help="tokens drafted a step: K of a chain (default 5), nodes of the static "
-        "tree (default and most 25) or of the dynamic one (default 59)")  # fmt: skip
-    add("--tree_depth", type=int, default=6, help="depth of the dynamic tree (default 6)")
-    add("--tree_top_k", type=int, default=10, help="nodes the dynamic tree follows at a depth (default 10)")
-    add("--max_new_tokens", type=int, default=256, help="length of a reply (default 256)")
-    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    add("--top_k", type=int, default=0, help="sample among so many tokens; 0 (default): all")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest with this much probability (default 1)")
-    add("--seed", type=int, default=0, help="seed of the sampling")
-    add("--dtype", default="auto", help="float32 proves equal output; auto (default) is the base model's own")
     add(
-        "--device", default="auto", choices=("auto", *KINDS), help="default: npu, cuda or cpu, whichever is there first"
+        "--prompts",
+        type=Path,
+        help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other suffix: one prompt a line (default: the set "
+        "that ships)",
+    )
+    add("--num_prompts", type=int, help="use only the first so many (default: all)")
+    add("--num_turns", type=int, default=2, help="answer at most so many turns of a prompt; the model's own "
+        "answers stand between them")  # fmt: skip
+    add("--mode", choices=MODES, default="chain", help="a chain, as vLLM drafts; EAGLE-1's static tree; EAGLE-2's "
+        "dynamic tree")  # fmt: skip
+    add("--num_draft_tokens", type=int, help="tokens drafted a step: K of a chain, nodes of the static tree (at "
+        "most 25) or of the dynamic one (default: 5, 25, 59)")  # fmt: skip
+    add("--tree_depth", type=int, default=6, help="depth of the dynamic tree")
+    add("--tree_top_k", type=int, default=10, help="nodes the dynamic tree follows at a depth")
+    add("--max_new_tokens", type=int, default=256, help="length of a reply")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 is greedy; with more, the output's distribution stays the base model's",
+    )
+    add("--top_k", type=int, default=0, help="sample among so many tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="sample among the likeliest with this much probability")
+    add("--seed", type=int, default=0, help="seed of the sampling")
+    add("--dtype", default="auto", help="float32 proves equal output; auto is the base model's own")
+    add(
+        "--device", default="auto", choices=("auto", *KINDS), help="what it runs on; auto takes the first that is there"
     )
     add("--spread", action="store_true", help="spread the base model's layers over all cards this process sees")
-    add("--chat_template", help="vicuna, llama2, chatml or a Jinja file (default: the base model's own)")
+    add(
+        "--chat_template", help="a Jinja file, or vicuna, llama2, chatml (default: the tokenizer's own, else by family)"
+    )
     add("--no_baseline", action="store_true", help="leave out the base model alone: no speed ratio, no comparison")
     add("--output", type=Path, help="folder for report.json, report.svg and replies.jsonl")
     add("--overwrite", action="store_true", help="write into --output although there is something in it")

@@ -36,40 +36,75 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--outdir", type=Path, required=True, help="folder of the store; worker i writes OUTDIR/<i>/")
-    parser.add_argument("--model_name", required=True, help="folder of the base model")
-    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
     parser.add_argument(
-        "--model_type", choices=TARGET_FAMILIES, help="the base model's family; checked against config.json"
+        "--model_name",
+        required=True,
+        help="folder of the base model: .safetensors or .bin, one file or sharded, tied or untied",
+    )
+    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
+    parser.add_argument(
+        "--model_type",
+        choices=TARGET_FAMILIES,
+        help="the base model's family, checked against its config.json (default: from config.json)",
     )
     parser.add_argument(
         "--end_num", type=int, help="how many conversations to use, after shuffling with the seed (default: all)"
     )
-    parser.add_argument("--npu_indices", default="0", help='the cards to use, e.g. "0,1,2,3"; worker numbers on a CPU')
-    parser.add_argument("--used_npus", type=int, default=1, help="cards each worker process gets; 7B: 1, 70B: 4 or 8")
+    parser.add_argument(
+        "--npu_indices",
+        default="0",
+        help='the cards to use, as npu-smi or nvidia-smi numbers them, e.g. "0,1,2,3"; '
+        "on a CPU the numbers count worker processes",
+    )
+    parser.add_argument(
+        "--used_npus",
+        type=int,
+        default=1,
+        help="cards each worker process gets: 1 for 7B and 13B, 4 or 8 for 70B",
+    )
     parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle")
     parser.add_argument("--max_length", type=int, default=2048, help="cut conversations to this many tokens")
-    parser.add_argument("--dtype", default="bfloat16", metavar="{" + ",".join(DTYPES) + "}", help="of model and store")
+    parser.add_argument(
+        "--dtype", default="bfloat16", metavar="{" + ",".join(DTYPES) + "}", help="dtype of model and store"
+    )
     parser.add_argument(
         "--chat_template",
         help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
     )
-    parser.add_argument("--device", default="auto", metavar="{auto,npu,cuda,cpu}", help="what the workers run on")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="{auto,npu,cuda,cpu}",
+        help="what the workers run on; auto takes the first that is there",
+    )
     parser.add_argument("--batch_tokens", type=int, default=4096, help="padded tokens in one forward pass")
-    parser.add_argument("--shard_mb", type=int, default=128, help="size of a store file: what a killed worker redoes")
+    parser.add_argument(
+        "--shard_mb",
+        type=int,
+        default=128,
+        help="size of a store file, which is what a killed worker does again; a worker holds two of them in memory",
+    )
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
     )
     parser.add_argument(
         "--store_dtype", default="same", metavar="{" + ",".join(STORE_DTYPES) + "}",
-        help="how the features are stored: same as --dtype, or scaled to one byte a value",
+        help="how features are stored: same as --dtype, or int8 or float8, one byte a value; they are read back by "
+        "themselves",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", choices=COMPILE_MODES, default="auto", help="torch.compile the model; auto: if it pays"
+        "--compile",
+        choices=COMPILE_MODES,
+        default="auto",
+        help="torch.compile the model; auto: on GPUs, where the job is long enough to pay for it; on gains on a CPU "
+        "with short conversations only, and NPUs have no backend for it",
     )
     parser.add_argument("--num_nodes", type=int, default=1, help="machines that share the job; each runs this command")
     parser.add_argument("--node_rank", type=int, default=0, help="which of them this is; it writes OUTDIR/node-<rank>/")
     parser.add_argument(
-        "--dry_run", action="store_true", help="say what the job takes (disk, time, commands) and write nothing"
+        "--dry_run",
+        action="store_true",
+        help="say what the job takes (disk, time by a short probe, the workers' commands) and write nothing",
     )
     return parser
 

@@ -295,7 +295,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="reassign_data_num.py", description="Step 3b: reshard a store into TP folders balanced by tokens."
     )
     parser.add_argument("--old_folder", type=Path, required=True, help="the store to read")
-    parser.add_argument("--new_folder", type=Path, required=True, help="a new or empty folder, or the old one")
+    parser.add_argument(
+        "--new_folder",
+        type=Path,
+        required=True,
+        help="a new or empty folder, or the old one: then a finished store is resharded in place",
+    )
     parser.add_argument("--tp", type=int, required=True, help="how many folders to make")
     parser.add_argument(
         "--skip_damaged", action="store_true", help="leave out damaged files and records; in place they are deleted"

@@ -46,7 +46,8 @@ from eagle.train.validation import DEPTH
 RUN = "train_options.json"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of these arguments: a recipe among them changes its defaults, a dry run what it requires."""
     defaults = {field: value.default for field, value in TrainOptions.__dataclass_fields__.items()}
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("--recipe", choices=RECIPES)
@@ -64,11 +65,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default = {"required": not first.dry_run} if name in ("cpdir", "basepath") else {"default": defaults[name]}
         parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
 
-    add("tmpdir", Path, "the store of step 3 (or a folder of classic data_*.ckpt dumps)")
-    add("data_path", Path, "instead of a store: ShareGPT conversations, whose features are computed as training goes")
+    add("tmpdir", Path, "the store of step 3, or a folder of data_*.ckpt dumps; this or --data_path is needed")
+    add("data_path", Path, "instead of a store: conversations, .json, .jsonl or .parquet, whose features are computed "
+        "as training goes")  # fmt: skip
     add("end_num", int, "with --data_path: how many conversations to use (default: all)")
     add("data_seed", int, "with --data_path: seed of their choice, allocation.py's --seed")
-    add("chat_template", str, "with --data_path: a Jinja file or a built-in template (default: the tokenizer's own)")
+    add(
+        "chat_template",
+        str,
+        "with --data_path: a Jinja file or a built-in template (default: the tokenizer's own, else by family)",
+    )
     add("dtype", str, "with --data_path: what the base model computes in")
     parser.add_argument(
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
@@ -89,19 +95,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("weight_decay", float, "AdamW's weight decay")
     add("beta1", float, "AdamW's first beta")
     add("beta2", float, "AdamW's second beta")
-    add("grad_clip", float, "clip the gradient's norm to this; 0 does not")
+    add("grad_clip", float, "clip the gradient's norm to this; 0 does not clip")
     add("vloss_weight", float, "weight of the feature loss (SmoothL1)")
-    add("ploss_weight", float, "weight of the token loss (soft cross-entropy)")
-    add("token_loss", str, "the token loss", choices=tuple(TOKEN_LOSSES))
+    add("ploss_weight", float, "weight of the token loss")
+    add(
+        "token_loss", str,
+        "soft_cross_entropy (over all tokens), top_k (over the base model's ten likeliest) or lk (maximises the "
+        "acceptance rate)",
+        choices=tuple(TOKEN_LOSSES),
+    )  # fmt: skip
     add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")
     add("noise", float, "half-width of the uniform noise on the features")
     add("init", str, f"how the draft starts: {' (the best linear draft) or '.join(INITS)}, or the folder of any draft")
     add("init_positions", int, "at most this many supervised positions for the closed-form start")
     add("val_ratio", float, "share of the conversations held out for validation")
     add("eval_freq", int, "validate every so many epochs, and at the end")
-    add("save_freq", int, "save every so many epochs, and at the end")
+    add("save_freq", int, "save every so many epochs, and at the end; a better τ is always saved")
     add("save_every", str, "also save every so many steps ('500') or minutes ('30m')")
-    add("patience", int, "stop after so many validations without a better τ; 0 does not")
+    add("patience", int, "stop after so many validations without a better τ; 0 never does")
     add("report_to", str, "also log to this tracker", choices=TRACKERS)
     add("keep", int, "keep the newest so many checkpoints (best and last always)")
     add("num_workers", int, "data-loader processes per device (default: 2 on a card, else 0)")
@@ -113,7 +124,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "base model only config.json is needed, or --configpath alone",
     )  # fmt: skip
     parser.add_argument("--recipe", choices=RECIPES, help="eagle1: the published hyperparameters as defaults")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = make_parser(argv).parse_args(argv)
     del args.recipe  # it has done its work
     return args
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.entry import HelpFormatter
 from eagle.vllm.export import export
 
 #: Of all families.
@@ -14,7 +15,9 @@ LAYOUTS = tuple(dict.fromkeys(name for family in DRAFT_FAMILIES.values() for nam
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_eagle_ckpt_to_vllm_compatible.py", description="Step 5: draft -> a folder that stock vLLM loads."
+        prog="convert_eagle_ckpt_to_vllm_compatible.py",
+        description="Step 5: draft -> a folder that stock vLLM loads.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--base-path", "--base_path", type=Path, required=True, help="folder of the base model")
     parser.add_argument(
@@ -22,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--draft_path",
         type=Path,
         required=True,
-        help="the training run's folder (its best), one state_<n>, or a public EAGLE draft",
+        help="the training run's folder (its best), one state_<n>, or a public EAGLE draft (.bin or .safetensors)",
     )
     parser.add_argument(
         "--base-weight-name", "--base_weight_name", help="weight or index file in --base-path (default: found)"
@@ -34,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output-path",
         "--output_path",
         type=Path,
-        help="where to write (default: beside the draft, its name with -vllm behind)",
+        help="an empty or new folder (default: beside the draft, its name with -vllm behind)",
     )
     parser.add_argument(
         "--layout",

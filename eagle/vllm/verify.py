@@ -23,7 +23,7 @@ from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tok
 from eagle.drafts.families import family_of
 from eagle.drafts.saved import read_draft_state
 from eagle.dtypes import DTYPES
-from eagle.entry import run
+from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json, write_json
 from eagle.provenance import provenance
@@ -51,24 +51,34 @@ class Difference:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m eagle.vllm.verify", description="Prove an exported draft in a real vLLM."
+        prog="python -m eagle.vllm.verify",
+        description="Prove an exported draft in a real vLLM.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--base-path", "--base_path", type=Path, required=True, help="folder of the base model")
     parser.add_argument(
         "--draft-path", "--draft_path", type=Path, required=True, help="an exported draft (step 5's output)"
     )
-    parser.add_argument("--prompts", type=Path, help="MT-bench or ShareGPT JSON, or one prompt a line (default: ours)")
-    parser.add_argument("--num_prompts", type=int, help="use only the first so many")
-    parser.add_argument("--num_speculative_tokens", type=int, default=3, help="tokens drafted at once (default 3)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="length of a reply (default 128)")
     parser.add_argument(
-        "--dtype", default="auto", help="float32 proves equal output; auto (default) is the base model's own"
+        "--prompts",
+        type=Path,
+        help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other suffix: one prompt a line (default: the set "
+        "that ships)",
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once (default 1)")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="cards of an engine (default 1)")
+    parser.add_argument("--num_prompts", type=int, help="use only the first so many (default: all)")
+    parser.add_argument("--num_speculative_tokens", type=int, default=3, help="length of the chain that is drafted")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="length of a reply")
+    parser.add_argument("--dtype", default="auto", help="float32 proves equal output; auto is the base model's own")
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="prompts decoded at once; speculation gains most at 1"
+    )
+    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="cards of an engine")
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
     parser.add_argument(
-        "--write-note", "--write_note", action="store_true", help="put the acceptance into the draft's README.md"
+        "--write-note",
+        "--write_note",
+        action="store_true",
+        help="put the measured acceptance into the draft's README.md, which says 'not measured yet' otherwise",
     )
     return parser
 

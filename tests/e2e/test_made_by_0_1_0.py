@@ -1,9 +1,9 @@
 """What version 0.1.0 wrote, in tests/data/made_by_0_1_0, is read and continued: stores, checkpoints.
 
-    target, conversations.json    a tiny Llama and its data
-    store, store_verified.json    the features of all conversations, and what `verify` said of them
-    store_int8                    the same in one byte a value; killed before its second worker began
-    run, undisturbed_metrics.jsonl    training killed at step 16, and what the run came to that was not
+target, conversations.json    a tiny Llama and its data
+store, store_verified.json    the features of all conversations, and what `verify` said of them
+store_int8                    the same in one byte a value; killed before its second worker began
+run, undisturbed_metrics.jsonl    training killed at step 16, and what the run came to that was not
 """
 
 from __future__ import annotations

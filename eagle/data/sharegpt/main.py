@@ -26,15 +26,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the files to convert, into one output",
     )
-    parser.add_argument("--output", type=Path, required=True, help="ShareGPT file to write; .jsonl for JSON Lines")
+    parser.add_argument("--output", type=Path, required=True, help="ShareGPT file to write: .json (an array) or .jsonl")
     parser.add_argument(
         "--format",
         choices=(*FORMATS, *TABLES),
-        help="the inputs' format (default: recognised for each file by itself)",
+        help="the inputs' format (default: recognised for each file)",
     )
-    parser.add_argument("--prompt_column", help="the column of the question (default: by its name)")
-    parser.add_argument("--response_column", help="the column of the reply (default: by its name)")
-    parser.add_argument("--system_column", help="the column of the system prompt (default: by its name, if any)")
+    parser.add_argument("--prompt_column", help="column or key of the question (default: by its name)")
+    parser.add_argument("--response_column", help="column or key of the reply (default: by its name)")
+    parser.add_argument("--system_column", help="column or key of the system prompt (default: by its name)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a file that ends too early"
