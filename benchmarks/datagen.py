@@ -42,7 +42,7 @@ from eagle.generate.worker import Share, Worker, open_source
 from eagle.provenance import provenance
 from eagle.store.dtypes import STORE_DTYPES, pack
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import ShardWriter
+from eagle.store.writer import ShardWriter
 from eagle.target.config import load_config
 from eagle.target.trunk import from_pretrained_dtype
 
@@ -227,7 +227,7 @@ def relative_errors(store: FeatureStore, tokens: int = 2000) -> dict[str, float]
 
 def bytes_per_token(args: argparse.Namespace) -> dict[str, float]:
     """What a token takes on disk in every store dtype; random features, since their values do not matter."""
-    from eagle.store.shard import Record
+    from eagle.store.record import Record
 
     hidden, found = load_config(args.model_name).hidden_size, {}
     for name in STORE_DTYPES:

@@ -28,8 +28,9 @@ from eagle.device import describe, torch_device
 from eagle.entry import HelpFormatter, run
 from eagle.files import write_json
 from eagle.provenance import provenance
+from eagle.store.record import Record
 from eagle.store.reshard import preview, reshard
-from eagle.store.shard import Record, ShardWriter
+from eagle.store.writer import ShardWriter
 
 #: name, shards of a worker. The second is the worst case: no shard is as small as a new folder.
 LAYOUTS = {"many shards": 16, "every shard cut": 1}

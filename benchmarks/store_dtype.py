@@ -25,7 +25,7 @@ from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import ShardWriter
+from eagle.store.writer import ShardWriter
 from eagle.train.run_log import METRICS
 
 

@@ -31,7 +31,7 @@ import psutil
 import torch
 
 from eagle.drafts.eagle1.draft_config import draft_config_for
-from eagle.store.shard import HIDDEN_STATE
+from eagle.store.record import HIDDEN_STATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,7 +44,8 @@ from eagle.errors import WorkError
 from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import Record, ShardWriter
+from eagle.store.record import Record
+from eagle.store.writer import ShardWriter
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors

@@ -14,7 +14,6 @@ from eagle.errors import RequestError
 
 #: The folder that holds the package: what a child process needs on its path, wherever it was started.
 ROOT = Path(__file__).resolve().parents[1]
-
 LOCK = ".lock"
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from eagle.store.shard import Record, write_shard
+from eagle.store.record import Record
+from eagle.store.shard import write_shard
 from eagle.tensor_file import write_tensors
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from eagle.target.config import ModelConfig
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-
 BUILT_IN_TEMPLATES = ("vicuna", "llama2", "chatml")
 
 

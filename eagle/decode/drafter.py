@@ -209,7 +209,6 @@ def log_best(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 Drafter = StaticDrafter | DynamicDrafter
 
 MODES = ("chain", "tree", "dynamic_tree")
-
 _DEFAULT_NODES = {"chain": 5, "tree": len(EAGLE1_PATHS), "dynamic_tree": 59}
 
 

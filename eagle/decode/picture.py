@@ -8,7 +8,6 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 PICTURE = "report.svg"
-
 _WIDTH, _LEFT, _RIGHT, _HEIGHT = 760, 64, 24, 200
 _ACCEPTED, _ALPHA, _GREY = "#2563eb", "#93c5fd", "#475569"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle.store.shard import Record
+from eagle.store.record import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ import torch
 from eagle.data.loss_mask import Encoded
 from eagle.errors import WorkError
 from eagle.generate.progress import Progress
-from eagle.store.shard import HIDDEN_STATE, Record, ShardWriter
+from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.writer import ShardWriter
 
 #: Batches that may wait to be fetched. One is enough to keep the device busy.
 _AHEAD = 2

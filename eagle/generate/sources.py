@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError
-from eagle.store.shard import HIDDEN_STATE
+from eagle.store.record import HIDDEN_STATE
 from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.target.cpu_attention import attention_for
 from eagle.target.trunk import load_trunk

@@ -35,7 +35,8 @@ from eagle.generate.job import COMPILE_MODES, node_share
 from eagle.generate.progress import Progress, Stretch, finished, missing
 from eagle.generate.sources import SOURCES, FeatureSource, SourceOptions
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
-from eagle.store.shard import HIDDEN_STATE, ShardWriter
+from eagle.store.record import HIDDEN_STATE
+from eagle.store.writer import ShardWriter
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterator[range]:

@@ -1,8 +1,12 @@
-"""The store of features on disk; `eagle.store.reader` reads it.
+"""The store: features on disk, written by data generation, read by training.
 
-shard           one file of records, memory-mapped, with a checksum for each
-store_dtype     how a feature is stored: as computed, or in one byte a channel
-verify_store    every checksum and count of a store
+record          one conversation's features
+shard           one file of records, with a checksum for each: the format
+writer          records to the numbered shards of a folder
+dtypes          how a feature is stored: as computed, or in one byte a channel
+manifest        what made a store
+reader          every record below a folder, whoever wrote it
 classic_dumps   the ``data_<n>.ckpt`` pickles of the public scripts
-reshard         the same records in other folders, whole extents at a time
+verify          every checksum and count of a store
+reshard         the same records in other folders, whole shards at a time
 """

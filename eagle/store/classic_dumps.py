@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.store.shard import HIDDEN_STATE, Record
+from eagle.store.record import HIDDEN_STATE, Record
 from eagle.tensor_file import DTYPE_CODES
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")

@@ -9,9 +9,7 @@ from eagle.files import read_json
 from eagle.store.shard import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
-
 DONE = "done.json"
-
 LOG = "worker.log"
 
 #: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.

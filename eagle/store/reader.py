@@ -20,7 +20,8 @@ import torch
 
 from eagle.errors import RequestError, WorkError
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
-from eagle.store.shard import HIDDEN_STATE, Record, RecordSource, Shard, is_shard_name
+from eagle.store.record import HIDDEN_STATE, Record, RecordSource
+from eagle.store.shard import Shard, is_shard_name
 
 
 class FeatureStore:

@@ -29,8 +29,10 @@ from eagle.errors import RequestError
 from eagle.files import existing_path, fsync_folder, locked, output_folder, read_json, write_json
 from eagle.store.manifest import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import FORMAT_VERSION, RecordSource, Shard, ShardWriter
+from eagle.store.record import RecordSource
+from eagle.store.shard import FORMAT_VERSION, Shard
 from eagle.store.verify import skip_damaged
+from eagle.store.writer import ShardWriter
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
 PLAN = "plan.json"

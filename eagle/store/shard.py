@@ -18,10 +18,8 @@ from __future__ import annotations
 import re
 import shutil
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,162 +27,16 @@ from safetensors import SafetensorError, safe_open
 
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder
-from eagle.store.dtypes import SAME, Packed, pack
+from eagle.store.dtypes import Packed
+from eagle.store.record import HIDDEN_STATE, Record, StoredRecord, checksum
 from eagle.tensor_file import DTYPE_CODES, write_pieces
 
 #: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features. Those with
 #: more features than the last hidden state say 3.
 FORMAT_VERSION, SCALED_VERSION, WIDER_VERSION = 1, 2, 3
-#: A shard is closed once it holds this much. Large enough that 68k conversations are a few thousand files,
-#: small enough that a killed worker loses minutes, not hours.
-SHARD_BYTES = 128 << 20
-
-#: The features that every record holds: a draft of any family is trained towards what they say of the next token.
-HIDDEN_STATE = "hidden_state"
 _SCALE = "scale"
 _INDEX = ("input_ids", "loss_mask", "offsets", "conversation", "crc32")
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One conversation's features.
-
-    input_ids: ``[T]`` int32. loss_mask: ``[T]`` uint8, unshifted. hidden_state: ``[T, H]``, row t is the target's
-    last hidden state after its final norm at token t. conversation: its index in the data file. more: other features
-    by name, ``[T, W]`` each, where the draft family reads any.
-    """
-
-    conversation: int
-    input_ids: torch.Tensor
-    loss_mask: torch.Tensor
-    hidden_state: torch.Tensor
-    more: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def features(self) -> dict[str, torch.Tensor]:
-        """All features by name, ``[T, W]`` each."""
-        return {HIDDEN_STATE: self.hidden_state, **self.more}
-
-    def cut(self, end: int) -> Record:
-        """The first `end` tokens."""
-        more = {name: tensor[:end] for name, tensor in self.more.items()}
-        return Record(self.conversation, self.input_ids[:end], self.loss_mask[:end], self.hidden_state[:end], more)
-
-    def crc32(self) -> int:
-        """A checksum over everything the record holds."""
-        return self.stored().crc32()
-
-    def stored(self, store_dtype: str = SAME) -> StoredRecord:
-        """This record as a shard of that store dtype holds it."""
-        features = {name: pack(tensor, store_dtype) for name, tensor in self.features().items()}
-        return StoredRecord(self.conversation, self.input_ids, self.loss_mask, features)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRecord:
-    """A record as it lies on disk: its features, by name, perhaps scaled. Copied between shards without a change.
-
-    checked: its checksum, where it was read from a shard and found to match.
-    """
-
-    conversation: int
-    input_ids: torch.Tensor
-    loss_mask: torch.Tensor
-    features: dict[str, Packed]
-    checked: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def nbytes(self) -> int:
-        return self.input_ids.nbytes + self.loss_mask.nbytes + self.feature_bytes
-
-    @property
-    def feature_bytes(self) -> int:
-        return sum(packed.nbytes for packed in self.features.values())
-
-    def crc32(self) -> int:
-        """A checksum over everything the record holds, as it is stored."""
-        packed = [tensor for packed in self.features.values() for tensor in packed.tensors()]
-        tensors = (self.input_ids, self.loss_mask, *packed)
-        return _crc32(*(tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors))
-
-    def read(self) -> Record:
-        """The record with its features in the dtype the target computed them in."""
-        features = {name: packed.unpack() for name, packed in self.features.items()}
-        return Record(self.conversation, self.input_ids, self.loss_mask, features.pop(HIDDEN_STATE), features)
-
-
-class ShardWriter:
-    """Appends records to the numbered shards of one folder.
-
-    Every finished shard carries `progress`, the caller's own JSON string, as it was when the shard was closed:
-    a resumed caller reads it back from `Shard.progress`. The caller decides when a shard may be closed, since
-    only it knows where its work can be taken up again.
-
-    first: the number of the first shard; default: behind those that are there.
-
-    background: write in a thread, one shard at a time; what goes wrong is raised by the next call or by `wait`.
-
-    Raises: OSError (read-only), WorkError (disk full); what was finished before stays whole.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        shard_bytes: int = SHARD_BYTES,
-        store_dtype: str = SAME,
-        background: bool = False,
-        first: int | None = None,
-    ) -> None:
-        self.folder = folder
-        self.shard_bytes, self.store_dtype = shard_bytes, store_dtype
-        self._pool = ThreadPoolExecutor(1, "writer") if background else None
-        self._writing: Future[None] | None = None
-        self._records: list[StoredRecord] = []
-        self._bytes = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".shard-*.tmp"):
-            leftover.unlink()
-        behind = max((shard_number(path) + 1 for path in shard_paths(folder)), default=0)
-        self._next = behind if first is None else first
-
-    def add(self, record: Record | StoredRecord) -> None:
-        stored = record.stored(self.store_dtype) if isinstance(record, Record) else record
-        self._records.append(stored)
-        self._bytes += stored.feature_bytes
-
-    @property
-    def is_full(self) -> bool:
-        return self._bytes >= self.shard_bytes
-
-    def close_shard(self, progress: str = "{}") -> None:
-        """Write the records gathered so far as one shard; none gathered, none written."""
-        if not self._records:
-            return
-        self.wait()
-        path, records = self.next_path(), self._records
-        self._records, self._bytes = [], 0
-        if self._pool:
-            self._writing = self._pool.submit(write_shard, path, records, progress)
-        else:
-            write_shard(path, records, progress)
-
-    def next_path(self) -> Path:
-        """Where the next shard belongs, for a caller that has a whole one to put there."""
-        self._next += 1
-        return self.folder / shard_name(self._next - 1)
-
-    def wait(self) -> None:
-        """Until every closed shard is on the disk."""
-        if self._writing:
-            self._writing.result()
-            self._writing = None
 
 
 def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress: str = "{}") -> None:
@@ -201,7 +53,7 @@ def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress
         "loss_mask": [record.loss_mask for record in stored],
         **{name: [torch.from_numpy(array)] for name, array in index.items()},
     }
-    metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(_crc32(*index.values()))}
+    metadata = {"format": str(FORMAT_VERSION), "progress": progress, "index_crc32": str(checksum(*index.values()))}
     metadata["progress_crc32"] = str(zlib.crc32(progress.encode()))
     names = list(stored[0].features)
     for name in names:
@@ -225,13 +77,6 @@ def write_shard(path: Path, records: list[Record] | list[StoredRecord], progress
         ) from error
     temporary.replace(path)
     fsync_folder(path.parent)
-
-
-def _crc32(*arrays: np.ndarray) -> int:
-    crc = 0
-    for array in arrays:
-        crc = zlib.crc32(array, crc)
-    return crc
 
 
 def shard_name(number: int) -> str:
@@ -285,23 +130,6 @@ def _feature_names(file: Any) -> list[str]:
     return (file.metadata() or {}).get("features", HIDDEN_STATE).split()
 
 
-class RecordSource(Protocol):
-    """Something that holds records by position: a `Shard` or a folder of classic dumps."""
-
-    path: Path
-    files: list[Path]
-    conversations: np.ndarray
-    lengths: np.ndarray
-
-    widths: dict[str, int]
-    dtype_code: str
-    stored_code: str
-
-    def __len__(self) -> int: ...
-    def read(self, position: int, *, features: bool = True) -> Record: ...
-    def leave_out(self, positions: list[int]) -> None: ...
-
-
 class Shard:
     """One finished shard, memory-mapped: a record is read when it is asked for, the index is kept.
 
@@ -332,7 +160,7 @@ class Shard:
         whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1
         whole &= rows == {int(self.offsets[-1])}
         if index_crc32 is not None:  # shards of an earlier version have none
-            whole &= str(_crc32(self.offsets, self.conversations, self._crc32)) == index_crc32
+            whole &= str(checksum(self.offsets, self.conversations, self._crc32)) == index_crc32
         if not whole:
             raise WorkError(_damaged(path, f"its index does not fit its {max(rows):,} rows"))
 

@@ -29,7 +29,7 @@ from eagle.files import existing_path, read_json
 from eagle.progress import progress_bar
 from eagle.store.manifest import DONE
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import Record
+from eagle.store.record import Record
 
 #: Lower edges of the length histogram's bins, in tokens.
 LENGTH_EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

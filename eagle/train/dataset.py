@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from eagle.drafts.alignment import Example, shift
-from eagle.store.shard import Record
+from eagle.store.record import Record
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
 BUCKET = 16

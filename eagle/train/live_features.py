@@ -21,7 +21,7 @@ from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.generate.sources import SOURCES, SourceOptions
 from eagle.store.manifest import describe_features
-from eagle.store.shard import HIDDEN_STATE, Record
+from eagle.store.record import HIDDEN_STATE, Record
 from eagle.target.config import load_config
 from eagle.tensor_file import DTYPE_CODES
 

@@ -20,7 +20,7 @@ from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.memory import SINGLE, Phase, Setting
 from eagle.drafts.saved import trained_shapes
 from eagle.drafts.token_loss import TokenLossHead
-from eagle.store.shard import HIDDEN_STATE
+from eagle.store.record import HIDDEN_STATE
 from eagle.train.validation import DEPTH
 
 #: Parts of float32 logits that a token loss makes beyond the head's own three: the closed form of soft_cross_entropy

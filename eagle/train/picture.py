@@ -10,7 +10,6 @@ from xml.sax.saxutils import escape
 from eagle.train.run_log import METRICS
 
 PICTURE = "metrics.svg"
-
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 210, 64, 120, 34, 34
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#64748b")
 

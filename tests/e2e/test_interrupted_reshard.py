@@ -18,7 +18,8 @@ from eagle.errors import RequestError
 from eagle.files import locked
 from eagle.store import reshard as reassign_data_num
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import Record, write_shard
+from eagle.store.record import Record
+from eagle.store.shard import write_shard
 from tests.e2e import killed
 from tests.e2e.commands import ask
 

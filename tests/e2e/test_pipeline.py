@@ -15,7 +15,7 @@ from eagle.data.cleaning import Tally, clean_record
 from eagle.data.loss_mask import load_encoder
 from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import Record
+from eagle.store.record import Record
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.checkpoint import states

@@ -6,7 +6,8 @@ import torch
 
 from eagle.drafts.alignment import collate, shift, supervised_positions
 from eagle.store.reader import FeatureStore
-from eagle.store.shard import HIDDEN_STATE, Record, write_shard
+from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.shard import write_shard
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store
 
 

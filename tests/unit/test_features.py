@@ -12,8 +12,10 @@ from eagle.errors import RequestError, WorkError
 from eagle.files import write_json
 from eagle.store.manifest import MANIFEST
 from eagle.store.reader import FeatureStore
+from eagle.store.record import Record
 from eagle.store.reshard import cut_evenly
-from eagle.store.shard import FORMAT_VERSION, Record, Shard, ShardWriter, shard_paths, write_shard
+from eagle.store.shard import FORMAT_VERSION, Shard, shard_paths, write_shard
+from eagle.store.writer import ShardWriter
 
 
 def record(conversation: int, length: int, hidden: int = 8, dtype: torch.dtype = torch.bfloat16) -> Record:

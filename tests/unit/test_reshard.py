@@ -8,8 +8,9 @@ import torch
 
 from eagle.errors import RequestError
 from eagle.store.reader import FeatureStore
+from eagle.store.record import Record
 from eagle.store.reshard import preview, reshard
-from eagle.store.shard import Record, ShardWriter
+from eagle.store.writer import ShardWriter
 
 
 def make_store(root, lengths, workers=3, shard_bytes=20_000):

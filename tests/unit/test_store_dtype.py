@@ -6,8 +6,9 @@ import torch
 from eagle.errors import RequestError
 from eagle.store.dtypes import block_size, check_store_dtype, pack
 from eagle.store.reader import FeatureStore
+from eagle.store.record import Record
 from eagle.store.reshard import reshard
-from eagle.store.shard import Record, ShardWriter
+from eagle.store.writer import ShardWriter
 
 
 def features(tokens=200, hidden=192, dtype=torch.bfloat16):

@@ -11,8 +11,9 @@ from eagle.files import write_json
 from eagle.store.manifest import DONE, MANIFEST
 from eagle.store.reader import FeatureStore
 from eagle.store.reshard import preview, reshard
-from eagle.store.shard import Shard, ShardWriter
+from eagle.store.shard import Shard
 from eagle.store.verify import check_store, main, skip_damaged
+from eagle.store.writer import ShardWriter
 from tests.unit.test_features import equal, manifest, record
 
 LENGTHS = [4, 40, 41, 600]

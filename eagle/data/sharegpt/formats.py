@@ -33,7 +33,6 @@ ID_NAMES = ("id", "conversation_id", "prompt_id")
 MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios")
 TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
 TEXT_PARTS = ("text", "input_text", "output_text")
-
 OTHER_SHAPE = "the record is not shaped like its file's format"
 TOOL_TURN = "a turn calls a tool or is a tool's answer"
 NOT_TEXT = "a turn holds an image or another part that is not text"
@@ -41,7 +40,6 @@ NOT_TEXT_COLUMN = "a column that should be text holds something else, or nothing
 EMPTY_QUESTION = "the question is empty"
 EMPTY_REPLY = "the replies are empty"
 BAD_UNICODE = "the text is not valid Unicode (it holds half a character)"
-
 SHAREGPT_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
 Turn = dict[str, str]

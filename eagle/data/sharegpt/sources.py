@@ -22,7 +22,6 @@ TABLES = ("csv", "tsv")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 WHO, WHAT = {"role", "from"}, {"content", "value"}
-
 BAD_QUOTES = "the row's quotes do not match"
 WRONG_WIDTH = "the row has more or fewer cells than the header"
 

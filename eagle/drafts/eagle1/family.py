@@ -19,7 +19,7 @@ from eagle.drafts.family import DraftFamily
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.objective import LossOptions
 from eagle.drafts.token_loss import TokenLossHead
-from eagle.store.shard import HIDDEN_STATE
+from eagle.store.record import HIDDEN_STATE
 from eagle.target.config import ModelConfig
 
 
