@@ -72,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         help="a run, a checkpoint, an export, or a public draft",
     )
-    add("--prompts", type=Path, help="MT-bench or ShareGPT JSON, or one prompt a line (default: ours)")
+    add("--prompts", type=Path, help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other "
+        "suffix: one prompt a line (default: ours)")  # fmt: skip
     add("--num_prompts", type=int, help="use only the first so many (default: all)")
     add("--num_turns", type=int, default=2, help="answer at most so many turns of a prompt (default 2); the model's "
         "own answers stand between them")  # fmt: skip

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--outdir", type=Path, required=True, help="folder of the store; worker i writes OUTDIR/<i>/")
     parser.add_argument("--model_name", required=True, help="folder of the base model")
-    parser.add_argument("--data_path", type=Path, required=True, help="ShareGPT conversations, .json or .jsonl")
+    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
     parser.add_argument("--model_type", choices=FAMILIES, help="the base model's family; checked against config.json")
     parser.add_argument(
         "--end_num", type=int, help="how many conversations to use, after shuffling with the seed (default: all)"

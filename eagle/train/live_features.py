@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle.data.json_file import RecordFile
 from eagle.data.loss_mask import load_encoder
+from eagle.data.reader import open_records
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -51,7 +51,7 @@ class LiveFeatures:
 
     def __init__(self, source: LiveSource, basepath: Path, device: torch.device, processes: int = 1) -> None:
         config = load_config(basepath)
-        records = RecordFile(source.data_path, allow_truncated=source.allow_truncated)
+        records = open_records(source.data_path, allow_truncated=source.allow_truncated)
         encoder = load_encoder(basepath, config, source.chat_template)
         # The same choice as `eagle.generate.job.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]

@@ -66,7 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
 
     add("tmpdir", Path, "the store of step 3 (or a folder of classic data_*.ckpt dumps)")
-    add("data_path", Path, "instead of a store: ShareGPT conversations, whose features are computed as training goes")
+    add("data_path", Path, "instead of a store: conversations, .json, .jsonl or .parquet, whose features are computed "
+        "as training goes")  # fmt: skip
     add("end_num", int, "with --data_path: how many conversations to use (default: all)")
     add("data_seed", int, "with --data_path: seed of their choice, allocation.py's --seed")
     add("chat_template", str, "with --data_path: a Jinja file or a built-in template (default: the tokenizer's own)")

@@ -54,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft-path", "--draft_path", type=Path, required=True, help="an exported draft (step 5's output)"
     )
-    parser.add_argument("--prompts", type=Path, help="MT-bench or ShareGPT JSON, or one prompt a line (default: ours)")
+    parser.add_argument("--prompts", type=Path, help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other "
+        "suffix: one prompt a line (default: ours)")  # fmt: skip
     parser.add_argument("--num_prompts", type=int, help="use only the first so many")
     parser.add_argument("--num_speculative_tokens", type=int, default=3, help="tokens drafted at once (default 3)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="length of a reply (default 128)")
