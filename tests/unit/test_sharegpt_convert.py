@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import subprocess
@@ -57,6 +58,34 @@ def test_every_format_is_recognised_and_says_the_same(tmp_path, capsys, suffix, 
     assert f"in{suffix}: {name}, by 3 of 3 records looked at\n" in capsys.readouterr().out
     assert open_records(output).is_array == (suffix == ".json")
     assert "你好" in output.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "record", "expected"), [case for case in FORMATS if isinstance(case[1], dict)])
+def test_parquet(tmp_path, capsys, name, record, expected):
+    """In a table every turn and every part has the fields of all others; null is not there."""
+    if any(isinstance(turn.get("content"), list) for turn in record.get("messages", [])):
+        # A column has one type, so all turns come in parts where one does.
+        parts = {"content": [{"type": "text", "text": REPLY}]}
+        record = {
+            "messages": [turn if isinstance(turn["content"], list) else turn | parts for turn in record["messages"]]
+        }
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([record, {**dict.fromkeys(record), "id": "nothing else"}, record, record])
+    importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "in.parquet")
+    assert convert("--input", tmp_path / "in.parquet", "--output", tmp_path / "out.json") == 0
+    assert turns(tmp_path / "out.json") == [expected] * 3
+    out = capsys.readouterr().out
+    assert f"in.parquet: {name}, by " in out
+    assert (report(out)["read records"], report(out)["kept conversations"]) == (4, 3)
+
+
+def test_records_that_are_tokens_already_are_not_for_this_step(tmp_path, capsys):
+    tokens = {"id": "t", "input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}
+    assert convert("--input", write(tmp_path / "in.json", [tokens]), "--output", tmp_path / "out.json") == 2
+    assert "its format is not known" in (said := error(capsys)) and "'input_ids', 'loss_mask'" in said
+    mixed = write(tmp_path / "mixed.json", [tokens, OPENAI, OPENAI])
+    assert convert("--input", mixed, "--output", tmp_path / "out.json") == 0
+    assert report(capsys.readouterr().out)["dropped the record is not shaped like its file's format"] == 1
 
 
 @pytest.mark.parametrize("record", [list(CHAT), [*ROUND]])
@@ -291,6 +320,7 @@ def test_outputs_are_not_overwritten_unasked_and_inputs_never(tmp_path, capsys):
     ("name", "content", "said"),
     [
         ("in.json", b"\x1f\x8b\x08", "compressed"),
+        ("in.parquet", b"PK\x03\x04", "compressed or an Excel workbook"),
         ("in.csv", b"", "is empty"),
         ("in.csv", b"prompt,response\n", "no rows"),
         ("in.csv", b"a,b\n1,2\n", "'a', 'b'"),
