@@ -3,8 +3,8 @@
     python tools/sharegpt_convert.py --input alpaca.json chats.jsonl qa.csv --output sharegpt.json
 
 Reads alpaca, openai (messages), prompt/response pairs, ultrachat and sharegpt variants from JSON, JSON Lines,
-CSV and TSV; each file's format is recognised by itself. Exit codes: 0 done, 1 nothing could be converted or the
-disk is full, 2 the request is wrong.
+Parquet, CSV and TSV; each file's format is recognised by itself. Exit codes: 0 done, 1 nothing could be converted or
+the disk is full, 2 the request is wrong.
 """
 
 import sys

@@ -1,11 +1,14 @@
 """What people bring -> messages -> tokens and loss mask.
 
-json_file          records of JSON arrays and JSON Lines by index, without loading the file
+reader             the records of a data file, by index, whichever kind of file it is
+json_file            JSON arrays and JSON Lines, without loading them
+parquet_file         Parquet files, without loading them
 cleaning           a ShareGPT record -> messages: what is mended, what is left out and why
-chat_template      which template a model speaks
+chat_template      which template a model speaks (templates/: the built-in ones)
 loss_mask          messages -> tokens, and which of them are the assistant's
+token_source       a record -> tokens: a conversation by the two above, or tokens already
 tokens             the conversations of a whole job, encoded in all cores
 viewer             a look at what is trained on
-prompts            prompts to measure with
-sharegpt           step 2: other formats -> ShareGPT
+prompts            prompts to measure with (default_prompts.jsonl: ours)
+sharegpt/          step 2: other formats -> ShareGPT
 """

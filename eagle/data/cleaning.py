@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from eagle.data.json_file import RecordFile
-
 ROLES = {
     "human": "user",
     "user": "user",
@@ -19,9 +17,13 @@ ROLES = {
     "system": "system",
 }
 
-#: Why a record was left out, in the words the report and the manifest use.
+#: The fields that hold a record's turns.
+CONVERSATION_NAMES = ("conversations", "conversation")
+
+#: Why a record was left out, in the words the report and the manifest use. Files hold a reason's place in this list: a
+#: new one goes to the end.
 DROP_REASONS = {
-    "invalid_json": "the record is not valid JSON",
+    "invalid_json": "the record is not valid JSON, or not UTF-8",
     "not_an_object": "the record is null or not an object",
     "no_conversation": "no 'conversations' list",
     "empty_conversation": "the conversation has no turns",
@@ -33,9 +35,10 @@ DROP_REASONS = {
     "template_rewrites_reply": "the chat template changes the reply, so its tokens are not the model's own",
     "reply_beyond_max_length": "--max_length cuts every reply away",
     "reply_too_short": "no reply is two tokens long, so nothing can be learned from it",
+    "bad_tokens": "'input_ids' and 'loss_mask' are not lists of token ids and of 0 or 1, equally long",
 }
 
-#: What was mended instead of dropping the record.
+#: What was mended instead of dropping the record. A new one goes to the end here too.
 REPAIRS = {
     "leading_reply_skipped": "replies before the first user turn were left out",
     "cut_at_repeated_role": "cut where the same role speaks twice in a row",
@@ -79,6 +82,14 @@ class Tally:
         return lines
 
 
+def first_of(fields: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that is there and not null, or None.
+
+    A table has every field in every record, null where the record lacks it.
+    """
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
 def clean_record(record: Any, tally: Tally) -> list[Message]:
     """The messages of one ShareGPT record: an optional system turn, then user and assistant in turn.
 
@@ -88,7 +99,7 @@ def clean_record(record: Any, tally: Tally) -> list[Message]:
     """
     if not isinstance(record, dict):
         raise Dropped("not_an_object")
-    turns = record.get("conversations", record.get("conversation"))
+    turns = first_of(record, *CONVERSATION_NAMES)
     if not isinstance(turns, list):
         raise Dropped("no_conversation")
     if not turns:
@@ -118,19 +129,10 @@ def clean_record(record: Any, tally: Tally) -> list[Message]:
     return head + body
 
 
-def read_messages(records: RecordFile, index: int, tally: Tally) -> list[Message]:
-    """`clean_record` of record `index` of a file, which may not even be JSON. Raises: Dropped."""
-    try:
-        record = records[index]
-    except ValueError:  # not JSON, or not UTF-8
-        raise Dropped("invalid_json") from None
-    return clean_record(record, tally)
-
-
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise Dropped("malformed_turn")
-    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role, text = first_of(turn, "from", "role"), first_of(turn, "value", "content")
     if role is None or ("value" not in turn and "content" not in turn):
         raise Dropped("malformed_turn")
     if not isinstance(text, str):

@@ -32,28 +32,21 @@ class Damage:
     reason: str
 
 
-class RecordFile:
+class JsonFile:
     """Records of a ``.json`` array or ``.jsonl`` file, by index: ``len(file)``, ``file[i]``, iteration.
 
     ``file[i]`` raises ValueError when that record is not valid JSON or not UTF-8 while the records around it
     are whole; the caller decides whether one bad record matters.
 
-    Raises: FileNotFoundError; RequestError when the file is empty, not JSON, or damaged (the byte and the
-    record are named). With `allow_truncated` the whole records before the damage are used instead and
-    `damage` says what was left out.
+    Raises: RequestError when the file holds no records, is not JSON, or is damaged (the byte and the record are
+    named). With `allow_truncated` the whole records before the damage are used instead and `damage` says what was left
+    out.
     """
 
     def __init__(self, path: str | Path, *, allow_truncated: bool = False, flag: str = "--data_path") -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{flag} {path}: no such file. Expected a JSON array or JSON Lines file.")
-        if not self.path.is_file():
-            raise RequestError(f"{flag} {path} is a folder; expected a JSON array or JSON Lines file.")
-        size = self.path.stat().st_size
-        if size == 0:
-            raise RequestError(f"{flag} {path} is empty; expected a JSON array or JSON Lines file.")
-        self._file = self.path.open("rb")
-        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        with self.path.open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._starts, self._ends = array("q"), array("q")
         self.damage: Damage | None = None
         first = self._skip_whitespace(3 if self._bytes[:3] == b"\xef\xbb\xbf" else 0)
@@ -70,8 +63,8 @@ class RecordFile:
         if self.damage and not allow_truncated:
             raise RequestError(
                 f"{flag} {path} is damaged: {self.damage.reason} Record {self.damage.record} (counting from 0) "
-                f"starts at byte {self.damage.byte} of {size} and is not whole. Fetch the file again, or pass "
-                f"--allow_truncated to use the {len(self)} whole records before it."
+                f"starts at byte {self.damage.byte} of {len(self._bytes)} and is not whole. Fetch the file again, or "
+                f"pass --allow_truncated to use the {len(self)} whole records before it."
             )
         if not len(self):
             raise RequestError(f"{flag} {path} holds no records; expected a JSON array or JSON Lines file.")
@@ -80,7 +73,10 @@ class RecordFile:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
-        return json.loads(self._bytes[self._starts[index] : self._ends[index]])
+        try:
+            return json.loads(self._bytes[self._starts[index] : self._ends[index]])
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -105,7 +101,7 @@ class RecordFile:
             return False
         try:
             json.loads(self._bytes[first:end])
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return True
 

@@ -12,14 +12,15 @@ offsets carry that over to tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eagle.data.chat_template import BUILT_IN_TEMPLATES, TEMPLATE_FOLDER, _family_template
+from eagle.data.chat_template import choose_template
 from eagle.data.cleaning import Dropped, Message, Tally
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
@@ -53,10 +54,11 @@ class Aligned:
 class Encoder:
     """Tokenises conversations with a chat template and knows which tokens are the assistant's.
 
-    tokenizer: a fast Hugging Face tokenizer (offsets are needed). template: the Jinja text.
+    tokenizer: a fast Hugging Face tokenizer (offsets are needed). template: the Jinja text. vocab_size: of the model,
+    whose embedding may have more rows than the tokenizer has tokens (default: the tokenizer's).
     """
 
-    def __init__(self, tokenizer: Any, template: str, template_name: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, template_name: str, vocab_size: int | None = None) -> None:
         if not tokenizer.is_fast:
             raise RequestError(
                 f"The tokenizer {type(tokenizer).__name__} is a slow one without character offsets, which the "
@@ -65,6 +67,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = template
         self.template_name = template_name
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self._special = [str(token) for token in tokenizer.all_special_tokens]
         self._special += [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
@@ -139,13 +142,8 @@ class Encoder:
         Raises: Dropped where nothing supervised is left.
         """
         aligned = self.align(messages, at_least=max_length)
-        ids, mask = aligned.input_ids[:max_length], aligned.loss_mask[:max_length]
-        is_cut = len(aligned.input_ids) > max_length
-        if not _supervised_positions(mask):
-            raise Dropped("reply_beyond_max_length" if is_cut and self._is_usable(messages) else "reply_too_short")
-        if is_cut:
-            tally.repaired["cut_to_max_length"] += 1
-        return Encoded(ids, mask)
+        is_usable = partial(self._is_usable, messages)
+        return cut(aligned.input_ids, aligned.loss_mask, max_length, tally, is_usable)
 
     def _is_usable(self, messages: list[Message]) -> bool:
         """Whether the whole conversation has something supervised in it."""
@@ -209,6 +207,29 @@ class Encoder:
         return ids, np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
 
 
+def cut(
+    input_ids: np.ndarray,
+    loss_mask: np.ndarray,
+    max_length: int,
+    tally: Tally,
+    is_usable: Callable[[], bool] | None = None,
+) -> Encoded:
+    """The first `max_length` tokens; that something was cut is counted.
+
+    is_usable: whether the whole conversation has something supervised in it (default: whether these tokens have).
+
+    Raises: Dropped where nothing supervised is left.
+    """
+    ids, mask = input_ids[:max_length], loss_mask[:max_length]
+    is_cut = len(input_ids) > max_length
+    if not _supervised_positions(mask):
+        whole = is_cut and (is_usable() if is_usable else _supervised_positions(loss_mask))
+        raise Dropped("reply_beyond_max_length" if whole else "reply_too_short")
+    if is_cut:
+        tally.repaired["cut_to_max_length"] += 1
+    return Encoded(ids, mask)
+
+
 def _supervised_positions(mask: np.ndarray) -> bool:
     """Whether any draft position ``t`` has both ``x[t+1]`` and ``x[t+2]`` in a reply."""
     return bool((mask[1:-1] & mask[2:]).any()) if len(mask) > 2 else False
@@ -230,10 +251,7 @@ def _interleave(pieces: list[str], replies: list[str]) -> str:
 
 
 def load_encoder(model_path: str | Path, config: ModelConfig, chat_template: str | None = None) -> Encoder:
-    """The tokenizer of a model folder with the template to use.
-
-    chat_template: None for the tokenizer's own, or where it has none the family's built-in one; or the name
-    of a built-in one (`BUILT_IN_TEMPLATES`); or a path to a Jinja file.
+    """The tokenizer of a model folder with the template to use: see `choose_template` for `chat_template`.
 
     Raises: RequestError for a tokenizer that cannot be loaded or a template that does not exist.
     """
@@ -246,19 +264,4 @@ def load_encoder(model_path: str | Path, config: ModelConfig, chat_template: str
             f"--model_name {model_path}: its tokenizer cannot be loaded ({error}). A model folder holds "
             "tokenizer.json (or tokenizer.model) and tokenizer_config.json."
         ) from error
-    own = tokenizer.chat_template
-    if isinstance(own, dict):  # several named templates: the default is the chat one
-        own = own.get("default")
-    beside = Path(model_path) / "chat_template.jinja"
-    if not own and beside.is_file():  # transformers before 4.51 does not look for it
-        own = beside.read_text(encoding="utf-8")
-    if chat_template is None and own:
-        return Encoder(tokenizer, own, "the tokenizer's own")
-    name = chat_template or _family_template(model_path, config)
-    file = TEMPLATE_FOLDER / f"{name}.jinja" if name in BUILT_IN_TEMPLATES else Path(name)
-    if not file.is_file():
-        raise RequestError(
-            f"--chat_template {name}: no such file, nor one of the built-in templates "
-            f"({', '.join(BUILT_IN_TEMPLATES)})."
-        )
-    return Encoder(tokenizer, file.read_text(encoding="utf-8"), name)
+    return Encoder(tokenizer, *choose_template(tokenizer, model_path, config, chat_template), config.vocab_size)

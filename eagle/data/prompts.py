@@ -2,7 +2,7 @@
 
 {"question_id": 1, "category": "code", "turns": ["..."]}     MT-bench, one JSON object a line (or an array)
 {"id": "a", "conversations": [{"from": "human", ...}]}       ShareGPT: the first human turn
-any other suffix than .json and .jsonl                       one prompt a line
+any other suffix than .json, .jsonl and .parquet             one prompt a line
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.data.cleaning import ROLES, Dropped, Message
-from eagle.data.json_file import RecordFile
+from eagle.data.cleaning import CONVERSATION_NAMES, ROLES, Dropped, Message, first_of
 from eagle.data.loss_mask import Encoder
+from eagle.data.reader import SUFFIXES, open_records
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 from eagle.target.config import ModelConfig
@@ -40,7 +40,7 @@ def load_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     if limit is not None and limit < 1:
         raise RequestError(f"--num_prompts {limit}: at least one prompt is needed.")
     file = DEFAULT_PROMPTS if path is None else existing_path(path, "--prompts", "file")
-    prompts = _from_records(file, limit) if file.suffix in (".json", ".jsonl") else _from_lines(file, limit)
+    prompts = _from_records(file, limit) if file.suffix.lower() in SUFFIXES else _from_lines(file, limit)
     if not prompts:
         raise RequestError(f"--prompts {file} holds no prompts; expected MT-bench, ShareGPT or one prompt a line.")
     return prompts
@@ -57,14 +57,16 @@ def _from_lines(file: Path, limit: int | None) -> list[Prompt]:
 
 def _from_records(file: Path, limit: int | None) -> list[Prompt]:
     prompts: list[Prompt] = []
-    records = RecordFile(file, flag="--prompts")
+    records = open_records(file, flag="--prompts")
     for number in range(len(records)):
         if limit is not None and len(prompts) == limit:
             break
         try:
             record = records[number]
         except ValueError as error:
-            raise RequestError(f"--prompts {file}: record {number} is not valid JSON ({error}).") from error
+            raise RequestError(
+                f"--prompts {file}: record {number} is not valid JSON, or not UTF-8 ({error})."
+            ) from error
         prompt = _from_record(record, number)
         if prompt is None:
             raise RequestError(
@@ -80,18 +82,18 @@ def _from_record(record: Any, number: int) -> Prompt | None:
     """The prompt of a record, without turns where no human speaks; None for an unknown shape."""
     if not isinstance(record, dict):
         return None
-    name = str(record.get("question_id", record.get("id", number)))
-    category = str(record.get("category", ""))
+    given = first_of(record, "question_id", "id")
+    name, category = str(number if given is None else given), str(record.get("category") or "")
     turns = record.get("turns")
     if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
         return Prompt(name, category, tuple(turns))
-    turns = record.get("conversations", record.get("conversation"))
+    turns = first_of(record, *CONVERSATION_NAMES)
     if not isinstance(turns, list):
         return None
     human = (
-        turn.get("value", turn.get("content"))
+        first_of(turn, "value", "content")
         for turn in turns
-        if isinstance(turn, dict) and ROLES.get(str(turn.get("from", turn.get("role"))).lower()) == "user"
+        if isinstance(turn, dict) and ROLES.get(str(first_of(turn, "from", "role")).lower()) == "user"
     )
     first = next((text for text in human if isinstance(text, str) and text.strip()), None)
     return Prompt(name, category, () if first is None else (first,))

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, read_messages
-from eagle.data.json_file import RecordFile
+from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
 from eagle.data.loss_mask import Encoded, Encoder
+from eagle.data.reader import Records
+from eagle.data.token_source import encode_record
 from eagle.device import cores
 from eagle.errors import WorkError
 from eagle.progress import progress_bar
@@ -80,6 +81,15 @@ class Tokens:
         blocks = (own[at : at + LENGTH_BLOCK] for at in range(0, len(own), LENGTH_BLOCK))
         return [int(place) for block in blocks for place in block[np.argsort(-self.lengths[block], kind="stable")]]
 
+    def take(self, positions: np.ndarray) -> Tokens:
+        """The conversations at these positions, in their order."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[positions])])
+        input_ids, loss_mask = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.uint8)
+        for position, start, end in zip(positions.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            encoded = self[position]
+            input_ids[start:end], loss_mask[start:end] = encoded.input_ids, encoded.loss_mask
+        return Tokens(input_ids, loss_mask, offsets, self.dropped[positions], self.repaired[positions])
+
     def tally(self, positions: slice = slice(None)) -> Tally:
         """What was dropped and mended among these conversations."""
         total = Tally()
@@ -91,14 +101,14 @@ class Tokens:
         return total
 
 
-def encode(records: RecordFile, encoder: Encoder, indices: Sequence[int], max_length: int) -> Tokens:
+def encode(records: Records, encoder: Encoder, indices: Sequence[int], max_length: int) -> Tokens:
     """Encode the conversations at `indices`; those that cannot be used are counted, never fatal."""
     ids, masks, lengths = [], [], np.zeros(len(indices) + 1, dtype=np.int64)
     dropped, repaired = np.zeros(len(indices), dtype=np.int8), np.zeros(len(indices), dtype=np.int16)
     for position, index in enumerate(indices):
         tally = Tally()
         try:
-            encoded = encoder.encode(read_messages(records, index, tally), max_length, tally)
+            encoded = encode_record(records, index, encoder, max_length, tally)
         except Dropped as reason:
             dropped[position] = 1 + _REASONS.index(reason.reason)
             continue
@@ -124,7 +134,7 @@ def _joined(parts: list[Tokens]) -> Tokens:
 
 
 def encode_all(
-    records: RecordFile, encoder: Encoder, indices: Sequence[int], max_length: int, processes: int | None = None
+    records: Records, encoder: Encoder, indices: Sequence[int], max_length: int, processes: int | None = None
 ) -> Tokens:
     """`encode` spread over the CPU cores, with a progress bar.
 
@@ -132,7 +142,10 @@ def encode_all(
 
     Raises: WorkError where one of them is killed.
     """
-    chunks = [indices[at : at + _CHUNK] for at in range(0, len(indices), _CHUNK)]
+    # In the order of the file, which a Parquet file is read in once; then back into the job's.
+    order = np.argsort(indices, kind="stable")
+    sorted_indices = np.asarray(indices)[order].tolist()
+    chunks = [sorted_indices[at : at + _CHUNK] for at in range(0, len(indices), _CHUNK)]
     if processes is None:
         # A process is worth its start from a few hundred conversations on. Only fork lets it see the mapped file.
         able = "fork" in multiprocessing.get_all_start_methods()
@@ -142,11 +155,13 @@ def encode_all(
         for part in _in_order(records, encoder, chunks, max_length, processes):
             parts.append(part)
             bar.update(len(part))
-    return _joined(parts)
+    tokens = _joined(parts)
+    del parts  # as large as all of them together
+    return tokens.take(np.argsort(order))
 
 
 def _in_order(
-    records: RecordFile, encoder: Encoder, chunks: list[Sequence[int]], max_length: int, processes: int
+    records: Records, encoder: Encoder, chunks: list[Sequence[int]], max_length: int, processes: int
 ) -> Iterator[Tokens]:
     if processes < 2:
         yield from (encode(records, encoder, chunk, max_length) for chunk in chunks)
@@ -176,7 +191,7 @@ def _in_order(
 
 
 #: What the forked processes find in their copy of this one.
-_shared: tuple[RecordFile, Encoder, int] | None = None
+_shared: tuple[Records, Encoder, int] | None = None
 
 
 def _begin(parent: int) -> None:

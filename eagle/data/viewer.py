@@ -18,9 +18,10 @@ from itertools import groupby
 from pathlib import Path
 
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
-from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, read_messages
-from eagle.data.json_file import RecordFile
+from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
 from eagle.data.loss_mask import Encoder, load_encoder
+from eagle.data.reader import Records, open_records
+from eagle.data.token_source import align_record, encode_record
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path
@@ -64,15 +65,15 @@ class Shown:
         return f"{self.tokens:,} tokens, {self.supervised:,} supervised ({share:.0%}){notes}"
 
 
-def show_record(records: RecordFile, encoder: Encoder, index: int, max_length: int) -> Shown:
+def show_record(records: Records, encoder: Encoder, index: int, max_length: int) -> Shown:
     """Record `index` of the data file the way data generation takes it."""
     tally = Tally()
     try:
-        messages = read_messages(records, index, tally)
-        length = len(encoder.encode(messages, max_length, tally).input_ids)
+        length = len(encode_record(records, index, encoder, max_length, tally).input_ids)
+        aligned = align_record(records, index, encoder)
     except Dropped as dropped:
         return Shown(index, [], dropped.reason)
-    aligned, pieces, at = encoder.align(messages), [], 0
+    pieces, at = [], 0
     special = set(encoder.tokenizer.all_special_ids) | {
         number for number, token in encoder.tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -195,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     model = existing_path(args.model_name, "--model_name", "folder")
-    records = RecordFile(args.data_path, allow_truncated=args.allow_truncated)
+    records = open_records(args.data_path, allow_truncated=args.allow_truncated)
     for flag, value, least in (
         ("--num", args.num, 1),
         ("--start", args.start, 0),

@@ -15,8 +15,8 @@ import numpy as np
 
 from eagle import device
 from eagle.data.cleaning import Tally
-from eagle.data.json_file import RecordFile
 from eagle.data.loss_mask import Encoder, load_encoder
+from eagle.data.reader import Records, open_records
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
@@ -118,7 +118,7 @@ class Job:
     conversations: int
     manifest: dict
     notes: list[str]
-    records: RecordFile
+    records: Records
     encoder: Encoder
 
     @property
@@ -146,7 +146,7 @@ def resolve(request: GenerationRequest) -> Job:
     kind = device.choose_kind(request.device)
     device.check_indices(kind, list(request.npu_indices))
     Weights(model)
-    records = RecordFile(request.data_path, allow_truncated=request.allow_truncated)
+    records = open_records(request.data_path, allow_truncated=request.allow_truncated)
     encoder = load_encoder(model, config, request.chat_template)
     conversations = min(len(records), request.end_num or len(records))
     if conversations < request.num_nodes:
@@ -190,7 +190,7 @@ def resolve(request: GenerationRequest) -> Job:
     return Job(request, kind, len(node_share(manifest)), manifest, notes, records, encoder)
 
 
-def _notes(request: GenerationRequest, records: RecordFile, template: str, longest: int) -> list[str]:
+def _notes(request: GenerationRequest, records: Records, template: str, longest: int) -> list[str]:
     notes = [f"chat template: {template}"]
     if records.damage:
         notes.append(

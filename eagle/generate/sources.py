@@ -2,7 +2,7 @@
 
     trunk    the frozen target's trunk, in this process
 
-Chosen by name in `SOURCES`; workers and training without a store know no more of one than `FeatureSource`.
+Chosen by name in `FEATURE_SOURCES`; workers and training without a store know no more of one than `FeatureSource`.
 """
 
 from __future__ import annotations
@@ -90,4 +90,4 @@ class TrunkSource:
         return {name: FROM_TRUNK[name](output) for name in self.names}
 
 
-SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {"trunk": TrunkSource}
+FEATURE_SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {"trunk": TrunkSource}

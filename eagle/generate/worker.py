@@ -33,7 +33,7 @@ from eagle.files import write_json
 from eagle.generate.collector import Collector, Item
 from eagle.generate.job import COMPILE_MODES, node_share
 from eagle.generate.progress import Progress, Stretch, finished, missing
-from eagle.generate.sources import SOURCES, FeatureSource, SourceOptions
+from eagle.generate.sources import FEATURE_SOURCES, FeatureSource, SourceOptions
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
 from eagle.store.record import HIDDEN_STATE
 from eagle.store.writer import ShardWriter
@@ -164,7 +164,7 @@ def open_source(share: Share, kind: str, cards: int, compile_mode: str) -> Featu
         compile=compile_mode,
         tokens=share.tokens_left,
     )
-    return SOURCES["trunk"](options)
+    return FEATURE_SOURCES["trunk"](options)
 
 
 def end_with_parent() -> None:

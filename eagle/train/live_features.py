@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle.data.json_file import RecordFile
 from eagle.data.loss_mask import load_encoder
+from eagle.data.reader import open_records
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
-from eagle.generate.sources import SOURCES, SourceOptions
+from eagle.generate.sources import FEATURE_SOURCES, SourceOptions
 from eagle.store.manifest import describe_features
 from eagle.store.record import HIDDEN_STATE, Record
 from eagle.target.config import load_config
@@ -50,7 +50,7 @@ class LiveFeatures:
         self, source: LiveSource, basepath: Path, device: torch.device, widths: dict[str, int], processes: int = 1
     ) -> None:
         config = load_config(basepath)
-        records = RecordFile(source.data_path, allow_truncated=source.allow_truncated)
+        records = open_records(source.data_path, allow_truncated=source.allow_truncated)
         encoder = load_encoder(basepath, config, source.chat_template)
         # The same choice as `eagle.generate.job.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
@@ -65,7 +65,7 @@ class LiveFeatures:
         self.widths = widths
         self.data_digest = records.digest()
         self.dtype = parse_dtype(source.dtype)
-        self.source = SOURCES["trunk"](SourceOptions(basepath, self.dtype, device, tuple(widths)))
+        self.source = FEATURE_SOURCES["trunk"](SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
     @property
     def tokens(self) -> int:

@@ -40,6 +40,7 @@ DIRTY = {
     "template_rewrites_reply": talk(QUESTION, ("gpt", "a colour")),
     "reply_beyond_max_length": talk(("human", LONG), REPLY),
     "reply_too_short": talk(QUESTION, ("gpt", "")),
+    "bad_tokens": '{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 1, 1]}',
 }
 MENDED = {
     "leading_reply_skipped": talk(REPLY, QUESTION, REPLY),

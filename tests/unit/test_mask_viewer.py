@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from eagle.data.cleaning import Tally, clean_record
-from eagle.data.json_file import RecordFile
 from eagle.data.loss_mask import load_encoder
+from eagle.data.reader import open_records
 from eagle.data.viewer import main, show_record, to_html, to_terminal
 from eagle.entry import run
 from eagle.target.config import load_config
@@ -52,7 +52,7 @@ def inputs(request, tmp_path_factory):
 
 def test_page_marks_what_is_trained(inputs):
     model, data = inputs
-    encoder, records = load_encoder(model, load_config(model)), RecordFile(data)
+    encoder, records = load_encoder(model, load_config(model)), open_records(data)
     page = Page(to_html([show_record(records, encoder, i, 4096) for i in range(len(records))], "title", "about"))
     assert not page.open and not page.links
     for index in range(4):
@@ -69,7 +69,7 @@ def test_page_marks_what_is_trained(inputs):
 
 def test_terminal(inputs):
     model, data = inputs
-    encoder, records = load_encoder(model, load_config(model)), RecordFile(data)
+    encoder, records = load_encoder(model, load_config(model)), open_records(data)
     shown = show_record(records, encoder, 0, 4096)
     plain, colour = to_terminal(shown, colour=False), to_terminal(shown, colour=True)
     reply = records[0]["conversations"][1]["value"].strip()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eagle.data.json_file import RecordFile
+from eagle.data.reader import open_records
 from eagle.errors import RequestError
 
 RECORDS = [
@@ -23,7 +23,7 @@ RECORDS = [
 def test_array(tmp_path, indent, ascii_only, start):
     path = tmp_path / "data.json"
     path.write_text(start + json.dumps(RECORDS, indent=indent, ensure_ascii=ascii_only) + "\n", encoding="utf-8")
-    file = RecordFile(path)
+    file = open_records(path)
     assert list(file) == RECORDS
     assert len(file) == len(RECORDS) and file[2] == RECORDS[2]
 
@@ -33,13 +33,13 @@ def test_lines(tmp_path, end):
     records = [record for record in RECORDS if isinstance(record, dict)]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records) + end, encoding="utf-8")
-    assert list(RecordFile(path)) == records
+    assert list(open_records(path)) == records
 
 
 def test_lines_of_lists_are_not_taken_for_an_array(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('["a", "b"]\n["c", "d"]\n')
-    assert list(RecordFile(path)) == [["a", "b"], ["c", "d"]]
+    assert list(open_records(path)) == [["a", "b"], ["c", "d"]]
 
 
 def test_array_cut_anywhere_gives_exactly_the_whole_records(tmp_path):
@@ -49,9 +49,9 @@ def test_array_cut_anywhere_gives_exactly_the_whole_records(tmp_path):
     for end in range(2, len(text)):
         path.write_bytes(text[:end])
         with pytest.raises(RequestError, match=r"(Record \d+ .*byte \d+)|holds no records"):
-            RecordFile(path)
+            open_records(path)
         try:
-            file = RecordFile(path, allow_truncated=True)
+            file = open_records(path, allow_truncated=True)
         except RequestError as error:  # not one whole record yet
             assert "holds no records" in str(error)
             continue
@@ -64,14 +64,14 @@ def test_cut_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"a": 1}\n{"b": 2}\n{"c": ')
     with pytest.raises(RequestError, match=r"Record 2 .* starts at byte 18"):
-        RecordFile(path)
-    assert list(RecordFile(path, allow_truncated=True)) == [{"a": 1}, {"b": 2}]
+        open_records(path)
+    assert list(open_records(path, allow_truncated=True)) == [{"a": 1}, {"b": 2}]
 
 
 def test_one_bad_record_between_whole_ones_is_the_callers_to_judge(tmp_path):
     path = tmp_path / "data.json"
     path.write_text('[{"a": 1}, {"b": tru}, {"c": 3}]')
-    file = RecordFile(path)
+    file = open_records(path)
     assert (file[0], file[2]) == ({"a": 1}, {"c": 3})
     with pytest.raises(ValueError):
         file[1]
@@ -93,11 +93,11 @@ def test_what_is_no_data_file(tmp_path, content, says):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(RequestError, match=says):
-        RecordFile(path)
+        open_records(path)
 
 
 def test_missing_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data_path"):
-        RecordFile(tmp_path / "no.json")
+        open_records(tmp_path / "no.json")
     with pytest.raises(RequestError, match="folder"):
-        RecordFile(tmp_path)
+        open_records(tmp_path)

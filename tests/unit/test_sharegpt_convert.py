@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eagle.data.cleaning import Tally, clean_record
-from eagle.data.json_file import RecordFile
+from eagle.data.reader import open_records
 from eagle.data.sharegpt.main import main
 from eagle.entry import run
 from tests.unit.sharegpt_cases import CHAT, DROPPED, FORMATS, OPENAI, QUESTION, REPLY, ROUND, SHAREGPT, SYSTEM
@@ -34,7 +35,7 @@ def write(path: Path, records: list) -> Path:
 
 
 def turns(path: Path) -> list:
-    return [record["conversations"] for record in RecordFile(path)]
+    return [record["conversations"] for record in open_records(path)]
 
 
 def error(capsys: pytest.CaptureFixture) -> str:
@@ -55,8 +56,36 @@ def test_every_format_is_recognised_and_says_the_same(tmp_path, capsys, suffix, 
     assert convert("--input", source, "--output", output) == 0
     assert turns(output) == [expected] * 3
     assert f"in{suffix}: {name}, by 3 of 3 records looked at\n" in capsys.readouterr().out
-    assert RecordFile(output).is_array == (suffix == ".json")
+    assert open_records(output).is_array == (suffix == ".json")
     assert "你好" in output.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "record", "expected"), [case for case in FORMATS if isinstance(case[1], dict)])
+def test_parquet(tmp_path, capsys, name, record, expected):
+    """In a table every turn and every part has the fields of all others; null is not there."""
+    if any(isinstance(turn.get("content"), list) for turn in record.get("messages", [])):
+        # A column has one type, so all turns come in parts where one does.
+        parts = {"content": [{"type": "text", "text": REPLY}]}
+        record = {
+            "messages": [turn if isinstance(turn["content"], list) else turn | parts for turn in record["messages"]]
+        }
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([record, {**dict.fromkeys(record), "id": "nothing else"}, record, record])
+    importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "in.parquet")
+    assert convert("--input", tmp_path / "in.parquet", "--output", tmp_path / "out.json") == 0
+    assert turns(tmp_path / "out.json") == [expected] * 3
+    out = capsys.readouterr().out
+    assert f"in.parquet: {name}, by " in out
+    assert (report(out)["read records"], report(out)["kept conversations"]) == (4, 3)
+
+
+def test_records_that_are_tokens_already_are_not_for_this_step(tmp_path, capsys):
+    tokens = {"id": "t", "input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}
+    assert convert("--input", write(tmp_path / "in.json", [tokens]), "--output", tmp_path / "out.json") == 2
+    assert "its format is not known" in (said := error(capsys)) and "'input_ids', 'loss_mask'" in said
+    mixed = write(tmp_path / "mixed.json", [tokens, OPENAI, OPENAI])
+    assert convert("--input", mixed, "--output", tmp_path / "out.json") == 0
+    assert report(capsys.readouterr().out)["dropped the record is not shaped like its file's format"] == 1
 
 
 @pytest.mark.parametrize("record", [list(CHAT), [*ROUND]])
@@ -81,7 +110,7 @@ def test_clean_sharegpt_is_unchanged(tmp_path, suffix):
     records = [random_record(generator, index) for index in range(200)]
     output = tmp_path / f"out{suffix}"
     assert convert("--input", write(tmp_path / "in.jsonl", records), "--output", output) == 0
-    assert list(RecordFile(output)) == records
+    assert list(open_records(output)) == records
 
 
 def test_what_is_kept_here_is_kept_unmended_in_step_3(tmp_path):
@@ -94,7 +123,7 @@ def test_what_is_kept_here_is_kept_unmended_in_step_3(tmp_path):
         victim[generator.choice(["from", "value", "extra"])] = generator.choice(["human", "gpt", "alien", "", None, 3])
     source, output = write(tmp_path / "in.json", records), tmp_path / "out.json"
     assert convert("--input", source, "--output", output) == 0
-    kept = list(RecordFile(output))
+    kept = list(open_records(output))
     tally = Tally()
     assert all(clean_record(record, tally)[-1]["role"] == "assistant" for record in kept)
     assert 50 < len(kept) < 300
@@ -116,7 +145,7 @@ def csv_text(rows: list, delimiter: str) -> str:
 def test_tables(tmp_path, name, delimiter, options, mark):
     (tmp_path / name).write_bytes(mark + csv_text(CSV, delimiter).encode())
     assert convert("--input", tmp_path / name, "--output", tmp_path / "out.json", *options) == 0
-    records = list(RecordFile(tmp_path / "out.json"))
+    records = list(open_records(tmp_path / "out.json"))
     assert [record["id"] for record in records] == ["7", "8"]
     assert [[turn["value"] for turn in record["conversations"]] for record in records] == [row[1:3] for row in CSV[1:]]
 
@@ -196,7 +225,7 @@ def test_ids_are_kept_or_made_from_the_file_and_the_index(tmp_path):
     one = write(tmp_path / "chat.json", [{"id": "x", **OPENAI}, {}, {"id": 0, **OPENAI}, {"id": "", **OPENAI}])
     two = write(tmp_path / "b" / "chat.json", [OPENAI])
     assert convert("--input", one, "--input", two, "--output", tmp_path / "out.json") == 0
-    assert [record["id"] for record in RecordFile(tmp_path / "out.json")] == ["x", 0, "chat_3", "chat-2_0"]
+    assert [record["id"] for record in open_records(tmp_path / "out.json")] == ["x", 0, "chat_3", "chat-2_0"]
 
 
 def test_what_was_mended_is_counted_for_kept_records_only(tmp_path, capsys):
@@ -290,9 +319,8 @@ def test_outputs_are_not_overwritten_unasked_and_inputs_never(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("in.parquet", b"PAR1", "read_parquet("),
-        ("in.json", b"PAR1", "read_parquet("),
         ("in.json", b"\x1f\x8b\x08", "compressed"),
+        ("in.parquet", b"PK\x03\x04", "compressed or an Excel workbook"),
         ("in.csv", b"", "is empty"),
         ("in.csv", b"prompt,response\n", "no rows"),
         ("in.csv", b"a,b\n1,2\n", "'a', 'b'"),

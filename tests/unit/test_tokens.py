@@ -11,8 +11,8 @@ import pytest
 
 from eagle.data import tokens as tokens_module
 from eagle.data.cleaning import Dropped, Tally, clean_record
-from eagle.data.json_file import RecordFile
 from eagle.data.loss_mask import load_encoder
+from eagle.data.reader import open_records
 from eagle.data.tokens import Tokens, encode, encode_all, load_tokens, save_tokens
 from eagle.errors import WorkError
 from eagle.target.config import load_config
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     model = make_target(folder / "model")
     data = write_sharegpt(folder / "data.json", [*conversations(290), *BROKEN, MENDED])
-    return RecordFile(data), load_encoder(model, load_config(model))
+    return open_records(data), load_encoder(model, load_config(model))
 
 
 def same(a: Tokens, b: Tokens) -> bool:

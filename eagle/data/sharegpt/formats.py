@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eagle.data.cleaning import DROP_REASONS, ROLES, Dropped, Tally, clean_record
+from eagle.data.cleaning import CONVERSATION_NAMES, DROP_REASONS, ROLES, Dropped, Tally, clean_record, first_of
 from eagle.errors import RequestError
 
 #: The record formats, with what tells them.
@@ -119,7 +119,7 @@ def shapes_of(record: Any, named: Columns) -> list[Shape]:
     if named.prompt or named.response:
         return _column_shapes(record, named)
     shapes = []
-    if _is_turns(record.get("conversations", record.get("conversation"))):
+    if _is_turns(first_of(record, *CONVERSATION_NAMES)):
         shapes.append(Shape("sharegpt"))
     if _is_turns(record.get("messages")):
         shapes.append(Shape("openai"))
@@ -211,7 +211,7 @@ def record_id(record: Any) -> str | int | None:
 
 
 def _read_sharegpt(record: Any, shape: Shape) -> Iterable[Any]:
-    return _read_turns(record, ("conversations", "conversation"))
+    return _read_turns(record, CONVERSATION_NAMES)
 
 
 def _read_openai(record: Any, shape: Shape) -> Iterable[Any]:
@@ -222,7 +222,7 @@ def _read_turns(record: Any, keys: tuple[str, ...]) -> Iterable[Any]:
     system = None
     if isinstance(record, dict):
         system = next((record[name] for name in SYSTEM_NAMES if isinstance(record.get(name), str)), None)
-        record = next((record[key] for key in keys if key in record), None)
+        record = first_of(record, *keys)
     if not isinstance(record, list):
         raise Unusable(OTHER_SHAPE)
     turns = [plain for turn in record for plain in _plain_turns(turn)]
@@ -235,9 +235,10 @@ def _plain_turns(turn: Any) -> Iterable[dict[str, Any]]:
     """A turn with its text in one piece. ``{"human": ..., "assistant": ...}`` is two turns."""
     if not isinstance(turn, dict):
         raise Unusable(DROP_REASONS["malformed_turn"])
-    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if role is None and turn and all(key.lower() in ROLES for key in turn):
-        return [{"from": key, "value": value} for key, value in turn.items()]
+    role, text = first_of(turn, "from", "role"), first_of(turn, "value", "content")
+    said = {key: value for key, value in turn.items() if value is not None}
+    if role is None and said and all(key.lower() in ROLES for key in said):
+        return [{"from": key, "value": value} for key, value in said.items()]
     if turn.get("tool_calls") or turn.get("function_call") or (isinstance(role, str) and role.lower() in TOOL_ROLES):
         raise Unusable(TOOL_TURN)
     if role is None or not ("value" in turn or "content" in turn):

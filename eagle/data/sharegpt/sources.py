@@ -1,4 +1,4 @@
-"""Where records come from: JSON arrays, JSON Lines, CSV and TSV, read one record at a time.
+"""Where records come from: JSON arrays, JSON Lines, Parquet, CSV and TSV, read one record at a time.
 
 A record that cannot be read comes as the `Unusable` that says why, so that the ones after it are not lost.
 """
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eagle.data.cleaning import DROP_REASONS
-from eagle.data.json_file import RecordFile
+from eagle.data.parquet_file import is_parquet
+from eagle.data.reader import SUFFIXES, open_records
 from eagle.data.sharegpt.formats import Unusable
 from eagle.errors import RequestError
 
 FLAG = "--input"
 TABLES = ("csv", "tsv")
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+RECORD_SUFFIXES = (*SUFFIXES, ".ndjson")
 TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 WHO, WHAT = {"role", "from"}, {"content", "value"}
 BAD_QUOTES = "the row's quotes do not match"
@@ -29,7 +30,6 @@ WRONG_WIDTH = "the row has more or fewer cells than the header"
 class Source(Protocol):
     """A file of records. Iterating gives each record, or the `Unusable` that says why it cannot be read."""
 
-    kind: str
     count: int | None
     notes: list[str]
 
@@ -37,14 +37,12 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-class JsonSource:
-    """Records of a JSON array or JSON Lines file. A file that is one list of turns is one conversation."""
-
-    kind = "JSON"
+class RecordSource:
+    """Records of a JSON array, JSON Lines or Parquet file. A JSON array of turns is one conversation."""
 
     def __init__(self, path: Path, allow_truncated: bool) -> None:
-        self._file = RecordFile(path, allow_truncated=allow_truncated, flag=FLAG)
-        self.notes = []
+        self._file = open_records(path, allow_truncated=allow_truncated, flag=FLAG)
+        self.notes: list[str] = []
         if damage := self._file.damage:
             self.notes.append(f"left out what follows byte {damage.byte:,} (record {damage.record:,}): {damage.reason}")
         self._is_one_conversation = self._file.is_array and self._looks_like_one_conversation(path)
@@ -75,7 +73,7 @@ class JsonSource:
     def _record(self, index: int) -> Any:
         try:
             return self._file[index]
-        except (ValueError, RecursionError):
+        except ValueError:
             return Unusable(DROP_REASONS["invalid_json"])
 
 
@@ -176,26 +174,22 @@ def _lift_field_limit() -> None:
 def open_source(path: Path, told: str | None, allow_truncated: bool) -> Source:
     """The records of a file, by its suffix or as --format (`told`) says.
 
-    Raises: RequestError for Parquet and other files that hold no text.
+    Raises: RequestError for a file that is empty, compressed, or of no known kind, and as `open_records` does.
     """
     with path.open("rb") as file:
         start = file.read(64)
-    if path.suffix.lower() == ".parquet" or start[:4] == b"PAR1":
-        raise RequestError(
-            f"{FLAG} {path} is Parquet; expected JSON, JSON Lines, CSV or TSV. With pandas and pyarrow, convert it:\n"
-            f"  python -c \"import pandas; pandas.read_parquet('{path}').to_json('{path.with_suffix('.jsonl')}', "
-            "orient='records', lines=True, force_ascii=False)\""
-        )
     if start[:2] == b"\x1f\x8b" or start[:4] in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd"):
         raise RequestError(f"{FLAG} {path} is compressed or an Excel workbook; unpack it, or save it as CSV, first.")
     if not start:
-        raise RequestError(f"{FLAG} {path} is empty; expected JSON, JSON Lines, CSV or TSV.")
+        raise RequestError(f"{FLAG} {path} is empty; expected JSON, JSON Lines, Parquet, CSV or TSV.")
+    if is_parquet(path):
+        return RecordSource(path, allow_truncated)
     table = told if told in TABLES else TABLE_SUFFIXES.get(path.suffix.lower())
     if table:
         return TableSource(path, table, allow_truncated)
-    if path.suffix.lower() not in JSON_SUFFIXES and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+    if path.suffix.lower() not in RECORD_SUFFIXES and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
         raise RequestError(
-            f"{FLAG} {path}: neither its name nor its first bytes say what it is. Expected .json, .jsonl, .csv or "
-            ".tsv; for a table under another name pass --format csv or --format tsv."
+            f"{FLAG} {path}: neither its name nor its first bytes say what it is. Expected .json, .jsonl, "
+            ".parquet, .csv or .tsv; for a table under another name pass --format csv or --format tsv."
         )
-    return JsonSource(path, allow_truncated)
+    return RecordSource(path, allow_truncated)
