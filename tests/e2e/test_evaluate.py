@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_every_kind_of_draft_gives_the_same_numbers(drafts, qwen, tmp_path, caps
         other = measured(tmp_path / kind, capsys, "--draft-path", drafts[kind], *common)
         for key in ("tau", "accepted_per_position", "n_alpha", "tokens", "identical_to_target"):
             assert other[key] == report[key], kind
+
+
+def test_without_matplotlib_there_is_no_picture(drafts, qwen, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = ("--base-path", qwen, "--draft-path", drafts["run"], "--output", tmp_path)
+    answer = ask(evaluate.main, capsys, *QUICK, *words)
+    assert answer.code == 0 and answer.out.endswith("report.json, replies.jsonl\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["replies.jsonl", "report.json"]
 
 
 @pytest.mark.parametrize("mode", ["tree", "dynamic_tree"])

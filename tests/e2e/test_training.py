@@ -218,6 +218,13 @@ def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama:
     assert "expected τ" in (tmp_path / "run" / "metrics.svg").read_text(encoding="utf-8")
 
 
+def test_without_matplotlib_there_is_a_note_and_no_picture(store: Path, llama: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from eagle.train import main; main.main(sys.argv[1:])"
+    run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_every", 3)
+    assert command("-c", code, *run).err.count("metrics.svg is not drawn") == 1
+    assert len(states(tmp_path / "run")) > 1 and not (tmp_path / "run" / "metrics.svg").exists()
+
+
 def test_the_best_is_the_validation_with_the_largest_tau(store: Path, llama: Path, tmp_path: Path) -> None:
     """However rarely checkpoints are wanted; `--patience` counts validations."""
     run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_freq", 50, "--patience", 2)
