@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from eagle.device import synchronize
+from eagle.device import cores, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The shape of Qwen2-0.5B (its config.json), as `tests.random_run` takes it.
@@ -31,8 +32,9 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, size: int = 20
 def train_command(
     basepath: Path, tmpdir: Path, cpdir: Path, bs: int, max_len: int, num_epochs: int, *more: object
 ) -> list[str]:
-    """Step 4, in bfloat16 in one process."""
+    """Step 4, in bfloat16 in one process, with all cores unless OMP_NUM_THREADS says less."""
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1]
+    words += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS") or cores()]
     words += ["--dynamo_backend", "no", "-m", "--mixed_precision=bf16", "eagle.train.main", "--basepath", basepath]
     words += ["--tmpdir", tmpdir, "--cpdir", cpdir, "--bs", bs, "--max_len", max_len, "--num_epochs", num_epochs]
     return [str(word) for word in [*words, *more]]

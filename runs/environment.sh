@@ -35,7 +35,7 @@ if [ "${EAGLE_ENV:-}" = current ]; then
             exit 2
         }
     done
-    for package in gguf pytest hypothesis xdist; do
+    for package in gguf matplotlib pytest hypothesis xdist; do
         "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "${package/#xdist/pytest-xdist}"
     done
 elif [ -n "${EAGLE_ENV:-}" ]; then

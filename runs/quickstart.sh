@@ -25,8 +25,11 @@ step "Step 3: conversations -> features of the base model"
     --model_type llama --model_name $work/model --data_path $work/sharegpt.json \
     --seed 42 --max_length "$length" --dtype bfloat16 --allow_truncated
 
+# Unless told otherwise, accelerate gives the training one thread.
+threads="${OMP_NUM_THREADS:-$("$PYTHON" -c 'from eagle.device import cores; print(cores())')}"
 step "Step 4: features -> draft"
 "$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no \
+    --num_cpu_threads_per_process "$threads" \
     -m --mixed_precision=bf16 eagle.train.main --tmpdir $work/features --cpdir $work/checkpoints \
     --basepath $work/model --bs 4 --num_epochs "$epochs" --max_len "$length"
 

@@ -3,7 +3,8 @@
     {"conversations": [...]}                        `eagle.data.cleaning` -> messages -> `Encoder` -> tokens
     {"input_ids": [...], "loss_mask": [0, 1, ...]}  taken as they are: no template, no tokenizer
 
-`TOKEN_SOURCES` is the only place that knows the kinds; everybody else hands a record to `encode_record` or `align_record`.
+`TOKEN_SOURCES` is the only place that knows the kinds; everybody else hands a record to `encode_record` or
+`align_record`.
 """
 
 from __future__ import annotations

@@ -246,5 +246,5 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.output / REPORT, {**report, "made_by": provenance()})
         write_replies(args.output / REPLIES, replies, depth, encoder)
         picture = draw_report(report, args.output)
-        print(f"\n{args.output / REPORT}, {picture.name}, {REPLIES}")
+        print(f"\n{args.output / REPORT}, {f'{picture.name}, ' if picture else ''}{REPLIES}")
     return 0

@@ -2,98 +2,93 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING, Any
+
+from eagle.plots import BLUE, GREEN, GREY, PALE_BLUE, RED, save_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURE = "report.svg"
-_WIDTH, _LEFT, _RIGHT, _HEIGHT = 760, 64, 24, 200
-_ACCEPTED, _ALPHA, _GREY = "#2563eb", "#93c5fd", "#475569"
+
+#: More bars than these leave no room for numbers over them.
+_NUMBERED = 10
+#: Inches: the picture's width, its title, a line below it, the bars by position, the speeds without and per bar.
+_WIDTH, _TITLE, _LINE, _POSITIONS, _SPEEDS, _SPEED = 8.0, 0.45, 0.2, 2.7, 0.7, 0.3
+
+#: A category's name, and its part of the report.
+Row = tuple[str, dict[str, Any]]
 
 
-def draw_report(report: dict[str, Any], folder: Path) -> Path:
-    """Write ``report.svg``."""
-    title = f"τ = {report['tau']:.2f} tokens per target pass"
+def draw_report(report: dict[str, Any], folder: Path) -> Path | None:
+    """Write ``report.svg``; None where matplotlib is not installed."""
     detail = f"{report['mode']}, {report['num_draft_tokens']} drafted tokens, temperature {report['temperature']:g}, "
     detail += f"{report['replies']} replies, {report['dtype']}, {report['hardware']}"
-    parts = [
-        f'<text x="{_LEFT}" y="32" font-size="18" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{_LEFT}" y="52" fill="{_GREY}">{escape(detail)}</text>',
-    ]
-    parts.append(_positions(list(zip(report["accepted_per_position"], report["n_alpha"], strict=True)), top=70))
-    bottom = 70 + _HEIGHT + 60
-    ratios = {name: row for name, row in report["categories"].items() if row["speedup"]}
-    if ratios:
-        everything = {**ratios, "all": report} if len(ratios) > 1 else ratios
-        parts.append(_ratios(everything, top=bottom))
-        bottom += 40 + 24 * len(everything) + 24
-    picture = folder / PICTURE
-    picture.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom}" width="{_WIDTH}" height="{bottom}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}'
-        "</svg>\n",
-        encoding="utf-8",
-    )
-    return picture
+    details = textwrap.wrap(detail, 105)
+    rows = [row for row in report["categories"].items() if row[1]["speedup"]]
+    if len(rows) > 1:
+        rows.append(("all", report))
+    top = _TITLE + _LINE * len(details)
+    heights = [_POSITIONS, _SPEEDS + _SPEED * len(rows)] if rows else [_POSITIONS]
+    height = top + sum(heights)
+
+    def fill(figure: Figure) -> None:
+        left = 0.1 / _WIDTH
+        title = f"τ = {report['tau']:.2f} tokens per target pass"
+        figure.text(left, 1 - 0.15 / height, title, va="top", fontsize=14, weight="bold")
+        figure.text(left, 1 - _TITLE / height, "\n".join(details), va="top", color=GREY)
+        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top / height))
+        # Figures of their own: long names of categories then leave the bars by position their room.
+        panels = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        _positions(panels[0].subplots(), report["accepted_per_position"], report["n_alpha"])
+        if rows:
+            _speeds(panels[1].subplots(), rows)
+
+    return save_picture(folder / PICTURE, (_WIDTH, height), fill)
 
 
-def _positions(columns: Sequence[tuple[float, float | None]], top: float) -> str:
+def _positions(axes: Axes, accepted: Sequence[float], n_alpha: Sequence[float | None]) -> None:
     """Two bars a position: accepted there, and n-α (None where no step got there)."""
-    bottom, right = top + _HEIGHT, _WIDTH - _RIGHT
-    plot = _HEIGHT - 40
-    parts = [
-        f'<text x="{_LEFT}" y="{top + 20}" font-weight="bold">accepted by position</text>',
-        _legend(right - 300, top + 20, _ACCEPTED, "share of all steps"),
-        _legend(right - 160, top + 20, _ALPHA, "n-α: of those that got there"),
+    axes.set_title("accepted by position")
+    axes.set_xlabel("position of the draft token")
+    axes.set_ylim(0, 1.1)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y")
+    positions = range(1, len(accepted) + 1)
+    axes.set_xlim(0.4, len(accepted) + 0.6)
+    axes.set_xticks(positions if len(accepted) <= 2 * _NUMBERED else [1, *positions[4::5]])
+    axes.tick_params(axis="x", length=0)
+    width = min(0.38, 0.1 * len(accepted))  # a bar alone would fill the panel
+    bars = [
+        ("share of all steps", BLUE, -width / 2, dict(zip(positions, accepted, strict=True))),
+        ("n-α: of those that got there", PALE_BLUE, width / 2, dict(zip(positions, n_alpha, strict=True))),
     ]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = bottom - plot * share
-        parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7eb"/>')
-        parts.append(_text(_LEFT - 8, y + 4, f"{share:g}", "end"))
-    slot = (right - _LEFT) / max(1, len(columns))
-    bar = min(46.0, slot * 0.36)
-    for position, pair in enumerate(columns):
-        middle = _LEFT + slot * (position + 0.5)
-        for side, (value, colour) in enumerate(zip(pair, (_ACCEPTED, _ALPHA), strict=True)):
-            if value is None:
-                continue
-            x, height = middle - bar + side * bar, plot * value
-            parts.append(
-                f'<rect x="{x:.1f}" y="{bottom - height:.1f}" width="{bar - 2:.1f}" height="{height:.1f}" rx="2" '
-                f'fill="{colour}"/>'
-            )
-            parts.append(_text(x + bar / 2 - 1, bottom - height - 4, f"{value:.2f}", "middle"))
-        parts.append(_text(middle, bottom + 16, f"{position + 1}", "middle"))
-    parts.append(_text((_LEFT + right) / 2, bottom + 34, "position of the draft token", "middle"))
-    return "".join(parts)
+    for label, colour, shift, values in bars:
+        found = {position + shift: value for position, value in values.items() if value is not None}
+        drawn = axes.bar(list(found), list(found.values()), width * 0.94, color=colour, label=label)
+        if len(accepted) <= _NUMBERED:
+            axes.bar_label(drawn, fmt="%.2f", padding=1, color=GREY, fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 
 
-def _ratios(rows: dict[str, dict[str, Any]], top: float) -> str:
+def _speeds(axes: Axes, rows: Sequence[Row]) -> None:
     """A bar a category, and a line where the target alone would be."""
-    left, right = _LEFT + 90, _WIDTH - _RIGHT - 150
-    scale = (right - left) / max(1.2, *(row["speedup"] for row in rows.values()))
-    parts = [f'<text x="{_LEFT}" y="{top + 8}" font-weight="bold">speed, in multiples of the target alone</text>']
-    for number, (name, row) in enumerate(rows.items()):
-        y = top + 28 + 24 * number
-        colour = "#059669" if name == "all" and len(rows) > 1 else _ACCEPTED
-        width = scale * row["speedup"]
-        parts.append(_text(left - 8, y + 12, name if len(name) <= 20 else f"{name[:19]}…", "end"))
-        parts.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="16" rx="2" fill="{colour}"/>')
-        parts.append(_text(left + width + 8, y + 12, f"{row['speedup']:.2f}×, τ {row['tau']:.2f}", "start"))
-    x, end = left + scale, top + 28 + 24 * len(rows)
-    parts.append(
-        f'<line x1="{x:.1f}" y1="{top + 20}" x2="{x:.1f}" y2="{end}" stroke="#dc2626" stroke-dasharray="4 3"/>'
-    )
-    parts.append(_text(x, end + 14, "1×", "middle"))
-    return "".join(parts)
-
-
-def _legend(x: float, y: float, colour: str, label: str) -> str:
-    return f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour}"/>' + _text(
-        x + 18, y, label, "start"
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{_GREY}">{escape(text)}</text>'
+    axes.set_title("speed, in multiples of the target alone")
+    speeds = [row["speedup"] for _, row in rows]
+    colours = [BLUE] * (len(rows) - 1) + [BLUE if len(rows) == 1 else GREEN]  # all together come last
+    axes.barh(range(len(rows)), speeds, 0.66, color=colours)
+    axes.axvline(1, color=RED, linewidth=1, linestyle=(0, (4, 3)))
+    for number, (_, row) in enumerate(rows):
+        # In a column of their own: behind a bar the line would cross them.
+        text = f"{row['speedup']:.2f}×, τ {row['tau']:.2f}"
+        axes.text(1.01, number, text, transform=axes.get_yaxis_transform(), va="center", color=GREY)
+    axes.set_yticks(range(len(rows)), [name if len(name) <= 24 else f"{name[:23]}…" for name, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    axes.set_xlim(0, 1.02 * max(1.2, *speeds))
+    axes.xaxis.set_major_formatter("{x:g}×")

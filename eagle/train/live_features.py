@@ -42,6 +42,8 @@ class LiveSource:
 class LiveFeatures:
     """Looks like `eagle.store.reader.FeatureStore` to a data set; ``live[i]`` runs the base model.
 
+    widths: of the features to compute, by name. processes: how many processes of this machine do the same, so that they
+    share its cores for tokenising.
 
     Raises: FileNotFoundError, RequestError (nothing usable in the data).
     """

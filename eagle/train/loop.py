@@ -27,7 +27,7 @@ from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
 from eagle.train.schedule import lr_factor
-from eagle.train.sharding import is_sharded, no_sync, shard, whole, whole_draft, whole_optimizer
+from eagle.train.sharding import clip, is_sharded, no_sync, shard, whole_draft, whole_optimizer
 from eagle.train.validation import Validation, validate
 
 
@@ -225,7 +225,7 @@ class Trainer:
             sums += torch.stack([feature_loss.detach().float(), token_loss.detach().float(), correct.float()])
         save_now = accelerator.is_main_process and self._save_is_due()
         flag = torch.tensor([float(save_now)], device=accelerator.device)
-        norm = whole(accelerator.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf), keep=True)
+        norm = clip(accelerator, model, self.optimizer, options.grad_clip or math.inf)
         said = torch.cat([sums, flag, norm.to(accelerator.device, torch.float32).reshape(1)])
         feature_loss, token_loss, correct, save, norms = accelerator.reduce(said).tolist()
         lr = self.scheduler.get_last_lr()[0]

@@ -3,9 +3,10 @@
     accelerate launch -m --mixed_precision=bf16 eagle.train.main --tmpdir ./features --cpdir ./checkpoints \\
         --configpath configs/llama_2_chat_7B_config.json --basepath ./llama-2-7b-chat --bs 4
 
-Also ``python -m eagle.train.main ...``, and ``accelerate launch --cpu --num_processes 2 -m eagle.train.main ...``.
-Writes ``CPDIR/state_<step>/`` with ``best`` and ``last`` pointing at one of them; the same command continues an
-interrupted run. Exit codes: 0 done, 1 the work failed, 2 the request is wrong.
+Also ``python -m eagle.train.main ...``, and for several processes on a CPU
+``torchrun --standalone --nproc_per_node 2 -m eagle.train.main ...``. Writes ``CPDIR/state_<step>/`` with ``best`` and
+``last`` pointing at one of them; the same command continues an interrupted run. Exit codes: 0 done, 1 the work failed,
+2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from eagle.store.verify import skip_damaged
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
 from eagle.train import checkpoint
-from eagle.train.cpu_launch import become_group, use_cores
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
 from eagle.train.dry_run import dry_run
+from eagle.train.launch_check import check_launch, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
@@ -147,7 +148,9 @@ def check_cpdir(options: TrainOptions) -> None:
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises: RequestError for a tracker that is not installed, FSDP of a kind or a precision that is not there."""
+    """Raises: RequestError for fewer processes than asked for, a tracker that is not installed, or FSDP of a kind or a
+    precision that is not there."""
+    check_launch()
     check_sharding()
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
@@ -274,7 +277,7 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
-    for note in trainer.train_set.store.notes():
+    for note in [*launch_notes(accelerator.device.type), *trainer.train_set.store.notes()]:
         trainer.log.say(f"note: {note}")
     if saved:
         trainer.resume(*saved)
@@ -299,6 +302,4 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    become_group("eagle.train.main")
-    use_cores()
     leave(run(main))

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING, Any
 
+from eagle.plots import BLUE, GREEN, ORANGE, save_picture
 from eagle.train.run_log import METRICS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 PICTURE = "metrics.svg"
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 210, 64, 120, 34, 34
-_COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#64748b")
+
+#: Curves with fewer points show every one of them.
+_FEW = 40
 
 Points = list[tuple[float, float]]
 
 
-def draw_run(cpdir: Path) -> Path:
-    """Write ``metrics.svg`` beside the metrics; safe to call again and again as the run goes on."""
+def draw_run(cpdir: Path) -> Path | None:
+    """Write ``metrics.svg`` beside the metrics; safe to call again and again as the run goes on.
+
+    None where matplotlib is not installed.
+    """
     lines = [json.loads(line) for line in (cpdir / METRICS).read_text(encoding="utf-8").splitlines()]
+    return save_picture(cpdir / PICTURE, (8.0, 6.6), lambda figure: _fill(figure, lines))
+
+
+def _fill(figure: Figure, lines: list[dict[str, Any]]) -> None:
+    """Three panels over the same steps."""
     steps = [line for line in lines if "loss" in line]
     checks = [line for line in lines if "val_tau" in line]
 
@@ -28,26 +41,34 @@ def draw_run(cpdir: Path) -> Path:
     def validation(name: str) -> Points:
         return [(line["step"], line[name]) for line in checks]
 
-    tau = {f"K = {k + 1}": [(c["step"], c["val_tau"][k]) for c in checks] for k in (0, 2, 4)}
+    tau = {f"K = {k}": [(check["step"], check["val_tau"][k - 1]) for check in checks] for k in (1, 3, 5)}
     panels = [
         ("token loss", {"training": training("token_loss"), "validation": validation("val_token_loss")}),
         ("accuracy", {"training": training("accuracy"), "validation": validation("val_accuracy")}),
         ("expected τ of a chain of K drafts", tau),
     ]
-    last = max((line["step"] for line in lines), default=1)
-    height = _HEIGHT * len(panels)
-    body = "".join(
-        _panel(title, series, max(last, 1), number * _HEIGHT) for number, (title, series) in enumerate(panels)
-    )
-    picture = cpdir / PICTURE
-    temporary = picture.with_name(f".{PICTURE}.tmp")
-    temporary.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>{body}</svg>\n',
-        encoding="utf-8",
-    )
-    temporary.replace(picture)
-    return picture
+    all_axes = figure.subplots(len(panels), sharex=True)
+    for axes, (title, series) in zip(all_axes, panels, strict=True):
+        _panel(axes, title, series)
+    last = max([1, *(line["step"] for line in lines)])
+    bottom = all_axes[-1]
+    bottom.set_xlim(-0.01 * last, 1.01 * last)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    bottom.xaxis.set_major_formatter("{x:,.0f}")
+    bottom.set_xlabel("optimizer step")
+
+
+def _panel(axes: Axes, title: str, series: dict[str, Points]) -> None:
+    axes.set_title(title)
+    axes.grid(axis="y")
+    if not any(series.values()):
+        axes.set_yticks([])
+    for (name, points), colour in zip(series.items(), (BLUE, ORANGE, GREEN), strict=False):
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        marker = "o" if len(points) < _FEW else ""
+        axes.plot(x, y, label=name, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
+    # Beside the curves, wherever they go.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02))
 
 
 def _smooth(points: Points, buckets: int = 200) -> Points:
@@ -55,45 +76,3 @@ def _smooth(points: Points, buckets: int = 200) -> Points:
     size = max(1, len(points) // buckets)
     groups = [points[at : at + size] for at in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def _panel(title: str, series: dict[str, Points], last: float, top: float) -> str:
-    values = [y for points in series.values() for _, y in points]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    margin = (high - low) * 0.08 or 0.05
-    low, high = low - margin, high + margin
-    bottom, right = top + _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (right - _LEFT) * x / last
-        return across, bottom - (bottom - top - _TOP) * (y - low) / (high - low)
-
-    parts = [f'<text x="{_LEFT}" y="{top + 22}" font-weight="bold">{escape(title)}</text>']
-    for y in _ticks(low, high):
-        _, at = place(0, y)
-        parts.append(f'<line x1="{_LEFT}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}" stroke="#e5e7eb"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end" fill="#475569">{y:.3g}</text>')
-    for x in (0, last / 2, last):
-        across, _ = place(x, low)
-        parts.append(f'<text x="{across:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#475569">{x:,.0f}</text>')
-    parts.append(f'<text x="{right + 12}" y="{bottom + 16}" fill="#475569">step</text>')
-    for number, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in points))
-        parts.append(f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        if len(points) < 40:
-            dots = (place(x, y) for x, y in points)
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6" fill="{colour}"/>' for a, b in dots]
-        at = top + _TOP + 14 + 18 * number
-        parts.append(f'<line x1="{right + 12}" y1="{at - 4}" x2="{right + 30}" y2="{at - 4}" stroke="{colour}" '
-                     f'stroke-width="2.5"/><text x="{right + 36}" y="{at}">{escape(name)}</text>')  # fmt: skip
-    return "".join(parts)
-
-
-def _ticks(low: float, high: float, wanted: int = 4) -> Sequence[float]:
-    """Round values between `low` and `high`."""
-    rough = (high - low) / wanted
-    power = 10.0 ** (len(f"{rough:.0f}") - 1 if rough >= 1 else -len(f"{1 / rough:.0f}"))
-    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
-    first = int(low / step) + (1 if low > 0 else 0)
-    return [step * i for i in range(first, first + 12) if low <= step * i <= high]

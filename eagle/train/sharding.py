@@ -78,8 +78,6 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
             name: distribute_tensor(value, mesh, sharded.placements) if value.shape == sharded.shape else value
             for name, value in optimizer.state.pop(parameter).items()
         }
-    # accelerate looks for the model whose gradients it clips, and unscales those of any other twice.
-    accelerator._models.append(model)
     return model
 
 
@@ -95,6 +93,20 @@ def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def clip(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, most: float
+) -> torch.Tensor:
+    """Scale the gradients down to a norm of at most `most`; the norm that they had, over all shares of them.
+
+    Not accelerate's ``clip_grad_norm_``: it knows the models that it has sharded itself, and unscales the float16
+    gradients of any other twice.
+    """
+    accelerator.unscale_gradients(optimizer)  # of float16; does nothing else
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), most), keep=True)
+    assert norm is not None
+    return norm
 
 
 def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:

@@ -14,16 +14,19 @@ from eagle.train.live_features import LiveFeatures, LiveSource
 from tests.e2e.commands import ask, command
 from tests.e2e.test_training import TOLERANCE, steps_of, weights
 
+#: Of a tiny target's features.
+WIDTHS = {"hidden_state": 32}
+
 
 def live(data: Path, target: Path, **changes: object) -> LiveFeatures:
     source = {"end_num": None, "seed": 42, "max_length": 2048, "chat_template": None, "allow_truncated": False}
-    return LiveFeatures(LiveSource(data, dtype="float32", **source | changes), target, torch.device("cpu"))
+    return LiveFeatures(LiveSource(data, dtype="float32", **source | changes), target, torch.device("cpu"), WIDTHS)
 
 
 def test_the_records_are_those_of_a_store(store: Path, data: Path, llama: Path) -> None:
     stored, computed = FeatureStore(store), live(data, llama)
     assert np.array_equal(computed.lengths, stored.lengths)
-    assert (len(computed), computed.tokens, computed.hidden_size) == (len(stored), stored.tokens, stored.hidden_size)
+    assert (len(computed), computed.tokens, computed.widths) == (len(stored), stored.tokens, stored.widths)
     for record, expected in zip(computed.read(range(len(stored))), stored, strict=True):
         assert record.conversation == expected.conversation
         assert torch.equal(record.input_ids, expected.input_ids)

@@ -121,10 +121,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-def test_accelerate_starts_as_many_cpu_processes_as_asked(store: Path, llama: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_as_many_cpu_processes_as_asked(store: Path, llama: Path, tmp_path: Path) -> None:
     run = options(store, llama, tmp_path / "run", "--num_epochs", 1)
-    answer = command("accelerate launch", "--cpu", "--num_processes", 2, "-m", "eagle.train.main", *run)
+    answer = command("torchrun", "--standalone", "--nproc_per_node", 2, "-m", "eagle.train.main", *run)
     assert "on 2 x cpu" in answer.out
+
+
+def test_accelerate_that_starts_one_process_for_two_is_refused(store: Path, llama: Path, tmp_path: Path) -> None:
+    run = options(store, llama, tmp_path / "run")
+    # Of a command that failed, whatever its code, accelerate makes a code 1.
+    answer = command("accelerate launch", "--cpu", "--num_processes", 2, "-m", "eagle.train.main", *run, code=1)
+    assert "asked for several processes and started this one only" in answer.error and "exit status 2" in answer.error
+    assert f"torchrun --standalone --nproc_per_node N -m eagle.train.main --tmpdir {store}" in answer.error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", [[], ["--num_processes", 1], ["--cpu", "--num_processes", 1]])
+def test_accelerate_that_starts_the_one_process_it_should(
+    asked: list[object], store: Path, llama: Path, tmp_path: Path
+) -> None:
+    run = options(store, llama, tmp_path / "run", "--max_steps", 1)
+    answer = command("accelerate launch", *asked, "-m", "eagle.train.main", *run)
+    assert "on 1 x cpu" in answer.out
 
 
 def test_without_validation_the_newest_checkpoint_is_the_best(store: Path, llama: Path, tmp_path: Path) -> None:
@@ -197,8 +215,14 @@ def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama:
     assert steps_of(tmp_path / "run") == steps_of(undisturbed)
     assert all(torch.equal(weights(tmp_path / "run")[name], tensor) for name, tensor in weights(undisturbed).items())
     assert not list((tmp_path / "run").glob(".*.tmp"))
-    svg = (tmp_path / "run" / "metrics.svg").read_text()
-    assert svg.startswith("<svg") and "τ" in svg
+    assert "expected τ" in (tmp_path / "run" / "metrics.svg").read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_there_is_a_note_and_no_picture(store: Path, llama: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from eagle.train import main; main.main(sys.argv[1:])"
+    run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_every", 3)
+    assert command("-c", code, *run).err.count("metrics.svg is not drawn") == 1
+    assert len(states(tmp_path / "run")) > 1 and not (tmp_path / "run" / "metrics.svg").exists()
 
 
 def test_the_best_is_the_validation_with_the_largest_tau(store: Path, llama: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""Which FSDP is taken, by what accelerate's launcher left in the environment."""
+"""Which FSDP is taken, by what accelerate's launcher left in the environment; how gradients are clipped."""
+
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from eagle.errors import RequestError
-from eagle.train.sharding import check_sharding, is_sharded
+from eagle.train.sharding import check_sharding, clip, is_sharded
 
 
 @pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"}])
@@ -25,3 +28,19 @@ def test_what_is_not_there_is_refused(more, message):
     assert is_sharded(environment)
     with pytest.raises(RequestError, match=message):
         check_sharding(environment)
+
+
+@pytest.mark.parametrize(("most", "left"), [(1.0, 1.0), (10.0, 5.0), (float("inf"), 5.0)])
+def test_gradients_are_clipped_as_they_are_without_their_scale(most, left):
+    """With a scaler as float16 has one, which refuses to unscale twice."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    frozen = torch.nn.Linear(2, 1).requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator = SimpleNamespace(unscale_gradients=scaler.unscale_)
+    scaler.scale(model(torch.tensor([[3.0, 4.0]])).sum()).backward()
+    before = model.weight.detach().clone()
+    norm = clip(accelerator, torch.nn.ModuleList([model, frozen]), optimizer, most)
+    assert norm.item() == pytest.approx(5.0)
+    scaler.step(optimizer)
+    assert (before - model.weight).norm().item() == pytest.approx(left, rel=1e-5)

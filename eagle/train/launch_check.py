@@ -1,0 +1,58 @@
+"""What a launcher made of the request: one process where several were asked for, one thread where there are cores."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+
+from eagle.device import cores
+from eagle.errors import RequestError
+
+#: How torchrun, and Intel's, Open and MVAPICH's mpirun, tell a process how many there are.
+GROUP_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+
+
+def check_launch(environment: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None) -> None:
+    """Refuse to be the one process that ``accelerate launch --cpu --num_processes N`` starts, whatever N is.
+
+    For more than one it names an address to meet at, but leaves it to mpirun to start them and to say how many they
+    are. arguments: of the training, by default this process's own.
+
+    Raises: RequestError with the line to type instead.
+    """
+    asked_for_several = "MASTER_ADDR" in environment and "ACCELERATE_USE_CPU" in environment
+    if not asked_for_several or any(name in environment for name in GROUP_SIZE):
+        return
+    precision = environment.get(PRECISION, "no")
+    line = "" if precision == "no" else f"{PRECISION}={precision} "
+    line += "torchrun --standalone --nproc_per_node N -m eagle.train.main "
+    # The line breaks keep the message as it is: the command has to stay one line.
+    raise RequestError(
+        "accelerate launch was asked for several processes and started this one only: it starts a group on several\n"
+        "cards, but none on a CPU. For one process pass --num_processes 1 (and unset MASTER_ADDR, should this shell\n"
+        f"export it); for N of them type:\n{line}{shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    )
+
+
+def launch_notes(kind: str, environment: Mapping[str, str] = os.environ, available: int | None = None) -> list[str]:
+    """What to know about the launch: launchers give a process one thread, unless told otherwise.
+
+    available: the cores that this machine's processes share, by default those this process may use.
+    """
+    # accelerate's launcher always sets it; the precision can also be set by hand, and torchrun started.
+    by_accelerate = "ACCELERATE_DYNAMO_BACKEND" in environment
+    launched = by_accelerate or "TORCHELASTIC_RUN_ID" in environment
+    share = (available or cores()) // int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if kind != "cpu" or not launched or environment.get("OMP_NUM_THREADS") != "1" or share <= 1:
+        return []
+    launcher, change = "torchrun", f"OMP_NUM_THREADS={share}"
+    if by_accelerate:
+        launcher, change = "accelerate launch", f"--num_cpu_threads_per_process {share}"
+    return [
+        f"{launcher} gives a process one thread unless told otherwise; this one could have {share}: {change} gives it "
+        "those"
+    ]

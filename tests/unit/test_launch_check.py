@@ -1,0 +1,69 @@
+"""One process where several were asked for is refused; one thread where there are cores is remarked on."""
+
+import re
+
+import pytest
+
+from eagle.errors import RequestError
+from eagle.train.launch_check import check_launch, launch_notes
+
+#: What ``accelerate launch --cpu --num_processes 2`` gives to the one process it starts.
+ALONE = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
+
+BY_ACCELERATE = {"ACCELERATE_DYNAMO_BACKEND": "NO", "OMP_NUM_THREADS": "1"}
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_one_process_for_several_is_refused():
+    with pytest.raises(RequestError, match="started this one only") as refusal:
+        check_launch(ALONE, ["--tmpdir", "a b", "--bs", "2"])
+    last = str(refusal.value).splitlines()[-1]
+    assert last == "torchrun --standalone --nproc_per_node N -m eagle.train.main --tmpdir 'a b' --bs 2"
+
+
+def test_the_line_to_type_keeps_the_precision():
+    with pytest.raises(RequestError, match="\nACCELERATE_MIXED_PRECISION=bf16 torchrun "):
+        check_launch({**ALONE, "ACCELERATE_MIXED_PRECISION": "bf16"}, [])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"ACCELERATE_USE_CPU": "True"},  # one process was asked for
+        {"MASTER_ADDR": "127.0.0.1"},  # somebody's shell
+        {**ALONE, "WORLD_SIZE": "2"},  # of torchrun's group
+        {**ALONE, "OMPI_COMM_WORLD_SIZE": "2"},  # of mpirun's
+    ],
+)
+def test_what_was_asked_for_is_let_through(environment):
+    check_launch(environment, [])
+
+
+@pytest.mark.parametrize(
+    ("environment", "change"),
+    [
+        (BY_ACCELERATE, "accelerate launch gives .* --num_cpu_threads_per_process 8 "),
+        (BY_TORCHRUN, "torchrun gives .* OMP_NUM_THREADS=8 "),
+        ({**BY_TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "OMP_NUM_THREADS=4 "),
+        ({**BY_TORCHRUN, "ACCELERATE_MIXED_PRECISION": "bf16"}, "OMP_NUM_THREADS=8 "),  # the precision set by hand
+        ({**BY_TORCHRUN, **BY_ACCELERATE}, "--num_cpu_threads_per_process 8 "),  # which starts FSDP through torchrun
+    ],
+)
+def test_one_thread_is_remarked_on(environment, change):
+    (note,) = launch_notes("cpu", environment, available=8)
+    assert re.search(change, note)
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment"),
+    [
+        ("cuda", BY_ACCELERATE),
+        ("cpu", {"OMP_NUM_THREADS": "1"}),  # started by hand
+        ("cpu", {**BY_ACCELERATE, "OMP_NUM_THREADS": "4"}),
+        ("cpu", {"ACCELERATE_DYNAMO_BACKEND": "NO"}),
+        ("cpu", {**BY_TORCHRUN, "LOCAL_WORLD_SIZE": "8"}),  # there is no core to spare
+    ],
+)
+def test_nothing_to_remark_on(kind, environment):
+    assert launch_notes(kind, environment, available=8) == []
