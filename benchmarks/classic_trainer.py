@@ -24,6 +24,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.device import choose_kind
 from eagle.drafts.alignment import Batch, collate
 from eagle.drafts.eagle1.network import DraftModel
