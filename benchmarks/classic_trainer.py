@@ -27,6 +27,7 @@ from eagle.store.record import HIDDEN_STATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.device import choose_kind
 from eagle.drafts.alignment import Batch, collate
 from eagle.drafts.eagle1.network import Eagle1Network

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.decode.acceptance import Acceptance
 from eagle.decode.draft import load_fitting_draft
 from eagle.decode.drafter import DraftOptions

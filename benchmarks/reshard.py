@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.device import describe, torch_device
 from eagle.entry import HelpFormatter, run
 from eagle.files import write_json

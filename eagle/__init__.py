@@ -21,8 +21,21 @@ from pathlib import Path
 
 __version__ = "0.2.0"
 
-# ``python -m eagle...`` (argv says "-m" while this is imported) puts the working directory in front of the installed
-# libraries, and a folder of the user's that is called ``datasets`` or ``peft`` would be imported in place of one.
-# The package's own modules are found without it from here on.
-if sys.argv[:1] == ["-m"]:
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path.cwd()]
+
+def only_libraries_on_path() -> None:
+    """Take the folders that Python puts in front of the installed libraries off the path that imports are found on.
+
+    They are a script's own folder and, with ``-m``, the working directory; PYTHONPATH may name the checkout. A folder
+    of the user's in there that is called ``datasets`` or ``peft`` would be imported in place of a library, or taken
+    for one that is not installed. The package's own modules are found without them. A folder that pip has installed
+    to stays, whatever else it is.
+    """
+    own = {Path(__file__).resolve().parent.parent, Path(sys.argv[0]).resolve().parent, Path.cwd()}
+    sys.path[:] = [
+        folder for folder in sys.path if Path(folder).resolve() not in own or any(Path(folder).glob("*.dist-info"))
+    ]
+
+
+# With ``python -m eagle...`` argv says "-m" while this is imported. Another program's ``-m`` keeps its path.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "eagle":
+    only_libraries_on_path()

@@ -13,8 +13,8 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
+from eagle import only_libraries_on_path
 from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT
 
@@ -57,15 +57,19 @@ def _report(error: Exception, code: int) -> int:
 
 
 def run_script(module: str) -> int:
-    """Run the `main` of a module of the package, for a script beside it.
-
-    Python has put the script's folder in front of the installed libraries; in it, and in the working directory, a
-    folder of the user's that is called ``datasets`` or ``peft`` would be imported in place of one. The package's own
-    modules are found without either.
-    """
-    own = {Path(sys.argv[0]).resolve().parent, ROOT, Path.cwd()}
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in own]
+    """Run the `main` of a module of the package, for a script beside it, whatever lies beside the script."""
+    only_libraries_on_path()
     return run(importlib.import_module(module).main)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a Python that we start with ``-m``: it finds this package wherever it is started.
+
+    Told so, Python 3.11 and newer leave the working directory off the path from the start; for older ones the package
+    takes it off (`eagle.only_libraries_on_path`), as it does the checkout.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

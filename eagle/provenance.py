@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 
+from eagle import __version__
 from eagle.files import ROOT
 
 
@@ -14,8 +15,6 @@ def provenance() -> dict[str, object]:
     import accelerate
     import torch
     import transformers
-
-    from eagle import __version__
 
     return {
         "argv": sys.argv,

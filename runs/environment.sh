@@ -7,8 +7,10 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 export TOKENIZERS_PARALLELISM=false
+source "$root/runs/own_folder.sh"
 
 # make_environment FOLDER REQUIREMENTS: a virtual environment with these packages, made once per requirements file.
+# A folder that was not made here is left alone.
 make_environment() {
     local folder="$1" requirements="$2" base wanted
     wanted="$(cat requirements.txt "$requirements")"
@@ -21,7 +23,7 @@ make_environment() {
         exit 2
     }
     echo "Making $folder with $requirements ..."
-    rm -rf "$folder"
+    start_anew "$folder" installed.txt
     "$base" -m venv "$folder"
     "$folder/bin/python" -m pip install -q -r "$requirements"
     printf '%s\n' "$wanted" >"$folder/installed.txt"
@@ -29,7 +31,7 @@ make_environment() {
 
 if [ "${EAGLE_ENV:-}" = current ]; then
     PYTHON="$(command -v python3 || command -v python)"
-    for package in torch transformers accelerate safetensors numpy tqdm jinja2; do
+    for package in torch transformers accelerate safetensors numpy tqdm jinja2 psutil; do
         "$PYTHON" -c "import $package" 2>/dev/null || {
             echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install it, or unset EAGLE_ENV." >&2
             exit 2

@@ -12,6 +12,9 @@ if "$PYTHON" -c "import ruff" 2>/dev/null; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
 fi
+if "$PYTHON" -c "import mypy" 2>/dev/null; then
+    "$PYTHON" -m mypy
+fi
 # vLLM takes minutes to install, most of them spent waiting.
 if [ "${SKIP_VLLM:-}" != 1 ]; then
     bash runs/vllm_environment.sh .venv-vllm &

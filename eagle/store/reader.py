@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
+from eagle.store.classic_dumps import find_classic_dumps
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
 from eagle.store.record import HIDDEN_STATE, Record, RecordSource
 from eagle.store.shard import Shard, is_shard_name
@@ -38,8 +39,6 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, flag: str = "--tmpdir", *, skip_damaged: bool = False) -> None:
-        from eagle.store.classic_dumps import find_classic_dumps  # it builds on this module
-
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: no such folder; expected the output folder of allocation.py.")

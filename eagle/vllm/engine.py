@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import ROOT, write_json
 
@@ -109,8 +109,7 @@ def run_engine(request: EngineRequest) -> EngineResult:
 
     Raises: EngineError with the engine's last words.
     """
-    environment = {**ENVIRONMENT, **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**ENVIRONMENT, **child_environment()}
     with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
         write_json(asked, dataclasses.asdict(request))
@@ -229,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# vLLM spawns its workers, which import this module again.
+# vLLM spawns its workers, which import this module again: they need the package on the path, behind the libraries.
 if __name__ == "__main__":
+    sys.path.append(str(ROOT))
     sys.exit(main())

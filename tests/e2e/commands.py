@@ -45,11 +45,11 @@ def command_line(*words: object) -> list[str]:
     return [sys.executable, first, *rest]
 
 
-def command(*words: object, code: int = 0, **environment: str) -> Answer:
-    """Run a command in the checkout and expect exit code `code`."""
+def command(*words: object, code: int = 0, cwd: Path = ROOT, **environment: str) -> Answer:
+    """Run a command in the checkout, or in `cwd`, and expect exit code `code`."""
     result = subprocess.run(
         command_line(*words),
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,

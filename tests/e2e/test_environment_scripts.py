@@ -1,0 +1,133 @@
+"""Environments are made, and made anew where they are out of date or half done; nobody else's is removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.commands import ROOT
+
+#: Stands for every interpreter here: makes environments that hold itself, and installs nothing. Where $DIES is in its
+#: command line it ends, as a killed one does.
+PYTHON = """#!/bin/bash
+case "$*" in *"${DIES:-nothing dies}"*) exit 9 ;; esac
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    *" download "*) mkdir -p "$DESTINATION/wheel" && touch "$DESTINATION/wheel/vllm.whl" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The scripts and what they read, and an interpreter to make environments with."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "runs", checkout / "runs")
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, checkout)
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return checkout
+
+
+class Script:
+    """One of the two scripts, the environment that it makes, and the marker that says so."""
+
+    def __init__(self, checkout: Path, name: str, marker: str) -> None:
+        self.folder, self.marker = checkout / name, marker
+        self._python = checkout.parent / "bin" / "python3"
+        script = checkout / "runs" / ("vllm_environment.sh" if "vllm" in name else "environment.sh")
+        self._words = ["bash", "-euo", "pipefail", str(script), name]
+
+    def run(self, dies: str = "nothing dies", code: int = 0) -> str:
+        found = f"{self._python.parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": found, "DIES": dies, "DESTINATION": self.folder.name}
+        for name in ("PYTHON", "EAGLE_ENV"):
+            environment.pop(name, None)
+        result = subprocess.run(
+            self._words, cwd=self.folder.parent, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == code, result.stderr
+        return " ".join(result.stderr.split())
+
+    def is_complete(self) -> bool:
+        return "torch" in (self.folder / self.marker).read_text() and (self.folder / "bin" / "python").is_file()
+
+
+@pytest.fixture(params=[(".venv", "installed.txt"), (".venv-vllm", ".complete")], ids=["tests", "vllm"])
+def script(request: pytest.FixtureRequest, checkout: Path) -> Script:
+    return Script(checkout, *request.param)
+
+
+def test_made_once(script):
+    script.run()
+    assert script.is_complete()
+    (script.folder / "kept").touch()
+    script.run()
+    assert (script.folder / "kept").exists()
+
+
+def test_an_empty_folder_is_used(script):
+    script.folder.mkdir()
+    script.run()
+    assert script.is_complete()
+
+
+def test_made_anew_where_the_requirements_changed(script):
+    script.run()
+    (script.folder / "old").mkdir()
+    (script.folder / script.marker).write_text("torch==1.0")
+    script.run()
+    assert script.is_complete()
+    assert not (script.folder / "old").exists()
+
+
+@pytest.mark.parametrize("dies", ["-m venv", "install"])
+def test_made_anew_where_it_was_killed(script, dies):
+    script.run(dies, code=9)
+    assert not script.is_complete()
+    (script.folder / "half").touch()
+    script.run()
+    assert script.is_complete()
+    assert not (script.folder / "half").exists()
+
+
+def test_nobody_elses_is_touched(script):
+    (script.folder / "bin").mkdir(parents=True)
+    (script.folder / "pyvenv.cfg").write_text("home = /usr/bin")
+    error = script.run(code=2)
+    assert f"{script.folder.name} was not made by this script" in error
+    assert "Move it away or delete it" in error
+    assert sorted(path.name for path in script.folder.iterdir()) == ["bin", "pyvenv.cfg"]
+
+
+def test_a_file_is_not_touched(script):
+    script.folder.write_text("mine")
+    assert "Move it away or delete it" in script.run(code=2)
+    assert script.folder.read_text() == "mine"
+
+
+def test_what_a_link_points_to_is_not_touched(script):
+    """Several checkouts may share one environment: used where it is up to date, else left to its owner."""
+    script.run()
+    elsewhere = script.folder.with_name("elsewhere")
+    script.folder.rename(elsewhere)
+    script.folder.symlink_to(elsewhere)
+    script.run()
+    (elsewhere / script.marker).write_text("torch==1.0")
+    assert "Remove the link" in script.run(code=2)
+    assert (elsewhere / "bin" / "python").is_file()
+    assert script.folder.is_symlink()
+
+
+def test_an_interpreter_too_old_removes_nothing(script):
+    script.run()
+    (script.folder / script.marker).write_text("torch==1.0")
+    assert "or newer" in script.run("version_info", code=2)
+    assert (script.folder / "bin" / "python").is_file()

@@ -1,0 +1,92 @@
+"""The requirements files and pyproject.toml say the same: what is needed, from which version on, and for what."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from eagle.train.options import TRACKERS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def parse(lines: list[str]) -> dict[str, Requirement]:
+    """Requirements by name, of which none comes twice."""
+    requirements = [Requirement(line) for line in lines]
+    assert len({requirement.name for requirement in requirements}) == len(requirements)
+    return {requirement.name: requirement for requirement in requirements}
+
+
+def in_file(name: str) -> dict[str, Requirement]:
+    """A file's own requirements, without those of a file that it includes."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    return parse([line for line in lines if line and not line.startswith("-r ")])
+
+
+def lowest(requirement: Requirement) -> Version:
+    """The oldest version that is allowed; 0 where any is."""
+    bounds = [Version(part.version) for part in requirement.specifier if part.operator in (">=", "==", "~=")]
+    return max(bounds, default=Version("0"))
+
+
+DEPENDENCIES, EXTRAS = parse(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
+
+
+def test_tested_versions_are_allowed_ones():
+    tested = in_file("requirements.txt")
+    assert set(tested) == set(DEPENDENCIES)
+    for name, requirement in tested.items():
+        assert lowest(DEPENDENCIES[name]) <= lowest(requirement), name
+
+
+def test_older_versions_are_allowed_ones():
+    older = in_file("requirements-older.txt")
+    assert set(DEPENDENCIES) <= set(older)
+    for name, dependency in DEPENDENCIES.items():
+        for part in older[name].specifier:
+            if part.operator == "==":
+                assert dependency.specifier.contains(part.version), name
+
+
+def test_the_second_environment_has_the_oldest_transformers_and_accelerate():
+    older = in_file("requirements-older.txt")
+    for name in ("transformers", "accelerate"):
+        assert lowest(older[name]).release[:2] == lowest(DEPENDENCIES[name]).release[:2], name
+
+
+def test_development():
+    assert parse(EXTRAS["dev"]) == in_file("requirements-dev.txt")
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
+
+
+def test_npu():
+    """torch_npu's release equals torch's."""
+    assert in_file("requirements-npu.txt")["torch_npu"].specifier == in_file("requirements.txt")["torch"].specifier
+
+
+def test_extras():
+    assert set(EXTRAS) == {"vllm", "plots", "trackers", "parquet", "dev"}
+    assert set(parse(EXTRAS["trackers"])) == set(TRACKERS) - {"none"}
+
+
+def test_environment_script_looks_for_what_is_needed():
+    script = (ROOT / "runs" / "environment.sh").read_text(encoding="utf-8")
+    (names,) = [line for line in script.splitlines() if line.strip().startswith("for package in torch ")]
+    assert names.partition(" in ")[2].partition(";")[0].split() == list(DEPENDENCIES)
+
+
+def test_commands():
+    for name, target in PROJECT["scripts"].items():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), name
