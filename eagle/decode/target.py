@@ -26,7 +26,7 @@ class Target:
     @property
     def embedding(self) -> torch.Tensor:
         """``[V, H]``."""
-        return parts_of(self.trunk, self.config).embedding.weight
+        return parts_of(self.trunk, self.config).embedding
 
     @property
     def device(self) -> torch.device:
@@ -81,6 +81,6 @@ def load_target(folder: Path, dtype: torch.dtype, device: torch.device, *, sprea
     head = read_head(Weights(folder, flag="--base-path"), config)
     trunk = load_trunk(folder, dtype, device, spread=spread)
     parts = parts_of(trunk, config)
-    device, embedding = parts.norm.weight.device, parts.embedding.weight
+    device, embedding = parts.norm.device, parts.embedding
     shared = config.tie_word_embeddings and embedding.device == device
     return Target(config, trunk, embedding.data if shared else head.to(device, dtype))

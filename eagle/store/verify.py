@@ -142,7 +142,8 @@ def skip_damaged(folder: Path, flag: str) -> FeatureStore:
     Raises: FileNotFoundError, RequestError; WorkError where nothing is whole.
     """
     store = FeatureStore(folder, flag, skip_damaged=True)
-    files, damage, indices = len(store.damage), list(store.damage), []
+    files, damage = len(store.damage), list(store.damage)
+    indices: list[int] = []
     for _ in _whole_records(store, damage, indices):
         pass
     for message in damage:
@@ -170,7 +171,7 @@ def _whole_records(store: FeatureStore, damage: list[str], damaged: list[int]) -
 def _digest(*tensors: torch.Tensor) -> bytes:
     digest = hashlib.sha256(len(tensors[0]).to_bytes(8, "little"))
     for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -88,15 +88,16 @@ def trunk_values(config: ModelConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TrunkParts:
-    """Modules of a trunk that others than its own forward pass need."""
+    """What others than its own forward pass need of a trunk. embedding: ``[V, H]``; norm: the final one's weight."""
 
-    embedding: torch.nn.Module
+    embedding: torch.Tensor
     layers: list[torch.nn.Module]
-    norm: torch.nn.Module
+    norm: torch.Tensor
 
 
 def parts_of(trunk: torch.nn.Module, config: ModelConfig) -> TrunkParts:
     """The parts of a target's trunk, found as its family names them."""
     family = TARGET_FAMILIES[config.family]
     layers = list(trunk.get_submodule(family.trunk_layers).children())
-    return TrunkParts(trunk.get_submodule(family.trunk_embedding), layers, trunk.get_submodule(family.trunk_norm))
+    embedding, norm = (trunk.get_parameter(f"{name}.weight") for name in (family.trunk_embedding, family.trunk_norm))
+    return TrunkParts(embedding, layers, norm)

@@ -72,7 +72,7 @@ class Trainer:
         self.best_tau, self._validations_without_gain = 0.0, 0
         tracker = None if options.report_to == "none" else accelerator
         self.log = RunLog(
-            options.cpdir, active=accelerator.is_main_process, total_steps=self.total_steps, tracker=tracker
+            options.run_folder, active=accelerator.is_main_process, total_steps=self.total_steps, tracker=tracker
         )
         self._last_save = time.monotonic()
 
@@ -112,9 +112,9 @@ class Trainer:
         self.log.start_at(self.position.step, saved["seconds"])
         if self.accelerator.is_main_process:
             # The run may have been killed between the checkpoint and its pointers.
-            checkpoint.point(self.options.cpdir, checkpoint.LAST, folder.name)
+            checkpoint.point(self.options.run_folder, checkpoint.LAST, folder.name)
             if saved["is_best"]:
-                checkpoint.point(self.options.cpdir, checkpoint.BEST, folder.name)
+                checkpoint.point(self.options.run_folder, checkpoint.BEST, folder.name)
         self.log.say(f"resuming from {folder} (step {self.position.step} of {self.total_steps})")
 
     def fit(self) -> None:
@@ -300,7 +300,7 @@ class Trainer:
                 "is_best": is_best,
                 "seconds": self.log.seconds,
             }
-            cpdir, metrics = self.options.cpdir, result.metrics() if result else {}
+            cpdir, metrics = self.options.run_folder, result.metrics() if result else {}
             folder = checkpoint.save(cpdir, self.draft, resume, self.position, self.run, metrics, weights)
             if is_best:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)

@@ -18,6 +18,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -61,9 +62,11 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
 
-    def add(name: str, kind: type, text: str, **more: object) -> None:
+    def add(name: str, kind: type, text: str, **more: Any) -> None:
         # A dry run writes no checkpoints and takes its shapes from either config.
-        default = {"required": not first.dry_run} if name in ("cpdir", "basepath") else {"default": defaults[name]}
+        default: dict[str, Any] = (
+            {"required": not first.dry_run} if name in ("cpdir", "basepath") else {"default": defaults[name]}
+        )
         parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
 
     add("tmpdir", Path, "the store of step 3, or a folder of data_*.ckpt dumps; this or --data_path is needed")
@@ -136,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_cpdir(options: TrainOptions) -> None:
     """Raises: RequestError where the folder holds something that is no training run."""
-    cpdir = options.cpdir
+    cpdir = options.run_folder
     if cpdir.exists() and not cpdir.is_dir():
         raise RequestError(f"--cpdir {cpdir} is a file; expected a folder for checkpoints.")
     # A run killed in its first moments leaves hidden files only.
@@ -158,7 +161,9 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
         on_cpu = device.choose_kind() == "cpu"
-        accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=str(options.cpdir) if tracker else None)
+        accelerator = Accelerator(
+            cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
+        )
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
     return accelerator
@@ -176,10 +181,10 @@ def open_store(options: TrainOptions, accelerator: Accelerator, identity: str, w
             options.allow_truncated,
             options.dtype,
         )
-        return LiveFeatures(source, options.basepath, accelerator.device, widths, accelerator.num_processes)
+        return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
     assert options.tmpdir
     store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
-    store.check_target(identity, options.basepath)
+    store.check_target(identity, options.base)
     return store
 
 
@@ -188,12 +193,12 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
 
     Raises: FileNotFoundError, RequestError.
     """
-    existing_path(options.basepath, "--basepath", "folder")
-    target = load_config(options.basepath)
+    existing_path(options.base, "--basepath", "folder")
+    target = load_config(options.base)
     family = DRAFT_FAMILIES[DEFAULT_DRAFT]
     config = family.config(target, options.configpath)
-    weights = Weights(options.basepath, flag="--basepath")
-    identity = fingerprint(options.basepath)
+    weights = Weights(options.base, flag="--basepath")
+    identity = fingerprint(options.base)
     store = open_store(options, accelerator, identity, family.features(target))
     check_widths(store.widths, family.features(target), options)
     train, held_out = split_store(store, options.val_ratio, options.seed)
@@ -208,7 +213,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     tied = target.tie_word_embeddings
     head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
-    if options.init not in family.starts and not checkpoint.states(options.cpdir):
+    if options.init not in family.starts and not checkpoint.states(options.run_folder):
         for note in warm_start(draft, Path(options.init), "--init"):
             if accelerator.is_main_process:
                 print(f"note: {note}")
@@ -241,7 +246,7 @@ def check_widths(found: dict[str, int], expected: dict[str, int], options: Train
         if found.get(name) != width:
             raise RequestError(
                 f"--tmpdir {options.tmpdir} holds {name} of size {found.get(name, 0)}, but a draft of --basepath "
-                f"{options.basepath} needs {width}. They are of different models."
+                f"{options.base} needs {width}. They are of different models."
             )
 
 
@@ -255,18 +260,18 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(options)
     set_seed(options.seed)
     trainer = build(options, accelerator)
-    output_folder(options.cpdir, "--cpdir")
-    with locked(options.cpdir, "--cpdir") if accelerator.is_main_process else nullcontext():
+    output_folder(options.run_folder, "--cpdir")
+    with locked(options.run_folder, "--cpdir") if accelerator.is_main_process else nullcontext():
         return train(options, accelerator, trainer)
 
 
 def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> int:
     """Start or continue the run, and train it to its end."""
-    saved = checkpoint.load_last(options.cpdir)
+    saved = checkpoint.load_last(options.run_folder)
     if saved:
-        checkpoint.check_same_run(options.cpdir, saved[1]["run"], trainer.run)
+        checkpoint.check_same_run(options.run_folder, saved[1]["run"], trainer.run)
     if accelerator.is_main_process:
-        write_json(options.cpdir / RUN, {"options": options.to_json(), "made_by": provenance()})
+        write_json(options.run_folder / RUN, {"options": options.to_json(), "made_by": provenance()})
     if options.report_to != "none":  # only now: a tracker writes to the folder, which a refused run must not
         settings = {k: v for k, v in options.to_json().items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("eagle", config=settings)
@@ -284,9 +289,9 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
     elif options.init in DRAFT_FAMILIES[DEFAULT_DRAFT].starts:
         trainer.initialise(DRAFT_FAMILIES[DEFAULT_DRAFT].starts[options.init])
     trainer.fit()
-    best = checkpoint.resolve_pointer(options.cpdir / checkpoint.BEST)
+    best = checkpoint.resolve_pointer(options.run_folder / checkpoint.BEST)
     summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""
-    trainer.log.say(f"done: {options.cpdir / checkpoint.BEST} is {best.name}{summary}")
+    trainer.log.say(f"done: {options.run_folder / checkpoint.BEST} is {best.name}{summary}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

@@ -125,6 +125,18 @@ class TrainOptions:
                 "no such folder."
             )
 
+    @property
+    def run_folder(self) -> Path:
+        """``--cpdir``, which only a dry run can do without."""
+        assert self.cpdir is not None
+        return self.cpdir
+
+    @property
+    def base(self) -> Path:
+        """``--basepath``, which only a dry run can do without."""
+        assert self.basepath is not None
+        return self.basepath
+
     def loader_workers(self, kind: str) -> int:
         """Data-loader processes on this kind of device: a card must not wait for the disk, a CPU has no cores to spare.
 

@@ -104,7 +104,7 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
 def start_from(model: Eagle1Network, fc_weight: torch.Tensor) -> None:
     """Make `model` the linear draft of `fc_weight`: its layer changes nothing until it is trained."""
     model.fc.weight.copy_(fc_weight)
-    layer = model.layers[0]
+    layer = model.layer
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
         nn.init.zeros_(linear.weight)
         if linear.bias is not None:

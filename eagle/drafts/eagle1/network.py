@@ -62,6 +62,13 @@ class Eagle1Network(DraftNetwork):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def layer(self) -> DraftLayer:
+        """The only one; public checkpoints call it ``layers.0``."""
+        layer = self.layers[0]
+        assert isinstance(layer, DraftLayer)
+        return layer
+
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """The target's feature is the state itself."""
         return features
@@ -82,7 +89,7 @@ class Eagle1Network(DraftNetwork):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = self.fc(self.inputs(tokens, states))
-        return self.layers[0](hidden, self.rotary(hidden, positions), mask, remember)
+        return self.layer(hidden, self.rotary(hidden, positions), mask, remember)
 
     def for_head(self, states: torch.Tensor) -> torch.Tensor:
         """The target's ``lm_head`` reads predicted features as it reads the target's."""
@@ -90,4 +97,4 @@ class Eagle1Network(DraftNetwork):
 
     def units(self) -> list[nn.Module]:
         """``fc``, and the feed-forward block, the largest by far."""
-        return [self.fc, self.layers[0].mlp]
+        return [self.fc, self.layer.mlp]
