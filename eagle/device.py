@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,11 @@ VISIBILITY_VARIABLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
+def _backend(kind: str) -> Any:
+    """``torch.npu`` or ``torch.cuda``."""
+    return getattr(torch, kind)
+
+
 def available(kind: str) -> bool:
     """Whether this process could use a device of that kind."""
     if kind == "npu":
@@ -30,7 +36,7 @@ def available(kind: str) -> bool:
             return False
         import torch_npu  # noqa: F401  (registers torch.npu)
 
-        return torch.npu.is_available()
+        return _backend("npu").is_available()
     return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
 
 
@@ -58,7 +64,7 @@ def count(kind: str) -> int | None:
     """How many cards this process sees; None for the CPU, where an index numbers a worker process."""
     if kind == "cpu":
         return None
-    return torch.npu.device_count() if kind == "npu" else torch.cuda.device_count()
+    return _backend(kind).device_count()
 
 
 def check_indices(kind: str, indices: list[int], flag: str = "--npu_indices") -> None:
@@ -106,20 +112,20 @@ def weight_memory(kind: str) -> dict[int | str, int] | None:
     """
     if kind == "cpu":
         return None
-    backend = getattr(torch, kind)
+    backend = _backend(kind)
     return {index: backend.mem_get_info(index)[0] // 8 * 7 for index in range(backend.device_count())}
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to, so that a clock tells the truth."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+        _backend(device.type).synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors on the card took so far, or on the CPU the process."""
     if device.type != "cpu":
-        return getattr(torch, device.type).max_memory_allocated(device)
+        return _backend(device.type).max_memory_allocated(device)
     return process_peak()
 
 
@@ -141,7 +147,7 @@ def process_peak(pid: int | None = None) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the card, or on the CPU what the system could give a new process."""
     if device.type != "cpu":
-        return getattr(torch, device.type).mem_get_info(device)[0]
+        return _backend(device.type).mem_get_info(device)[0]
     import psutil  # accelerate needs it too
 
     return psutil.virtual_memory().available
@@ -150,7 +156,7 @@ def free_memory(device: torch.device) -> int:
 def describe(device: torch.device) -> str:
     """The hardware's name, for reports."""
     if device.type != "cpu":
-        return f"{device.type} {getattr(torch, device.type).get_device_name(device)}"
+        return f"{device.type} {_backend(device.type).get_device_name(device)}"
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

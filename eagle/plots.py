@@ -45,6 +45,7 @@ def save_picture(path: Path, size: tuple[float, float], fill: Callable[[Figure],
     try:
         import matplotlib.style
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         _say_missing(path.name)
         return None
@@ -52,8 +53,7 @@ def save_picture(path: Path, size: tuple[float, float], fill: Callable[[Figure],
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         # Which font has the letters of a name is up to the viewer: the file holds text.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
         fill(figure)
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     temporary.replace(path)

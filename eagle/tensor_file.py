@@ -67,6 +67,6 @@ def write_pieces(path: Path, tensors: dict[str, list[torch.Tensor]], metadata: d
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for piece in tensors[name]:
-                file.write(piece.contiguous().view(torch.uint8).numpy())
+                file.write(piece.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

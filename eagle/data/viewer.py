@@ -73,7 +73,8 @@ def show_record(records: Records, encoder: Encoder, index: int, max_length: int)
         aligned = align_record(records, index, encoder)
     except Dropped as dropped:
         return Shown(index, [], dropped.reason)
-    pieces, at = [], 0
+    pieces: list[Piece] = []
+    at = 0
     special = set(encoder.tokenizer.all_special_ids) | {
         number for number, token in encoder.tokenizer.added_tokens_decoder.items() if token.special
     }

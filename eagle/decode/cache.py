@@ -24,7 +24,7 @@ class TargetCache(Cache):
 
     def __init__(self, config: ModelConfig, rows: int, devices: list[torch.device], dtype: torch.dtype) -> None:
         if issubclass(Cache, torch.nn.Module):  # transformers up to 4.48
-            torch.nn.Module.__init__(self)
+            torch.nn.Module.__init__(self)  # type: ignore[arg-type]
         self.layers: list[Any] = []  # transformers' own storage, unused
         self.length = 0
         shape = (1, config.num_key_value_heads, rows, config.head_dim)
@@ -59,8 +59,10 @@ class TargetCache(Cache):
     def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
         return self.length
 
-    def get_mask_sizes(self, query: int | torch.Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        new = query if isinstance(query, int) else query.shape[0]  # transformers 4 passes the positions
+    def get_mask_sizes(  # type: ignore[override]  # transformers 4 passes the positions, 5 how many there are
+        self, query: int | torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        new = query if isinstance(query, int) else query.shape[0]
         return self.length + new, 0
 
 

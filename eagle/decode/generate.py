@@ -108,7 +108,7 @@ class SpeculativeDecoder:
 
     def choices(self, logits: torch.Tensor, proposal: Proposal) -> torch.Tensor:
         """The target's token ``[N+1]`` behind each node, from its logits ``[N+1, V]``."""
-        if proposal.q is None:
+        if proposal.q is None or proposal.children is None:
             return self._choose(logits)
         p = self.sampling.distribution(logits)
         choices = draw(p, self.generator).squeeze(1)

@@ -41,7 +41,8 @@ def draw_report(report: dict[str, Any], folder: Path) -> Path | None:
         title = f"τ = {report['tau']:.2f} tokens per target pass"
         figure.text(left, 1 - 0.15 / height, title, va="top", fontsize=14, weight="bold")
         figure.text(left, 1 - _TITLE / height, "\n".join(details), va="top", color=GREY)
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - top / height))
+        engine: Any = figure.get_layout_engine()
+        engine.set(rect=(0, 0, 1, 1 - top / height))
         # Figures of their own: long names of categories then leave the bars by position their room.
         panels = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
         _positions(panels[0].subplots(), report["accepted_per_position"], report["n_alpha"])
@@ -64,7 +65,7 @@ def _positions(axes: Axes, accepted: Sequence[float], n_alpha: Sequence[float | 
     axes.set_xticks(positions if len(accepted) <= 2 * _NUMBERED else [1, *positions[4::5]])
     axes.tick_params(axis="x", length=0)
     width = min(0.38, 0.1 * len(accepted))  # a bar alone would fill the panel
-    bars = [
+    bars: list[tuple[str, str, float, dict[int, float | None]]] = [
         ("share of all steps", BLUE, -width / 2, dict(zip(positions, accepted, strict=True))),
         ("n-α: of those that got there", PALE_BLUE, width / 2, dict(zip(positions, n_alpha, strict=True))),
     ]

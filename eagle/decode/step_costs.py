@@ -101,5 +101,5 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - started, result
 
 
-def fastest(estimates: list[Estimate]) -> Estimate:
+def fastest(estimates: Sequence[Estimate]) -> Estimate:
     return max(estimates, key=Estimate.tokens_per_second)

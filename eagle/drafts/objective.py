@@ -7,9 +7,12 @@ and processes before anything is divided.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+
+#: A mean over positions: a tensor while it is differentiated, a number once it is reported.
+Mean = TypeVar("Mean", torch.Tensor, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class Objective(Protocol):
         """Feature loss and token loss a position; counts: ``[S]``, the positions of every step in the global batch."""
         ...
 
-    def total(self, feature: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """What is differentiated, from the means; of floats too."""
+    def total(self, feature: Mean, token: Mean) -> Mean:
+        """What is differentiated, from the means; or the number to report."""
         ...
 
     def judge(self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> Judgement: ...

@@ -92,7 +92,7 @@ class StoredRecord:
 def checksum(*arrays: np.ndarray) -> int:
     crc = 0
     for array in arrays:
-        crc = zlib.crc32(array, crc)
+        crc = zlib.crc32(array.data, crc)
     return crc
 
 

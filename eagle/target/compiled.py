@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def _missing(kind: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "there is no triton, which compiles for CUDA"
 
 
-def compile_trunk(trunk: torch.nn.Module, where: torch.device) -> torch.nn.Module | None:
+def compile_trunk(trunk: Any, where: torch.device) -> torch.nn.Module | None:
     """The trunk compiled once for batches of every shape, its frozen weights laid out for the kernels.
 
     None, and a word on stderr, where it cannot be compiled or its features are not the eager trunk's to the noise of

@@ -52,7 +52,7 @@ def save(
     optimizer: dict[str, Any],
     position: Position,
     run: dict[str, Any],
-    metrics: dict[str, float],
+    metrics: dict[str, Any],
     whole: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write ``state_<step>`` and point `last` at it. whole: the weights, where the model holds shards of them.

@@ -167,14 +167,14 @@ class Trainer:
         options = self.options
         batches = epoch_batches(self.train_set.lengths, self.global_size, options.seed, epoch)
         keys, empty = [], []
-        for batch in batches[self.position.batch :]:
+        for indices in batches[self.position.batch :]:
             for piece in micro_batches(
-                batch, options.bs, self.accelerator.process_index, self.processes, options.gradient_accumulation_steps
+                indices, options.bs, self.accelerator.process_index, self.processes, options.gradient_accumulation_steps
             ):
                 # A process without records still takes part, with one that counts for nothing.
-                keys.append([(epoch, int(index)) for index in (piece if len(piece) else batch[:1])])
+                keys.append([(epoch, int(index)) for index in (piece if len(piece) else indices[:1])])
                 empty.append(not len(piece))
-        group = []
+        group: list[Batch] = []
         for batch in self._batches(self.train_set, keys, empty):
             group.append(batch)
             if len(group) == options.gradient_accumulation_steps:
@@ -228,7 +228,7 @@ class Trainer:
         norm = clip(accelerator, model, self.optimizer, options.grad_clip or math.inf)
         said = torch.cat([sums, flag, norm.to(accelerator.device, torch.float32).reshape(1)])
         feature_loss, token_loss, correct, save, norms = accelerator.reduce(said).tolist()
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         # Gradients that overflow in float16 are its scaler's business.
         judged = feature_loss + token_loss + (norms if accelerator.scaler is None else 0)
         check_finite(judged, self.position.step + 1, group, lr)

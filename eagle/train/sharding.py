@@ -73,7 +73,7 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
     for group in optimizer.param_groups:
         group["params"] = [new[parameter] for parameter in group["params"]]
     for parameter in list(optimizer.state):
-        sharded = new[parameter]
+        sharded: Any = new[parameter]  # a DTensor
         optimizer.state[sharded] = {
             name: distribute_tensor(value, mesh, sharded.placements) if value.shape == sharded.shape else value
             for name, value in optimizer.state.pop(parameter).items()
@@ -82,7 +82,7 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
 
 
 @contextmanager
-def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+def no_sync(accelerator: Accelerator, model: Any) -> Iterator[None]:
     """Gradients add up in every process and are exchanged at the next backward pass outside of this."""
     if not hasattr(model, "set_requires_gradient_sync"):
         with accelerator.no_sync(model):
@@ -105,12 +105,11 @@ def clip(
     """
     accelerator.unscale_gradients(optimizer)  # of float16; does nothing else
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), most), keep=True)
-    assert norm is not None
     return norm
 
 
-def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
-    """The tensor itself, or a shard's whole on the CPU; every process takes part, those that `keep` it get it."""
+def whole(tensor: Any, keep: bool) -> Any:
+    """The tensor itself, or a DTensor's whole on the CPU; every process takes part, those that `keep` it get it."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     full = tensor.detach().full_tensor()

@@ -133,7 +133,8 @@ def last_words(log: str) -> str:
 
     Of each the line itself and the indented ones that explain it; of a log without an error line the end.
     """
-    lines, errors = [], []
+    lines: list[str] = []
+    errors: list[int] = []
     for raw in log.splitlines():
         prefix = _LOG_PREFIX.match(raw)
         line = raw[prefix.end() :].rstrip() if prefix else raw.rstrip()

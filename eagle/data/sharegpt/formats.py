@@ -271,6 +271,7 @@ def _read_ultrachat(record: Any, shape: Shape) -> Iterable[Any]:
 
 def _read_columns(record: Any, shape: Shape) -> Iterable[Any]:
     columns = shape.columns
+    assert columns and columns.prompt and columns.response
     if not isinstance(record, dict):
         raise Unusable(OTHER_SHAPE)
     row = {_plain(name): value for name, value in record.items()}

@@ -30,9 +30,10 @@ WRONG_WIDTH = "the row has more or fewer cells than the header"
 class Source(Protocol):
     """A file of records. Iterating gives each record, or the `Unusable` that says why it cannot be read."""
 
-    count: int | None
     notes: list[str]
 
+    @property
+    def count(self) -> int | None: ...
     def samples(self) -> list[Any]: ...
     def __iter__(self) -> Iterator[Any]: ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from eagle.drafts.losses import TOKEN_LOSSES, smooth_l1
-from eagle.drafts.objective import Judgement, LossOptions, LossSums
+from eagle.drafts.objective import Judgement, LossOptions, LossSums, Mean
 from eagle.drafts.token_loss import TokenLossHead
 
 
@@ -25,7 +25,7 @@ class Eagle1Objective:
     def means(self, sums: LossSums, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return sums.feature / counts[0].clamp_min(1), (sums.token / counts.clamp_min(1)).mean()
 
-    def total(self, feature: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    def total(self, feature: Mean, token: Mean) -> Mean:
         return self.options.feature_weight * feature + self.options.token_weight * token
 
     def judge(self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> Judgement:
