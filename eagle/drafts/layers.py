@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -90,12 +91,33 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(hidden.dtype)
 
 
-def rotary_embedding(config: ModelConfig) -> nn.Module:
-    """transformers' own rotary embedding for this config, so that every scaling the target may use is right."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+class RotaryEmbedding(nn.Module):
+    """transformers' own rotary embedding for a config, so that every scaling the target may use is right.
 
-    raw = config.to_json(as_llama=True)
-    for key in ("architectures", "model_type", "torch_dtype", "qkv_bias"):
-        raw.pop(key, None)
-    return LlamaRotaryEmbedding(config=LlamaConfig(**raw))
+    Its frequencies stay in float32 whatever dtype the network around it is cast to: rounded to bfloat16 they turn a
+    position of a few hundred tokens by a wrong angle, and fewer tokens are accepted the longer the context is.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        super().__init__()
+        raw = config.to_json(as_llama=True)
+        for key in ("architectures", "model_type", "torch_dtype", "qkv_bias"):
+            raw.pop(key, None)
+        self.embedding = LlamaRotaryEmbedding(config=LlamaConfig(**raw))
+
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[B, T, head_dim]`` in the dtype of `hidden`, of positions ``[B, T]``."""
+        return self.embedding(hidden, positions)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """What `to`, `cuda`, `bfloat16` and the like do to a module: devices are taken over, dtypes are not."""
+        before = {name: buffer for name, buffer in self.embedding.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self.embedding, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self.embedding, name, buffer.to(moved.device))
+        return self

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from eagle import device
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
-from eagle.drafts.layers import rotary_embedding
+from eagle.drafts.layers import RotaryEmbedding
 from eagle.drafts.memory import Setting
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -105,7 +105,7 @@ def runtime_bytes(config: ModelConfig, kind: str) -> int:
     """What a process holds before it loads anything: measured here on a CPU, by importing what training imports."""
     if kind != "cpu":
         return CONTEXT_BYTES
-    rotary_embedding(config.draft())
+    RotaryEmbedding(config.draft())
     # Optimizers import torch's compiler when the first one is made.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     return psutil.Process().memory_info().rss

@@ -112,3 +112,17 @@ def test_what_is_no_draft(target, tmp_path):
         load_draft(tmp_path)
     for expected in ("up_proj.weight is missing", "input_layernorm.weight is not part", "fc.weight is [64, 32]"):
         assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_stay_in_float32(target, dtype):
+    """Whatever the network is cast to: at 900 tokens rounded ones would turn by a wrong angle."""
+    wide, narrow = draft_of(target), draft_of(target).to(dtype)
+    positions = torch.arange(900)[None]
+    for found, expected in zip(
+        narrow.rotary(torch.zeros(1, dtype=torch.float32), positions),
+        wide.rotary(torch.zeros(1, dtype=torch.float32), positions),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert narrow.fc.weight.dtype == dtype

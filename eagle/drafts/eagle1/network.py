@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eagle.drafts.layers import MLP, Attention, RMSNorm, rotary_embedding
+from eagle.drafts.layers import MLP, Attention, RMSNorm, RotaryEmbedding
 from eagle.drafts.network import DraftNetwork, Remember
 from eagle.target.config import ModelConfig
 
@@ -52,7 +52,7 @@ class Eagle1Network(DraftNetwork):
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=True)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
-        self.rotary = rotary_embedding(config)
+        self.rotary = RotaryEmbedding(config)
         self._initialise()
 
     def _initialise(self) -> None:
