@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from eagle.drafts.eagle1.draft_config import draft_config_for
-from eagle.store.record import HIDDEN_STATE
+from eagle.target.features import HIDDEN_STATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -38,7 +38,7 @@ from eagle.errors import WorkError
 from eagle.files import existing_path, write_json
 from eagle.generate.collector import Item
 from eagle.generate.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
-from eagle.generate.worker import Share, Worker, open_source
+from eagle.generate.worker import Share, Worker, source_for
 from eagle.provenance import provenance
 from eagle.store.dtypes import STORE_DTYPES, pack
 from eagle.store.reader import FeatureStore
@@ -141,7 +141,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     tokenised = time.perf_counter()
     (folder / "0").mkdir()
     share = Share(folder, 0)
-    worker = Worker(share, open_source(share, job.kind, 1, "on" if args.compiled else "off"))
+    worker = Worker(share, source_for(share, job.kind, 1, "on" if args.compiled else "off"))
     batches = [share.items(batch) for stretch in share.missing for batch in share.batches(stretch)]
     worker.compute(batches[0])  # warm
     bare = [bare_forward(worker, batches)]

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmarks  # noqa: F401  keeps folders of the user's from being imported
-from eagle.decode.acceptance import Acceptance
-from eagle.decode.draft import load_fitting_draft
+from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import DraftOptions
+from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.generate import Generation, SpeculativeDecoder, generate_alone
+from eagle.decode.recommendation import estimate, timed
 from eagle.decode.sampling import Sampling
-from eagle.decode.step_costs import estimate, timed
 from eagle.decode.target import load_target
 from eagle.device import choose_kind, describe, torch_device
 from eagle.dtypes import dtype_name, parse_dtype

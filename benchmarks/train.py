@@ -31,7 +31,7 @@ import psutil
 import torch
 
 from eagle.drafts.eagle1.draft_config import draft_config_for
-from eagle.store.record import HIDDEN_STATE
+from eagle.target.features import HIDDEN_STATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -56,6 +56,7 @@ class RiggedDraft(DraftNetwork):
 
     def __init__(self, target: Target, features: torch.Tensor, right: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
+        self.reads = "hidden_state"
         self.config = target.config.draft()
         self.features, self.right = features, right
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from eagle.generate.worker import Share, Worker, open_source
+from eagle.generate.worker import Share, Worker, source_for
 
 VOCAB = 400
 CORPUS = [
@@ -165,4 +165,4 @@ def write_sharegpt(path: Path, records: list[Any]) -> Path:
 def cpu_worker(outdir: Path, number: int) -> Worker:
     """A worker of a claimed and encoded job, in this process."""
     share = Share(outdir, number)
-    return Worker(share, open_source(share, "cpu", cards=1, compile_mode="off"))
+    return Worker(share, source_for(share, "cpu", cards=1, compile_mode="off"))

@@ -31,7 +31,7 @@ class Encoded:
     """A conversation as tokens.
 
     input_ids: ``[T]`` int32. loss_mask: ``[T]`` uint8, 1 where token ``x[t]`` belongs to a reply, its
-    end-of-turn token included; unshifted (the training data set shifts it, nobody else does).
+    end-of-turn token included; unshifted (`eagle.drafts.alignment` shifts it, nobody else does).
     """
 
     input_ids: np.ndarray

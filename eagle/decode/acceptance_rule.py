@@ -1,4 +1,12 @@
-"""x"""
+"""What the target chooses after a node whose drafted children were drawn by chance (EAGLE section 3.3, SpecInfer).
+
+The token emitted after a node is always the target's choice there, so the output is the target's own if every choice is
+distributed as the target's next token:
+
+    greedy                      the most likely token
+    fixed candidates            a draw from p: the draft's candidates do not depend on chance, so nothing needs mending
+    candidates drawn from q     `settle`: accept with min(1, p/q), else draw from what is left
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class DraftCache:
         self.length = self._end = 0
 
     def remember(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write rows behind all others and give all of them; what `Eagle1Network` calls."""
+        """Write rows behind all others and give all of them; what a `DraftNetwork` calls."""
         start, self._end = self._end, self._end + keys.shape[-2]
         self._keys[:, :, start : self._end] = keys
         self._values[:, :, start : self._end] = values

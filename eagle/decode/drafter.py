@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from eagle.decode.cache import DraftCache
 from eagle.decode.sampling import Sampling, draw
@@ -63,7 +62,7 @@ class DraftRunner:
         return self.model(tokens[None], states[None], positions[None], mask, self.cache.remember)[0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self.model.for_head(states), self.head)
+        return self.model.logits(states, self.head)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,15 +22,15 @@ import torch
 
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
-from eagle.decode.acceptance import Acceptance
-from eagle.decode.draft import load_fitting_draft
+from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import MODES, DraftOptions
+from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.generate import SpeculativeDecoder, generate_alone
 from eagle.decode.picture import draw_report
+from eagle.decode.recommendation import Estimate, estimate
 from eagle.decode.replies import Reply, answer
 from eagle.decode.report import build_report, report_lines
 from eagle.decode.sampling import Sampling
-from eagle.decode.step_costs import Estimate, estimate
 from eagle.decode.target import load_target
 from eagle.device import KINDS, choose_kind, describe, peak_memory, torch_device
 from eagle.dtypes import DTYPES, dtype_name, parse_dtype

@@ -21,9 +21,10 @@ from eagle.decode.acceptance_rule import settle
 from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.sampling import Sampling, draw
 from eagle.decode.target import Target
-from eagle.decode.verification import follow
+from eagle.decode.tree_verification import follow
 from eagle.device import synchronize
 from eagle.drafts.network import DraftNetwork
+from eagle.target.features import HIDDEN_STATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class SpeculativeDecoder:
     def __init__(self, target: Target, draft: DraftNetwork, drafter: Drafter, sampling: Sampling) -> None:
         self.target, self.draft, self.drafter, self.sampling = target, draft, drafter, sampling
         self.generator = sampling.generator(target.device)
+        #: What a pass of the target has to give: its own logits come from the first, the draft reads the other.
+        self.names = tuple(dict.fromkeys((HIDDEN_STATE, draft.reads)))
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], max_new_tokens: int, stop: Collection[int] = ()) -> Generation:
@@ -82,24 +85,24 @@ class SpeculativeDecoder:
         cache = target.new_cache(rows + self.drafter.nodes + 1)
         draft = DraftRunner(self.draft, target.head, rows + self.drafter.nodes + self.drafter.rows + 1)
         ids = torch.tensor(prompt, device=device)
-        features = target.features(ids, cache)
+        features = target.features(ids, cache, names=self.names)
         cache.keep(list(range(len(prompt))))
-        root = self._choose(target.logits(features[-1:]))
+        root = self._choose(target.logits(features[HIDDEN_STATE][-1:]))
         more = result.add(root.tolist(), max_new_tokens, stop)
         result.prefill_seconds = elapsed()
         tokens = torch.cat((ids[1:], root))
         while more:
-            predicted = draft.advance(tokens, features)
+            predicted = draft.advance(tokens, features[self.draft.reads])
             proposal = self.drafter.propose(root, predicted, draft, self.generator)
             draft_seconds = elapsed()
             tree = proposal.tree
-            features = target.features(proposal.tokens, cache, (tree.depths, tree.ancestors))
-            choices = self.choices(target.logits(features), proposal)
+            features = target.features(proposal.tokens, cache, (tree.depths, tree.ancestors), self.names)
+            choices = self.choices(target.logits(features[HIDDEN_STATE]), proposal)
             verdict = follow(proposal.tokens, tree, choices)
             cache.keep(verdict.path)
             more = result.add(verdict.tokens, max_new_tokens, stop)
             nodes = torch.tensor(verdict.path, device=device)
-            tokens, features = choices[nodes], features[nodes]
+            tokens, features = choices[nodes], {name: rows[nodes] for name, rows in features.items()}
             root = tokens[-1:]
             accepted = len(verdict.order)
             result.steps.append(Step(accepted, verdict.tried, verdict.order, draft_seconds, elapsed()))
@@ -131,9 +134,9 @@ def generate_alone(
     cache = target.new_cache(len(prompt) + max_new_tokens)
     tokens, more = torch.tensor(prompt, device=target.device), True
     while more:
-        features = target.features(tokens, cache)
+        hidden_state = target.features(tokens, cache)[HIDDEN_STATE]
         cache.keep(list(range(len(tokens))))
-        logits = target.logits(features[-1:])
+        logits = target.logits(hidden_state[-1:])
         tokens = logits.argmax(-1) if sampling.greedy else draw(sampling.distribution(logits), generator).squeeze(1)
         more = result.add(tokens.tolist(), max_new_tokens, stop)
         if not result.prefill_seconds:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eagle.decode.acceptance import Acceptance
+from eagle.decode.acceptance_counts import Acceptance
+from eagle.decode.recommendation import Estimate, recommendation
 from eagle.decode.replies import Reply
-from eagle.decode.step_costs import Estimate, fastest
 
 NO_CATEGORY = "uncategorised"
 
@@ -65,29 +65,6 @@ def build_report(replies: Sequence[Reply], depth: int, greedy: bool, estimates: 
         "differing_replies": differing,
         "categories": {name: summary(some, depth) for name, some in categories.items()},
         "recommendation": recommendation(estimates) if estimates else None,
-    }
-
-
-def recommendation(estimates: Sequence[Estimate]) -> dict[str, Any]:
-    """The fastest size and the whole curve. speedup: over the target alone, which is size 0."""
-    best, alone = fastest(estimates), estimates[0].tokens_per_second()
-    curve = [
-        {
-            "num_draft_tokens": one.nodes,
-            "tau": one.tau if one.nodes else 1.0,
-            "draft_ms": 1000 * one.draft_seconds,
-            "target_ms": 1000 * one.target_seconds,
-            "tokens_per_s": one.tokens_per_second(),
-            "speedup": one.tokens_per_second() / alone,
-        }
-        for one in estimates
-    ]
-    return {
-        "num_draft_tokens": best.nodes,
-        "tokens_per_s": best.tokens_per_second(),
-        "speedup": best.tokens_per_second() / alone,
-        "largest_measured": max(one.nodes for one in estimates),
-        "curve": curve,
     }
 
 

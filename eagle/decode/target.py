@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 from eagle.decode.cache import TargetCache
 from eagle.files import existing_path
 from eagle.target.config import ModelConfig, load_config
+from eagle.target.features import HIDDEN_STATE, features_of
 from eagle.target.trunk import load_trunk, parts_of
 from eagle.target.weights import Weights, read_head
 
@@ -38,9 +40,13 @@ class Target:
         return TargetCache(self.config, rows, devices, self.head.dtype)
 
     def features(
-        self, tokens: torch.Tensor, cache: TargetCache, tree: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """Features ``[T, H]`` of the tokens ``[T]`` that stand behind the cache's rows.
+        self,
+        tokens: torch.Tensor,
+        cache: TargetCache,
+        tree: tuple[torch.Tensor, torch.Tensor] | None = None,
+        names: Iterable[str] = (HIDDEN_STATE,),
+    ) -> dict[str, torch.Tensor]:
+        """Features by name, ``[T, W]`` each, of the tokens ``[T]`` that follow the cache's rows.
 
         tree: depths ``[T]`` and ancestors ``[T, T]`` where the tokens are not a sequence.
         """
@@ -49,17 +55,20 @@ class Target:
             positions, mask = torch.arange(start, start + count, device=tokens.device), None
         else:
             positions, mask = tree[0] + start, attention_bias(tree[1], start, self.head.dtype)
-        output = self.trunk(
+        found = features_of(
+            self.trunk,
+            names,
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
         )
-        return output.last_hidden_state[0].to(self.device)
+        return {name: features[0].to(self.device) for name, features in found.items()}
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        return functional.linear(features, self.head)
+    def logits(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """``[..., V]`` from last hidden states ``[..., H]``."""
+        return functional.linear(hidden_state, self.head)
 
 
 def attention_bias(visible: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor | None:

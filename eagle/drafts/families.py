@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from eagle.drafts.eagle1.family import Eagle1
-from eagle.drafts.family import DraftFamily
+from eagle.drafts.interface import DraftFamily
 
 DRAFT_FAMILIES: dict[str, DraftFamily] = {family.name: family for family in (Eagle1(),)}
 

@@ -41,6 +41,10 @@ TOKEN_LOSSES: dict[str, TokenLoss] = {
     "lk": acceptance,
 }
 
+#: Parts of float32 logits that each makes beyond the three that are there anyway: the closed form of soft_cross_entropy
+#: makes one product; the others are differentiated automatically. For the memory plan.
+LOSS_PARTS = {"soft_cross_entropy": 1, "top_k": 3, "lk": 4}
+
 
 def soft_cross_entropy_slope(logits: torch.Tensor, target: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`soft_cross_entropy` in closed form: its values ``[N]``, and in `out` its slope with respect to the logits.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from eagle.target.config import ModelConfig
 
@@ -20,9 +21,11 @@ Remember = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tens
 class DraftNetwork(nn.Module):
     """The network of one draft. Its trainable parameters carry the names they are saved under.
 
-    config: of its one layer. embed_tokens: the target's embedding ``[V, H]``, frozen.
+    reads: the target's features that `read` takes, by name. config: of its one layer. embed_tokens: the target's
+    embedding ``[V, H]``, frozen.
     """
 
+    reads: str
     config: ModelConfig
     embed_tokens: nn.Embedding
 
@@ -47,8 +50,12 @@ class DraftNetwork(nn.Module):
         raise NotImplementedError
 
     def for_head(self, states: torch.Tensor) -> torch.Tensor:
-        """What the head turns into logits, ``[..., H]``."""
+        """What a head turns into logits, ``[..., H]``."""
         raise NotImplementedError
+
+    def logits(self, states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Over the target's vocabulary, ``[..., V]``. head: the target's ``lm_head`` ``[V, H]``."""
+        return functional.linear(self.for_head(states), head)
 
     def units(self) -> list[nn.Module]:
         """The large parts of the network, each of which FSDP gathers by itself while it runs."""
@@ -57,3 +64,9 @@ class DraftNetwork(nn.Module):
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The trainable weights by the names they are saved under."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """What a saved draft must hold: the trained weights and the saved buffers; not what is the target's."""
+        saved = self.state_dict(keep_vars=True)
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in saved.items() if name not in frozen}

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from eagle.drafts.families import family_of
-from eagle.drafts.family import DraftFamily
-from eagle.drafts.layout import SavedDraft
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
+from eagle.drafts.vllm_layout import SavedDraft
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json, write_json
 from eagle.target.config import ModelConfig, load_config
@@ -23,27 +23,24 @@ WEIGHTS_FILE = "model.safetensors"
 #: What a training run's folder holds beside checkpoints: pointers to two of them; and what one says of itself.
 BEST, LAST, STATE = "best", "last", "state.json"
 
-#: Tensors that a saved draft may bring along and that are the target's.
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"
 
 
-def trained_shapes(family: DraftFamily, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every trained tensor by name, counted from the network; nothing is allocated."""
+def without_values(family: DraftFamily, config: ModelConfig) -> DraftNetwork:
+    """The network on the meta device: the shape of every tensor and none of their values; nothing is allocated."""
     with torch.device("meta"):
-        network = family.build(config, torch.empty(config.vocab_size, config.hidden_size))
-    return {name: tuple(tensor.shape) for name, tensor in network.trained_state().items()}
+        return family.build(config, torch.empty(config.vocab_size, config.hidden_size))
 
 
-def shape_problems(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor], family: DraftFamily
-) -> list[str]:
-    """What is missing, what does not belong, and what has another shape, in words."""
+def shape_problems(network: DraftNetwork, found: Mapping[str, torch.Tensor]) -> list[str]:
+    """What a saved draft lacks to fit the network, what does not belong, and what has another shape, in words."""
+    expected, family = network.own_state(), family_of(network.own_state())
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not part of {family.describes}" for name in found.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(expected[name])}"
+        f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
         for name in expected.keys() & found.keys()
-        if tuple(found[name].shape) != expected[name]
+        if found[name].shape != expected[name].shape
     ]
     return sorted(problems)
 
@@ -54,7 +51,7 @@ def save_draft(network: DraftNetwork, folder: Path, whole: dict[str, torch.Tenso
     whole: the weights by name, where the network itself holds only shards of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = dict(network.named_parameters()) if whole is None else whole
+    named = network.state_dict() if whole is None else whole
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / "config.json", network.config.to_json())
@@ -73,6 +70,11 @@ def read_draft_state(weights: Weights) -> dict[str, torch.Tensor]:
     return state
 
 
+def draft_names(weights: Weights) -> set[str]:
+    """The public names of a saved draft's tensors, without reading any."""
+    return {name.removeprefix("model.") for name in weights.names()}
+
+
 def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> DraftNetwork:
     """The draft in a checkpoint or export folder, in its stored dtype.
 
@@ -80,22 +82,21 @@ def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> Dra
 
     Raises: FileNotFoundError, RequestError (missing or misshapen tensors).
     """
-    config = load_config(folder)
     state = read_draft_state(Weights(folder, flag="--draft-path"))
-    state.pop(HEAD, None)
-    stored = state.pop(EMBEDDING, None)
-    embedding = stored if stored is not None else embedding
+    family = family_of(state)
+    config = load_config(folder, family.config_keys)
+    theirs = {name: state.pop(name) for name in family.targets_own if name in state}
+    embedding = theirs.get(EMBEDDING, embedding)
     if embedding is None:
         raise RequestError(f"{folder} holds no {EMBEDDING}; the target's embedding is needed beside it.")
-    network = family_of(state).build(config, embedding, state)
+    network = family.build(config, embedding, state)
     load_trained_state(network, state, str(folder))
     return network.to(next(iter(state.values())).dtype)
 
 
 def load_trained_state(network: DraftNetwork, state: Mapping[str, torch.Tensor], source: str) -> None:
     """Copy weights into the network. Raises: RequestError naming what is missing, extra or of another shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in network.trained_state().items()}
-    problems = shape_problems(expected, state, family_of(state))
+    problems = shape_problems(network, state)
     if problems:
         raise RequestError(f"{source} does not hold a draft of this target: {'; '.join(problems)}.")
     network.load_state_dict(dict(state), strict=False)
@@ -108,11 +109,11 @@ def warm_start(network: DraftNetwork, path: Path, flag: str) -> list[str]:
     """
     source = resolve_pointer(path)
     state = read_draft_state(Weights(source, flag=flag))
-    for name in (EMBEDDING, HEAD):
-        state.pop(name, None)  # the base model's are used
-    kept, notes = family_of(state).for_training(state)
+    family = family_of(state)
+    optional = family.optional(state)
+    kept = {name: tensor for name, tensor in state.items() if name not in (*family.targets_own, *optional)}
     load_trained_state(network, kept, f"{flag} {source}")
-    return [f"{flag} {source}: {note}" for note in notes]
+    return [f"{flag} {source} has {what}; it is left out" for what in optional.values() if what]
 
 
 def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> SavedDraft:
@@ -123,7 +124,8 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
     state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
-    for name in (EMBEDDING, HEAD):  # the layouts that want them take them from the target
+    family = family_of(state)
+    for name in family.targets_own:  # the layouts that want them take them from the target
         tensor = state.pop(name, None)
         expected = (target.vocab_size, target.hidden_size)
         if tensor is not None and tuple(tensor.shape) != expected:
@@ -131,10 +133,10 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
                 f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
                 "draft was trained for another model."
             )
-    family = family_of(state)
     config = family.config_of(target, state)
-    kept, _ = family.for_training(state)  # what is no part of it but may be there
-    problems = shape_problems(trained_shapes(family, config), kept, family)
+    optional = family.optional(state)
+    kept = {name: tensor for name, tensor in state.items() if name not in optional}
+    problems = shape_problems(without_values(family, config), kept)
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise RequestError(f"--draft-path {folder} does not hold a draft of --base-path's model: {shown}.")

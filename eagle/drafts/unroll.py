@@ -27,7 +27,7 @@ class UnrolledDraft(nn.Module):
         self.draft = draft
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, steps: int = 1) -> torch.Tensor:
-        """States ``[steps, B, T, H]``; row t of every step belongs to position t+1.
+        """What a head reads, ``[steps, B, T, H]``; row t of every step belongs to position t+1.
 
         tokens: ``[B, T]``, x[t+1] at position t. features: ``[B, T, W]``, the target's at position t. Rows t < k - 1 of
         step k belong to no chain and mean nothing. A step's output is detached before the next reads it, as a server's
@@ -47,8 +47,9 @@ class UnrolledDraft(nn.Module):
         dtype, outputs = states.dtype, []
         for step in range(1, steps + 1):
             mask = None if step == 1 else chain_mask(length, step, tokens.device)
-            outputs.append(self.draft(tokens, states, positions, mask, remember))
-            states = nn.functional.pad(outputs[-1].detach()[:, :-1], (0, 0, 1, 0)).to(dtype)
+            states = self.draft(tokens, states, positions, mask, remember)
+            outputs.append(self.draft.for_head(states))
+            states = nn.functional.pad(states.detach()[:, :-1], (0, 0, 1, 0)).to(dtype)
         return torch.stack(outputs)
 
 

@@ -19,8 +19,9 @@ import torch
 from eagle.data.loss_mask import Encoded
 from eagle.errors import WorkError
 from eagle.generate.progress import Progress
-from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.record import Record
 from eagle.store.writer import ShardWriter
+from eagle.target.features import HIDDEN_STATE
 
 #: Batches that may wait to be fetched. One is enough to keep the device busy.
 _AHEAD = 2

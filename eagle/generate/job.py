@@ -27,7 +27,8 @@ from eagle.provenance import provenance
 from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
-from eagle.target.config import TARGET_FAMILIES, load_config
+from eagle.target.config import load_config
+from eagle.target.families import TARGET_FAMILIES
 from eagle.target.weights import Weights, fingerprint
 
 COMPILE_MODES = ("auto", "on", "off")
@@ -56,6 +57,7 @@ class GenerationRequest:
     num_nodes: int = 1
     node_rank: int = 0
     compile: str = "auto"
+    draft: str = DEFAULT_DRAFT
 
     def __post_init__(self) -> None:
         if self.end_num is not None and self.end_num < 1:
@@ -170,7 +172,7 @@ def resolve(request: GenerationRequest) -> Job:
             "damage": dataclasses.asdict(records.damage) if records.damage else None,
         },
         "dtype": dtype_name(parse_dtype(request.dtype)),
-        "features": DRAFT_FAMILIES[DEFAULT_DRAFT].features(config),
+        "features": DRAFT_FAMILIES[request.draft].features(config),
         "options": {
             "conversations": conversations,
             "seed": request.seed,
@@ -210,6 +212,7 @@ _IDENTITY = (
     ("tokenizer", "digest"),
     ("data", "digest"),
     ("dtype",),
+    ("features",),
     ("options",),
 )
 

@@ -26,7 +26,7 @@ from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan
 from eagle.generate.progress import finished
 from eagle.store.dtypes import STORE_DTYPES
-from eagle.target.config import TARGET_FAMILIES
+from eagle.target.families import TARGET_FAMILIES
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
     trunk    the frozen target's trunk, in this process
 
-Chosen by name in `FEATURE_SOURCES`; workers and training without a store know no more of one than `FeatureSource`.
+Chosen by name in `FEATURE_SOURCES`. Workers, and training without a store, use what `FeatureSource` says and no more.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from eagle.errors import RequestError
-from eagle.store.record import HIDDEN_STATE
 from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.target.cpu_attention import attention_for
+from eagle.target.features import HIDDEN_STATE, check_features, features_of
 from eagle.target.trunk import load_trunk
-
-#: Where each kind of features is in what a trunk gives.
-FROM_TRUNK: dict[str, Callable[..., torch.Tensor]] = {HIDDEN_STATE: lambda output: output.last_hidden_state}
 
 
 class FeatureSource(Protocol):
@@ -50,21 +46,16 @@ class SourceOptions:
     compile: str = "off"
     tokens: int = 0
 
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.features if name not in FROM_TRUNK]
-        if unknown:
-            raise RequestError(
-                f"features {', '.join(unknown)}: no source computes them; known: {', '.join(FROM_TRUNK)}."
-            )
-
 
 class TrunkSource:
     """The target's trunk in this process: no ``lm_head``, no logits.
 
-    Raises: RequestError as `load_trunk` does, or where ``--compile on`` cannot be.
+    Raises: RequestError as `load_trunk` does, for features that a trunk does not give, or where ``--compile on`` cannot
+    be.
     """
 
     def __init__(self, options: SourceOptions) -> None:
+        check_features(options.features)
         self.device, self.names, self.step = options.device, options.features, 1
         kind, dtype = options.device.type, options.dtype
         compiling = options.cards == 1 and should_compile(options.compile, kind, options.tokens)
@@ -86,8 +77,15 @@ class TrunkSource:
         ids = np.zeros((len(sequences), longest), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
-        output = self.trunk(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
-        return {name: FROM_TRUNK[name](output) for name in self.names}
+        return features_of(self.trunk, self.names, input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
 
 
 FEATURE_SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {"trunk": TrunkSource}
+
+#: The source of the documented commands.
+DEFAULT_SOURCE = "trunk"
+
+
+def open_source(options: SourceOptions, name: str = DEFAULT_SOURCE) -> FeatureSource:
+    """The source of that name, ready to compute."""
+    return FEATURE_SOURCES[name](options)

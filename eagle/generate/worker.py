@@ -4,7 +4,7 @@
 
 The conversations come as tokens (`eagle.data.tokens`), in blocks sorted by length, and are run in that order in
 batches of about equal tokens, so that little is padding, by the feature source it is given. What that computes is
-written behind its back (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line. The
+written by other threads (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line. The
 worker ends when its stdin closes: it does not outlive the parent that holds the other end.
 """
 
@@ -33,9 +33,8 @@ from eagle.files import write_json
 from eagle.generate.collector import Collector, Item
 from eagle.generate.job import COMPILE_MODES, node_share
 from eagle.generate.progress import Progress, Stretch, finished, missing
-from eagle.generate.sources import FEATURE_SOURCES, FeatureSource, SourceOptions
+from eagle.generate.sources import FeatureSource, SourceOptions, open_source
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
-from eagle.store.record import HIDDEN_STATE
 from eagle.store.writer import ShardWriter
 
 
@@ -152,19 +151,18 @@ class Worker:
             features[0, 0, 0].item()
 
 
-def open_source(share: Share, kind: str, cards: int, compile_mode: str) -> FeatureSource:
+def source_for(share: Share, kind: str, cards: int, compile_mode: str) -> FeatureSource:
     """What computes the features that the share's manifest names."""
     options = SourceOptions(
         Path(share.manifest["target"]["name"]),
         parse_dtype(share.manifest["dtype"]),
         device.torch_device(kind),
-        # Stores of version 0.1 hold the last hidden state only, and do not say so.
-        tuple(share.manifest.get("features", (HIDDEN_STATE,))),
+        tuple(share.manifest["features"]),
         cards=cards,
         compile=compile_mode,
         tokens=share.tokens_left,
     )
-    return FEATURE_SOURCES["trunk"](options)
+    return open_source(options)
 
 
 def end_with_parent() -> None:
@@ -201,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         _report(progress)
         return 0
     share = Share(args.outdir, args.worker)
-    worker = Worker(share, open_source(share, kind, args.cards, args.compile))
+    worker = Worker(share, source_for(share, kind, args.cards, args.compile))
     if args.probe:
         tokens, seconds = worker.probe(args.probe)
         print(json.dumps({"tokens": tokens, "seconds": seconds}))

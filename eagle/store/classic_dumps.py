@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.record import Record
+from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")

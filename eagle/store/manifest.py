@@ -7,6 +7,7 @@ from pathlib import Path
 from eagle.errors import RequestError
 from eagle.files import read_json
 from eagle.store.shard import FORMAT_VERSION
+from eagle.target.features import HIDDEN_STATE
 
 MANIFEST = "manifest.json"
 DONE = "done.json"
@@ -46,4 +47,5 @@ def read_manifest(path: Path) -> dict:
         raise RequestError(
             f"{path}: store format {manifest.get('format_version')!r}; this version reads format {FORMAT_VERSION}."
         )
-    return manifest
+    # Those of version 0.1 do not name their features, which are the last hidden states only.
+    return {"features": {HIDDEN_STATE: manifest.get("target", {}).get("hidden_size")}, **manifest}

@@ -21,8 +21,9 @@ import torch
 from eagle.errors import RequestError, WorkError
 from eagle.store.classic_dumps import find_classic_dumps
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
-from eagle.store.record import HIDDEN_STATE, Record, RecordSource
+from eagle.store.record import Record, RecordSource
 from eagle.store.shard import Shard, is_shard_name
+from eagle.target.features import HIDDEN_STATE
 
 
 class FeatureStore:

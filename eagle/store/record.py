@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 
 from eagle.store.dtypes import SAME, Packed, pack
+from eagle.target.features import HIDDEN_STATE
 
-#: The features that every record holds: a draft of any family is trained towards what they say of the next token.
-HIDDEN_STATE = "hidden_state"
+#: What a file of records calls its other tensors (see `eagle.store.shard`).
+RESERVED = (HIDDEN_STATE, "scale", "input_ids", "loss_mask", "offsets", "conversation", "crc32")
+_FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,16 @@ class Record:
     hidden_state: torch.Tensor
     more: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        odd = [name for name in self.more if not _FEATURE_NAME.fullmatch(name) or name in RESERVED]
+        assert not odd, f"{odd} cannot name features: a store has other uses for such names"
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def features(self) -> dict[str, torch.Tensor]:
-        """All features by name, ``[T, W]`` each."""
-        return {HIDDEN_STATE: self.hidden_state, **self.more}
+        """All features by name, ``[T, W]`` each, always in the same order."""
+        return {HIDDEN_STATE: self.hidden_state, **dict(sorted(self.more.items()))}
 
     def cut(self, end: int) -> Record:
         """The first `end` tokens."""

@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder
 from eagle.store.dtypes import Packed
-from eagle.store.record import HIDDEN_STATE, Record, StoredRecord, checksum
+from eagle.store.record import Record, StoredRecord, checksum
+from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES, write_pieces
 
 #: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features. Those with
@@ -112,12 +113,13 @@ def _open_shard(path: Path) -> Any:
     names = _feature_names(file)
     scales = {_scale_of(name) for name in names}
     expected = {*_INDEX, *names}
-    if not (version or "").isdigit() or set(file.keys()) not in (expected, expected | scales):
-        raise WorkError(_damaged(path, "its header names what no shard holds"))
-    if version not in (str(FORMAT_VERSION), str(SCALED_VERSION), str(WIDER_VERSION)):
+    known = version in (str(FORMAT_VERSION), str(SCALED_VERSION), str(WIDER_VERSION))
+    if (version or "").isdigit() and not known:
         raise RequestError(
             f"{path} has store format {version!r}; this version reads the formats {FORMAT_VERSION} to {WIDER_VERSION}."
         )
+    if not known or set(file.keys()) not in (expected, expected | scales):
+        raise WorkError(_damaged(path, "its header names what no shard holds"))
     return file
 
 

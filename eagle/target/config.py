@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eagle.errors import RequestError
 from eagle.files import read_json
-from eagle.target.families import TARGET_FAMILIES
+from eagle.target.families import LLAMA, TARGET_FAMILIES
 
 #: transformers' own assumption where a config names no theta.
 DEFAULT_ROPE_THETA = 10000.0
@@ -24,7 +25,10 @@ DEFAULT_ROPE_THETA = 10000.0
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The numbers a Llama or Qwen2 decoder layer is built from. `family` is the target's model_type."""
+    """The numbers a decoder layer is built from. `family` is the target's model_type.
+
+    extra: keys that a draft family adds to its drafts' config.json, as they stand there.
+    """
 
     family: str
     hidden_size: int
@@ -48,6 +52,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -58,7 +63,7 @@ class ModelConfig:
 
     def digest(self) -> str:
         """sha256 over everything that changes what the model computes (ids and dtype do not)."""
-        ignored = {"dtype", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}
+        ignored = {"dtype", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "extra"}
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -68,7 +73,7 @@ class ModelConfig:
         `as_llama` writes a Qwen2 model as a Llama with ``qkv_bias``, the only form of it that vLLM's EAGLE
         class loads.
         """
-        family = "llama" if as_llama else self.family
+        family = LLAMA if as_llama else self.family
         rope = dict(self.rope_scaling or {"rope_type": "default"})
         config: dict[str, Any] = {
             "architectures": [TARGET_FAMILIES[family].architecture],
@@ -94,17 +99,20 @@ class ModelConfig:
             "pad_token_id": self.pad_token_id,
             "torch_dtype": self.dtype,
         }
-        return config | TARGET_FAMILIES[family].keys(self.qkv_bias, self.o_bias, self.mlp_bias)
+        biases = TARGET_FAMILIES[family].keys(self.qkv_bias, self.o_bias, self.mlp_bias)
+        return config | biases | self.extra
 
     def draft(self) -> ModelConfig:
         """The draft's config: this model with a single layer."""
         return dataclasses.replace(self, num_hidden_layers=1)
 
 
-def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterable[str] = ()) -> ModelConfig:
     """Read a config dict of either transformers generation, or of an exported draft (plain or nested).
 
-    Raises: RequestError for an architecture that is not Llama or Qwen2, or a missing size.
+    extra: keys to keep as they are.
+
+    Raises: RequestError for an architecture that is not supported, or a missing size.
     """
     if raw.get("model_type") == "eagle" or ("model" in raw and "hidden_size" not in raw):
         inner = raw.get("model")
@@ -157,6 +165,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=raw.get("eos_token_id"),
         pad_token_id=raw.get("pad_token_id"),
+        extra={key: raw[key] for key in extra if key in raw},
     )
 
 
@@ -176,10 +185,10 @@ def _rope(raw: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | Non
     return float(theta or DEFAULT_ROPE_THETA), None if scaling["rope_type"] == "default" else scaling
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The config of a model folder, or of a config.json given by itself."""
+def load_config(path: str | Path, extra: Iterable[str] = ()) -> ModelConfig:
+    """The config of a model folder, or of a config.json given by itself. extra: keys to keep as they are."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file. A Hugging Face model folder holds a config.json.")
-    return parse_config(read_json(file, "a model's config.json"), str(file))
+    return parse_config(read_json(file, "a model's config.json"), str(file), extra)

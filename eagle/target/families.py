@@ -23,8 +23,8 @@ class TargetFamily:
     that say so, from those two and the MLP's, for a config to be written. template: the built-in chat template of a
     model whose tokenizer brings none, by the model's name and its longest context. refusals: what cannot be used.
 
-    The rest are names. Weights: embedding, head, final_norm. Modules of the trunk: trunk_embedding, trunk_layers,
-    trunk_norm.
+    The rest are names. Weights: embedding, head, final_norm; marks, three that every fine-tuning moves, ``{last}`` in
+    them the last layer's number. Modules of the trunk: trunk_embedding, trunk_layers, trunk_norm.
     """
 
     name: str
@@ -38,17 +38,14 @@ class TargetFamily:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     final_norm: str = "model.norm.weight"
+    marks: tuple[str, ...] = (
+        "model.norm.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.{last}.mlp.down_proj.weight",
+    )
     trunk_embedding: str = "embed_tokens"
     trunk_layers: str = "layers"
     trunk_norm: str = "norm"
-
-    def marks(self, layers: int) -> tuple[str, ...]:
-        """Three weights that every fine-tuning moves, of a model with so many layers."""
-        return (
-            self.final_norm,
-            "model.layers.0.self_attn.q_proj.weight",
-            f"model.layers.{layers - 1}.mlp.down_proj.weight",
-        )
 
 
 def sliding_window(raw: dict[str, Any]) -> str | None:
@@ -88,11 +85,14 @@ def _llama_template(name: str, longest: int) -> str:
     return "vicuna" if "vicuna" in name.lower() or longest <= 2048 else "llama2"
 
 
+#: As which vLLM loads every draft, whatever its target.
+LLAMA = "llama"
+
 TARGET_FAMILIES: dict[str, TargetFamily] = {
     family.name: family
     for family in (
         TargetFamily(
-            name="llama",
+            name=LLAMA,
             describes="Llama (1, 2 or a model of the same shape)",
             architecture="LlamaForCausalLM",
             max_position_embeddings=2048,

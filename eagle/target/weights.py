@@ -167,7 +167,8 @@ def fingerprint(folder: str | Path, weights: Weights | None = None) -> str:
     config, weights = load_config(folder), weights or Weights(folder)
     digest = hashlib.sha256(config.digest().encode())
     family = TARGET_FAMILIES[config.family]
-    for name in family.marks(config.num_hidden_layers):
+    for mark in family.marks:
+        name = mark.format(last=config.num_hidden_layers - 1)
         if name not in weights:
             raise RequestError(f"{folder}: no {name} among its weights; it is not a {family.describes} model.")
         digest.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,1 +1,16 @@
-"""Training the draft: data set, losses, initialisation, loop, checkpoints."""
+"""Step 4: features to a draft.
+
+main            the command line of ``eagle.train.main``
+options         what was asked for, checked once
+launch_check    what a launcher made of it
+dataset         records to examples: the split, the noise, the order
+live_features   features computed as training goes, instead of a store
+loop            accumulate, backward, clip, step, schedule, validate, save
+schedule        the learning rate's course
+sharding        FSDP
+validation      how far the draft's chains would get, from stored features alone
+divergence      a run that goes wrong is stopped
+checkpoint      ``state_<step>/``, complete or absent
+run_log         metrics.jsonl and the progress bar; picture: metrics.svg
+dry_run         what a run takes of memory, printed; memory_plan: computed
+"""

@@ -128,7 +128,7 @@ def load_last(cpdir: Path) -> tuple[Path, dict] | None:
 def restore(folder: Path, model: DraftNetwork) -> dict[str, Any]:
     """Load a checkpoint's weights into `model`; returns the optimizer part."""
     state = read_draft_state(Weights(folder, flag="--cpdir"))
-    own = {name: state[name] for name in model.trained_state() if name in state}
+    own = {name: state[name] for name in model.own_state() if name in state}
     load_trained_state(model, own, str(folder))
     return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
 

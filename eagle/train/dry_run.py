@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 
 from eagle import device
-from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.layers import RotaryEmbedding
 from eagle.drafts.memory import Setting
 from eagle.dtypes import parse_dtype
@@ -27,7 +26,7 @@ MIB = 1 << 20
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
     """Print the plan of this process (all are alike). Raises: FileNotFoundError, RequestError."""
-    plan = make_plan(setting_of(options, accelerator))
+    plan = make_plan(setting_of(options, accelerator), options.family)
     if accelerator.is_main_process:
         print("\n".join(lines(plan, options, accelerator)))
     return 0
@@ -35,7 +34,7 @@ def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
 
 def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     """What the run that was asked for would be."""
-    target, family = planned_target(options), DRAFT_FAMILIES[DEFAULT_DRAFT]
+    target, family = planned_target(options), options.family
     kind = accelerator.device.type
     store_bytes, base_dtype = _store(options.tmpdir, target)
     compute = device.compute_dtype(accelerator.mixed_precision).itemsize
@@ -44,7 +43,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     if options.data_path and options.basepath:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
     return Setting(
-        config=family.config(target, options.configpath) if options.basepath else target.draft(),
+        config=family.config(target, options.configpath if options.basepath else None),
         widths=family.features(target),
         reads=family.reads,
         bs=options.bs,
@@ -75,8 +74,7 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     """
     if options.basepath is not None:
         existing_path(options.basepath, "--basepath", "folder")
-        target = load_config(options.basepath)
-        return target
+        return load_config(options.basepath)
     if options.configpath is None:
         raise RequestError(
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "

@@ -19,10 +19,11 @@ from eagle.data.reader import open_records
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
-from eagle.generate.sources import FEATURE_SOURCES, SourceOptions
+from eagle.generate.sources import SourceOptions, open_source
 from eagle.store.manifest import describe_features
-from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.record import Record
 from eagle.target.config import load_config
+from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
 
 
@@ -67,7 +68,7 @@ class LiveFeatures:
         self.widths = widths
         self.data_digest = records.digest()
         self.dtype = parse_dtype(source.dtype)
-        self.source = FEATURE_SOURCES["trunk"](SourceOptions(basepath, self.dtype, device, tuple(widths)))
+        self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
     @property
     def tokens(self) -> int:

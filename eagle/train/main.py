@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from eagle import device
-from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.drafts.families import DEFAULT_DRAFT
 from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.drafts.saved import warm_start
 from eagle.entry import HelpFormatter, run
@@ -195,7 +195,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     """
     existing_path(options.base, "--basepath", "folder")
     target = load_config(options.base)
-    family = DRAFT_FAMILIES[DEFAULT_DRAFT]
+    family = options.family
     config = family.config(target, options.configpath)
     weights = Weights(options.base, flag="--basepath")
     identity = fingerprint(options.base)
@@ -228,11 +228,13 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         "mixed_precision": accelerator.mixed_precision,
         **settings,
     }
+    if options.draft == DEFAULT_DRAFT:
+        del run_identity["draft"]  # as in checkpoints of version 0.1
     return Trainer(
         options,
         accelerator,
         draft,
-        family.objective(head, options.losses()),
+        family.objective(draft, head, options.losses()),
         compute,
         FeatureDataset(store, train, options.max_len, family.reads, noise=options.noise, seed=options.seed),
         FeatureDataset(store, held_out, options.max_len, family.reads),
@@ -251,7 +253,14 @@ def check_widths(found: dict[str, int], expected: dict[str, int], options: Train
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = TrainOptions(**vars(parse_args(argv)))
+    return run_training(TrainOptions(**vars(parse_args(argv))))
+
+
+def run_training(options: TrainOptions) -> int:
+    """Train as asked for, to the end.
+
+    Raises: FileNotFoundError, RequestError, WorkError.
+    """
     if options.tmpdir:
         existing_path(options.tmpdir, "--tmpdir", "folder")
     if options.dry_run:
@@ -286,8 +295,8 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         trainer.log.say(f"note: {note}")
     if saved:
         trainer.resume(*saved)
-    elif options.init in DRAFT_FAMILIES[DEFAULT_DRAFT].starts:
-        trainer.initialise(DRAFT_FAMILIES[DEFAULT_DRAFT].starts[options.init])
+    elif options.init in options.family.starts:
+        trainer.initialise(options.family.starts[options.init])
     trainer.fit()
     best = checkpoint.resolve_pointer(options.run_folder / checkpoint.BEST)
     summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""

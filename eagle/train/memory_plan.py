@@ -11,21 +11,18 @@ count in `resident`, which is what ``ru_maxrss`` shows, but not in `peak`, which
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.drafts.interface import DraftFamily
+from eagle.drafts.losses import LOSS_PARTS
 from eagle.drafts.memory import SINGLE, Phase, Setting
-from eagle.drafts.saved import trained_shapes
+from eagle.drafts.saved import without_values
 from eagle.drafts.token_loss import TokenLossHead
-from eagle.store.record import HIDDEN_STATE
+from eagle.target.features import HIDDEN_STATE
 from eagle.train.validation import DEPTH
 
-#: Parts of float32 logits that a token loss makes beyond the head's own three: the closed form of soft_cross_entropy
-#: makes one product; the others are differentiated automatically.
-LOSS_PARTS = {"soft_cross_entropy": 1, "top_k": 3, "lk": 4}
 #: A CUDA or CANN context with its libraries; on a CPU the runtime is measured instead.
 CONTEXT_BYTES = 600 << 20
 
@@ -56,12 +53,11 @@ class MemoryPlan:
         return self.peak + self.store
 
 
-def make_plan(setting: Setting, draft: str = DEFAULT_DRAFT) -> MemoryPlan:
-    """The plan of one process of a run. draft: the family."""
+def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
+    """The plan of one process of a run."""
     on_cpu = setting.kind == "cpu"
-    family = DRAFT_FAMILIES[draft]
-    weights = {name: math.prod(shape) for name, shape in trained_shapes(family, setting.config).items()}
-    trained, largest = sum(weights.values()), max(weights.values())
+    weights = [tensor.numel() for tensor in without_values(family, setting.config).trained_state().values()]
+    trained, largest = sum(weights), max(weights)
     own = SINGLE * trained // setting.shards
     matrix = setting.config.vocab_size * setting.config.hidden_size * setting.compute
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.drafts.objective import LossOptions
 from eagle.dtypes import parse_dtype
@@ -16,17 +17,7 @@ INITS = tuple(dict.fromkeys(name for family in DRAFT_FAMILIES.values() for name 
 TRACKERS = ("none", "tensorboard", "wandb", "swanlab")
 
 #: Named sets of defaults; a flag given beside ``--recipe`` wins over it.
-RECIPES: dict[str, dict[str, object]] = {
-    # arXiv 2401.15077, section 4.1 and the public training script
-    "eagle1": {
-        "lr": 3e-5,
-        "num_epochs": 20,
-        "ploss_weight": 0.1,
-        "init": "random",
-        "ttt_steps": 1,
-        "token_loss": "soft_cross_entropy",
-    }
-}
+RECIPES = {name: recipe for family in DRAFT_FAMILIES.values() for name, recipe in family.recipes.items()}
 
 #: The default learning rate belongs to this width. Larger drafts need less,
 #: in inverse proportion to their width.
@@ -47,6 +38,7 @@ class TrainOptions:
     allow_truncated: bool = False
     dtype: str = "bfloat16"
     configpath: Path | None = None
+    draft: str = DEFAULT_DRAFT
     bs: int = 4
     gradient_accumulation_steps: int = 1
     num_epochs: int = 5
@@ -119,11 +111,15 @@ class TrainOptions:
             raise RequestError(f"--max_len {self.max_len}: expected 3 tokens or more.")
         if self.vloss_weight == self.ploss_weight == 0:
             raise RequestError("--vloss_weight 0 --ploss_weight 0: nothing would be trained; set one above 0.")
-        if self.init not in INITS and not Path(self.init).exists():
+        if self.init not in self.family.starts and not Path(self.init).exists():
             raise RequestError(
-                f"--init {self.init}: expected {' or '.join(INITS)}, or the folder of a draft to start from; there is "
-                "no such folder."
+                f"--init {self.init}: expected {' or '.join(self.family.starts)}, or the folder of a draft to start "
+                "from; there is no such folder."
             )
+
+    @property
+    def family(self) -> DraftFamily:
+        return DRAFT_FAMILIES[self.draft]
 
     @property
     def run_folder(self) -> Path:

@@ -118,7 +118,7 @@ def whole(tensor: Any, keep: bool) -> Any:
 
 def whole_draft(draft: DraftNetwork, keep: bool) -> dict[str, torch.Tensor]:
     """Every weight of the draft by its public name, the embedding included; every process calls this."""
-    return {name: whole(parameter, keep) for name, parameter in draft.named_parameters()}
+    return {name: whole(tensor, keep) for name, tensor in draft.state_dict().items()}
 
 
 def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import ROOT, write_json
@@ -56,7 +57,7 @@ class EngineRequest:
     model: str
     prompts: list[list[int]]
     draft: str | None = None
-    method: str = "eagle"
+    method: str = DRAFT_FAMILIES[DEFAULT_DRAFT].method
     num_speculative_tokens: int = 3
     max_new_tokens: int = 128
     dtype: str = "auto"

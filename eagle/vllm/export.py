@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from eagle.drafts.families import DRAFT_FAMILIES
-from eagle.drafts.layout import Layout, SavedDraft
 from eagle.drafts.saved import WEIGHTS_FILE, read_saved
+from eagle.drafts.vllm_layout import Layout, SavedDraft
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, output_folder, write_json

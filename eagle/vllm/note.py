@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from eagle.drafts.layout import Layout
+from eagle.drafts.vllm_layout import Layout
 
 #: `eagle.vllm.verify --write-note` puts its measurement in this line's place.
 _ACCEPTANCE = "Acceptance in vLLM: "

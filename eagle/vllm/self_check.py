@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from eagle.drafts.layout import Layout
 from eagle.drafts.saved import WEIGHTS_FILE
+from eagle.drafts.vllm_layout import Layout
 from eagle.errors import RequestError, WorkError
 from eagle.files import read_json
 from eagle.target.config import ModelConfig, parse_config
@@ -68,7 +68,7 @@ def _config_rules(raw: dict[str, Any], plain: dict[str, Any], config: ModelConfi
             f"{config.rope_theta}"
         )
     try:
-        written = parse_config(raw)
+        written = parse_config(plain)
     except RequestError as error:
         yield f"the config cannot be read back: {error}"
         return

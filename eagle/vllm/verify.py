@@ -20,8 +20,8 @@ from typing import Any
 
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
-from eagle.drafts.families import family_of
-from eagle.drafts.saved import read_draft_state
+from eagle.drafts.families import DRAFT_FAMILIES, family_of
+from eagle.drafts.saved import draft_names
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
@@ -98,21 +98,27 @@ def check_vllm() -> str:
 
 
 def resolve_export(path: Path) -> Path:
-    """The folder vLLM is to load: the export itself, or the v1 inside an export of both layouts.
+    """The folder vLLM is to load: the export itself, or the newest layout inside an export of several.
 
     Raises: RequestError for a layout that vLLM's present engine does not load.
     """
     existing_path(path, "--draft-path", "folder")
-    folder = path / "v1" if (path / "v1" / "config.json").is_file() else path
+    inside = [path / next(iter(family.layouts)) for family in DRAFT_FAMILIES.values()]
+    folder = next((folder for folder in inside if (folder / "config.json").is_file()), path)
     if not (folder / "config.json").is_file():
         raise RequestError(
             f"--draft-path {path} holds no config.json; expected the folder that "
             "convert_eagle_ckpt_to_vllm_compatible.py wrote."
         )
-    if read_json(folder / "config.json", "an exported config.json").get("model_type") == "eagle":
-        raise RequestError(
-            f"--draft-path {folder} is of layout v0, for vLLM up to 0.8. Export it again with --layout v1."
-        )
+    raw = read_json(folder / "config.json", "an exported config.json")
+    for family in DRAFT_FAMILIES.values():
+        newest, *older = family.layouts.values()
+        for layout in older:
+            if layout.inner and layout.inner in raw:
+                raise RequestError(
+                    f"--draft-path {folder} is of layout {layout.name}, for {layout.engines}. Export it again with "
+                    f"--layout {newest.name}."
+                )
     return folder
 
 
@@ -246,7 +252,7 @@ def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], st
         model=str(args.base_path.resolve()),
         prompts=ids,
         draft=str(draft.resolve()),
-        method=family_of(read_draft_state(Weights(draft, flag="--draft-path"))).method,
+        method=family_of(draft_names(Weights(draft, flag="--draft-path"))).method,
         num_speculative_tokens=args.num_speculative_tokens,
         max_new_tokens=args.max_new_tokens,
         dtype="auto" if args.dtype == "auto" else str(DTYPES[args.dtype]).removeprefix("torch."),

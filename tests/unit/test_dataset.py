@@ -6,8 +6,9 @@ import torch
 
 from eagle.drafts.alignment import collate, shift, supervised_positions
 from eagle.store.reader import FeatureStore
-from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.record import Record
 from eagle.store.shard import write_shard
+from eagle.target.features import HIDDEN_STATE
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store
 
 

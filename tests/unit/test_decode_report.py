@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from eagle.decode.acceptance import Acceptance
+from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.generate import Generation, Step
 from eagle.decode.picture import draw_report
+from eagle.decode.recommendation import Estimate, fastest, lowest
 from eagle.decode.replies import Reply
 from eagle.decode.report import build_report, report_lines
-from eagle.decode.step_costs import Estimate, fastest, lowest
 
 
 def step(accepted: int, tried: int, order: tuple[int, ...]) -> Step:

@@ -106,7 +106,7 @@ def markov(tmp_path_factory):
             layer.self_attn.o_proj.weight.zero_()
     cache = target.new_cache(6)
     with torch.inference_mode():
-        logits = target.logits(target.features(torch.arange(6), cache))
+        logits = target.logits(target.features(torch.arange(6), cache)["hidden_state"])
     return target, SAMPLED.distribution(logits / 2)
 
 

@@ -6,7 +6,7 @@ import torch
 from eagle.decode.drafter import MODES, DraftOptions, DraftRunner, DynamicDrafter, StaticDrafter
 from eagle.decode.sampling import Sampling
 from eagle.decode.tree import EAGLE1_PATHS, Tree, ancestor_mask, by_promise, chain_paths, static_tree
-from eagle.decode.verification import follow
+from eagle.decode.tree_verification import follow
 from eagle.errors import RequestError
 from tests.drafts import CPU, random_draft, tiny_target
 from tests.tiny import make_target

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle.drafts.layout import Layout
+from eagle.drafts.vllm_layout import Layout
 from eagle.errors import WorkError
 from eagle.vllm import export as export_module
 from eagle.vllm.export import export

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.decode.acceptance import Acceptance
-from eagle.decode.draft import load_fitting_draft
+from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import StaticDrafter
+from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.generate import SpeculativeDecoder
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import load_target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from eagle.drafts.eagle1.memory import saved_bytes
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.memory import Setting
-from eagle.drafts.saved import trained_shapes
+from eagle.drafts.saved import without_values
 from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.target.config import ModelConfig, parse_config
@@ -37,7 +36,7 @@ def setting_of(shape: ModelConfig, **more: object) -> Setting:
 
 
 def draft_weights(shape: ModelConfig) -> dict[str, int]:
-    return {name: math.prod(sizes) for name, sizes in trained_shapes(EAGLE1, shape).items()}
+    return {name: tensor.numel() for name, tensor in without_values(EAGLE1, shape).trained_state().items()}
 
 
 def kept_by_autograd(shape: ModelConfig, batch: int, length: int, steps: int, dtype: torch.dtype) -> int:
@@ -117,7 +116,7 @@ def test_each_part_grows_with_what_it_should(change, grows, stays):
     before = setting_of(config(vocab=300_000), bs=2, max_len=128)
 
     def parts(setting: Setting) -> dict[str, int]:
-        plan = make_plan(setting)
+        plan = make_plan(setting, EAGLE1)
         return plan.held | next(p.items for p in plan.phases if p.name == "training: forward and head loss")
 
     first, second = parts(before), parts(dataclasses.replace(before, **change))
@@ -126,8 +125,8 @@ def test_each_part_grows_with_what_it_should(change, grows, stays):
 
 
 def test_shards_are_divided_and_put_together_again():
-    alone = make_plan(setting_of(config(hidden=256), bs=1, max_len=16))
-    shared = make_plan(setting_of(config(hidden=256), bs=1, max_len=16, processes=4, sharded=True))
+    alone = make_plan(setting_of(config(hidden=256), bs=1, max_len=16), EAGLE1)
+    shared = make_plan(setting_of(config(hidden=256), bs=1, max_len=16, processes=4, sharded=True), EAGLE1)
     trained = 4 * sum(draft_weights(config(hidden=256)).values())
     assert alone.held["draft weights"] == trained
     assert shared.held["draft weights"] == trained // 4
@@ -145,8 +144,8 @@ def test_the_draft_is_counted_as_it_is():
 
 
 def test_the_peak_is_the_fullest_phase():
-    plan = make_plan(setting_of(config(), bs=2, max_len=128, runtime=1000, store=7))
+    plan = make_plan(setting_of(config(), bs=2, max_len=128, runtime=1000, store=7), EAGLE1)
     assert plan.peak == max(plan.total(phase) for phase in plan.phases)
     assert plan.resident == plan.peak + 7
-    tied = make_plan(setting_of(config(tied=True), bs=2, max_len=128, runtime=1000))
+    tied = make_plan(setting_of(config(tied=True), bs=2, max_len=128, runtime=1000), EAGLE1)
     assert plan.held["frozen head"] == plan.held["frozen embedding"] == plan.peak - tied.peak

@@ -235,6 +235,7 @@ COMPUTES_NOTHING = {
     "eos_token_id": [2, 5],
     "pad_token_id": 0,
     "initializer_range": 0.01,
+    "extra": {"a_key": 1},
 }
 
 

@@ -10,10 +10,11 @@ import torch
 from eagle.drafts.alignment import shift
 from eagle.errors import WorkError
 from eagle.store.reader import FeatureStore
-from eagle.store.record import HIDDEN_STATE, Record
+from eagle.store.record import Record
 from eagle.store.reshard import reshard
 from eagle.store.verify import check_store
 from eagle.store.writer import ShardWriter
+from eagle.target.features import HIDDEN_STATE
 
 AUX = "aux"
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from eagle.data.loss_mask import load_encoder
 from eagle.data.prompts import encode_first_turn, load_prompts, stop_tokens
-from eagle.decode.acceptance import Acceptance
-from eagle.decode.draft import load_fitting_draft
+from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import StaticDrafter
+from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.generate import SpeculativeDecoder
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import load_target

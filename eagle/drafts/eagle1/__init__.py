@@ -1,6 +1,6 @@
 """EAGLE-1 (arXiv 2401.15077): one layer that extrapolates the target's last hidden state.
 
-family              the answers to everything `eagle.drafts.family` asks
+family              the answers to everything `eagle.drafts.interface` asks
 network             ``fc`` and one decoder layer without its input norm
 draft_config        its config.json
 objective           SmoothL1 between features, cross-entropy between what they say

@@ -15,12 +15,13 @@ from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.objective import Eagle1Objective
 from eagle.drafts.eagle1.vllm_layouts import V0, V1
-from eagle.drafts.family import DraftFamily
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Phase, Setting
+from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossOptions
 from eagle.drafts.token_loss import TokenLossHead
-from eagle.store.record import HIDDEN_STATE
 from eagle.target.config import ModelConfig
+from eagle.target.features import HIDDEN_STATE
 
 
 class Eagle1(DraftFamily):
@@ -28,10 +29,21 @@ class Eagle1(DraftFamily):
 
     name = "eagle1"
     describes = "an EAGLE-1 draft"
-    method = "eagle"
-    reads = HIDDEN_STATE
+    method = V1.speculative["method"]
+    reads = Eagle1Network.reads
     starts = {"closed_form": closed_form, "random": starts.random}  # noqa: RUF012  (never changed)
     layouts = {layout.name: layout for layout in (V1, V0)}  # noqa: RUF012
+    recipes = {  # noqa: RUF012
+        # arXiv 2401.15077, section 4.1 and the public training script
+        "eagle1": {
+            "lr": 3e-5,
+            "num_epochs": 20,
+            "ploss_weight": 0.1,
+            "init": "random",
+            "ttt_steps": 1,
+            "token_loss": "soft_cross_entropy",
+        }
+    }
     same_as_target = (
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
         "hidden_act", "qkv_bias",
@@ -56,17 +68,20 @@ class Eagle1(DraftFamily):
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> Eagle1Network:
         return Eagle1Network(config, embedding, fc_bias="fc.bias" in set(names))
 
-    def objective(self, head: torch.Tensor, options: LossOptions) -> Eagle1Objective:
+    def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Eagle1Objective:
         return Eagle1Objective(TokenLossHead(head), options)
 
     def recognises(self, names: Iterable[str]) -> bool:
-        return {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= set(names)
+        # EAGLE-3 has the first two as well.
+        theirs = ("layers.0.hidden_norm.weight", "layers.0.input_layernorm.weight", "norm.weight", "d2t")
+        names = set(names)
+        return {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= names and names.isdisjoint(theirs)
 
-    def for_training(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        kept = dict(tensors)
-        bias = kept.pop("fc.bias", None)  # published drafts carry one; vLLM has none to load it into
-        lost = bias is not None and bool(bias.any())
-        return kept, ["the bias of its fc is left out, which vLLM would not load"] if lost else []
+    def optional(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        bias = tensors.get("fc.bias")  # published drafts carry one
+        if bias is None:
+            return {}
+        return {"fc.bias": "a trained fc.bias, for which vLLM 0.9 and newer have no place" if bool(bias.any()) else ""}
 
     def saved_bytes(self, setting: Setting, step: int) -> int:
         return memory.saved_bytes(setting, step)

@@ -14,6 +14,7 @@ from torch import nn
 from eagle.drafts.layers import MLP, Attention, RMSNorm, RotaryEmbedding
 from eagle.drafts.network import DraftNetwork, Remember
 from eagle.target.config import ModelConfig
+from eagle.target.features import HIDDEN_STATE
 
 
 class DraftLayer(nn.Module):
@@ -45,6 +46,8 @@ class Eagle1Network(DraftNetwork):
     embedding: the target's ``[V, H]``, kept frozen and in its own dtype. fc_bias: only for published drafts that
     carry one.
     """
+
+    reads = HIDDEN_STATE
 
     def __init__(self, config: ModelConfig, embedding: torch.Tensor, *, fc_bias: bool = False) -> None:
         super().__init__()

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from eagle.drafts.layout import Exported, Layout, SavedDraft
+from eagle.drafts.vllm_layout import Exported, Layout, SavedDraft
 from eagle.dtypes import dtype_name
 from eagle.errors import RequestError
-from eagle.target.config import ModelConfig
+from eagle.target.config import ModelConfig, parse_config
 from eagle.target.weights import Weights, read_embedding, read_head
 
 _NOT_IN_V1 = {"lm_head.weight", "embed_tokens.weight", "fc.bias"}
@@ -80,7 +80,10 @@ def _v0_rules(exported: Exported, expected: dict[str, torch.Tensor]) -> Iterator
 def _layer_rules(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterator[str]:
     """Biases: those that are declared and those that are there."""
     has_bias = {f"layers.0.self_attn.{name}_proj.bias" in tensors for name in "qkv"}
-    declared = plain.get("model_type") == "qwen2" or bool(plain.get("qkv_bias")) or bool(plain.get("attention_bias"))
+    try:
+        declared = parse_config(plain).qkv_bias
+    except RequestError:
+        return  # the check of the config has said why
     if has_bias != {declared}:
         yield f"q, k, v biases are {'declared but not' if declared else 'not declared but'} among the tensors"
     if bool(plain.get("attention_bias")) != ("layers.0.self_attn.o_proj.bias" in tensors):

@@ -1,4 +1,8 @@
-"""x"""
+"""The verification of a tree: how far the draft went the way the target chose.
+
+One idea covers chain and tree, greedy and sampling: first the target makes its choice after every node, then the
+choices are followed from the root for as long as they are drafted nodes.
+"""
 
 from __future__ import annotations
 

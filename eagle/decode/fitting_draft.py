@@ -9,9 +9,9 @@ import torch
 
 from eagle.decode.target import Target
 from eagle.drafts.families import family_of
-from eagle.drafts.family import DraftFamily
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
-from eagle.drafts.saved import STATE, load_draft, resolve_pointer
+from eagle.drafts.saved import STATE, draft_names, load_draft, resolve_pointer
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 from eagle.target.config import ModelConfig, load_config
@@ -27,8 +27,8 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
     """
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
-    names = {name.removeprefix("model.") for name in Weights(folder, flag="--draft-path").names()}
-    check_fit(load_config(folder), target.config, folder, family_of(names))
+    family = family_of(draft_names(Weights(folder, flag="--draft-path")))
+    check_fit(load_config(folder, family.config_keys), target.config, folder, family)
     check_base(folder, base)
     embedding = target.embedding
     # Its own copy of the embedding, if there is one, is dropped for the target's: the same values, once in memory.
@@ -39,11 +39,12 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
             f"{list(embedding.shape)}. This draft was trained for another model."
         )
     draft.embed_tokens = torch.nn.Embedding.from_pretrained(embedding.data.to(target.device), freeze=True)
-    if not all(bool(tensor.isfinite().all()) for tensor in draft.trained_state().values()):
+    if not all(bool(tensor.isfinite().all()) for tensor in draft.own_state().values()):
         raise RequestError(f"--draft-path {folder}: its weights contain NaN or infinity; the training has diverged.")
     draft.requires_grad_(False)
-    for note in family_of(draft.trained_state()).for_training(draft.trained_state())[1]:
-        warn(f"{folder}: {note} (vLLM 0.9 and newer); it is used here, and vLLM will accept less than this says.")
+    for what in family.optional(draft.own_state()).values():
+        if what:
+            warn(f"{folder} has {what}; it is used here, and vLLM accepts less than this measurement says.")
     return draft.eval().to(target.device, target.head.dtype)
 
 

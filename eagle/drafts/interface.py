@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from eagle.drafts.layout import Layout
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossOptions, Objective
 from eagle.drafts.starts import Start
+from eagle.drafts.vllm_layout import Layout
 from eagle.target.config import ModelConfig
 
 
@@ -30,7 +30,8 @@ class DraftFamily(ABC):
     name: in the table. describes: for messages ("an EAGLE-1 draft"). method: vLLM's name for it. reads: the record's
     features that the network reads. starts: what a draft may start from, by the name that ``--init`` takes; the first
     is the default. layouts: the folders vLLM loads it from, by name, the newest first. same_as_target: fields of a
-    draft's config that must be the target's.
+    draft's config that must be the target's. recipes: named sets of training options. targets_own: tensors that a saved
+    draft may bring along though they are the target's. config_keys: what the family adds to a draft's config.json.
     """
 
     name: str
@@ -40,6 +41,9 @@ class DraftFamily(ABC):
     starts: dict[str, Start]
     layouts: dict[str, Layout]
     same_as_target: tuple[str, ...]
+    recipes: dict[str, dict[str, object]] = {}  # noqa: RUF012  (never changed)
+    targets_own: tuple[str, ...] = ("embed_tokens.weight", "lm_head.weight")
+    config_keys: tuple[str, ...] = ()
 
     @abstractmethod
     def features(self, target: ModelConfig) -> dict[str, int]:
@@ -61,7 +65,7 @@ class DraftFamily(ABC):
         """The network with random weights. names: those of saved tensors it is to hold, where they decide its shape."""
 
     @abstractmethod
-    def objective(self, head: torch.Tensor, options: LossOptions) -> Objective:
+    def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Objective:
         """The losses. head: the target's ``lm_head`` ``[V, H]``, frozen, on the device and in the dtype of the run."""
 
     @abstractmethod
@@ -69,8 +73,11 @@ class DraftFamily(ABC):
         """Whether tensors of these (public) names are a draft of this family."""
 
     @abstractmethod
-    def for_training(self, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Of a saved draft's tensors those that training goes on from, and notes on what is left behind."""
+    def optional(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Tensors of a saved draft that are no part of what is trained and served, each with what to know about it.
+
+        They are used where a saved draft is decoded with, and left out of training. Empty words: nothing is lost.
+        """
 
     @abstractmethod
     def saved_bytes(self, setting: Setting, step: int) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from eagle.decode.acceptance import Acceptance
+from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import Target
 from eagle.device import synchronize
 from eagle.drafts.network import DraftNetwork
+from eagle.target.features import HIDDEN_STATE
 
 T = TypeVar("T")
 
@@ -50,14 +51,15 @@ def estimate(
     widest = max(drafter.nodes + drafter.rows for drafter in drafters.values())
     ids = torch.randint(target.config.vocab_size, (context,), device=device)
     cache, runner = target.new_cache(context + widest + 8), DraftRunner(draft, target.head, context + widest + 8)
-    features = target.features(ids, cache)
+    names = tuple(dict.fromkeys((HIDDEN_STATE, draft.reads)))
+    features = target.features(ids, cache, names=names)[draft.reads]
     cache.keep(list(range(context)))
     runner.advance(ids, features)
     # As many true rows as a step usually brings are taken in before drafting.
     rows = min(context, max(1, round(acceptance.tau())))
 
     def step_alone() -> tuple[float, float]:
-        return 0.0, timed(lambda: target.logits(target.features(ids[:1], cache)).argmax(-1), device)[0]
+        return 0.0, timed(lambda: target.logits(target.features(ids[:1], cache)[HIDDEN_STATE]).argmax(-1), device)[0]
 
     def step(drafter: Drafter) -> tuple[float, float]:
         runner.cache.forget(context)
@@ -67,7 +69,8 @@ def estimate(
 
         def verify() -> torch.Tensor:
             shape = (proposal.tree.depths, proposal.tree.ancestors)
-            return target.logits(target.features(proposal.tokens, cache, shape)).argmax(-1)
+            found = target.features(proposal.tokens, cache, shape, names)
+            return target.logits(found[HIDDEN_STATE]).argmax(-1)
 
         drafting, proposal = timed(draft_tree, device)
         return drafting, timed(verify, device)[0]
@@ -103,3 +106,26 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 def fastest(estimates: Sequence[Estimate]) -> Estimate:
     return max(estimates, key=Estimate.tokens_per_second)
+
+
+def recommendation(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """The fastest size and the whole curve. speedup: over the target alone, which is size 0."""
+    best, alone = fastest(estimates), estimates[0].tokens_per_second()
+    curve = [
+        {
+            "num_draft_tokens": one.nodes,
+            "tau": one.tau if one.nodes else 1.0,
+            "draft_ms": 1000 * one.draft_seconds,
+            "target_ms": 1000 * one.target_seconds,
+            "tokens_per_s": one.tokens_per_second(),
+            "speedup": one.tokens_per_second() / alone,
+        }
+        for one in estimates
+    ]
+    return {
+        "num_draft_tokens": best.nodes,
+        "tokens_per_s": best.tokens_per_second(),
+        "speedup": best.tokens_per_second() / alone,
+        "largest_measured": max(one.nodes for one in estimates),
+        "curve": curve,
+    }
