@@ -22,20 +22,19 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
 
-from eagle.drafts.eagle1.draft_config import draft_config_for
-from eagle.target.features import HIDDEN_STATE
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.device import choose_kind
 from eagle.drafts.alignment import Batch, collate
+from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.entry import run
 from eagle.store.reader import FeatureStore
 from eagle.target.config import load_config
+from eagle.target.features import HIDDEN_STATE
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.dataset import FeatureDataset, split_store
 from eagle.train.options import TrainOptions

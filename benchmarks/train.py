@@ -30,15 +30,13 @@ import numpy as np
 import psutil
 import torch
 
-from eagle.drafts.eagle1.draft_config import draft_config_for
-from eagle.target.features import HIDDEN_STATE
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
 from eagle.device import choose_kind, describe, process_peak, torch_device
-from eagle.drafts.eagle1.network import Eagle1Network
-from eagle.drafts.saved import describe as describe_draft
+from eagle.drafts.eagle1.draft_config import draft_config_for
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.drafts.saved import without_values
 from eagle.entry import HelpFormatter, run
 from eagle.errors import WorkError
 from eagle.files import existing_path, write_json
@@ -47,6 +45,7 @@ from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
 from eagle.store.writer import ShardWriter
 from eagle.target.config import load_config
+from eagle.target.features import HIDDEN_STATE
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.train.dataset import FeatureDataset
@@ -149,7 +148,8 @@ def flops_per_supervised(args: argparse.Namespace) -> float:
     """Of the products any trainer needs, for one supervised position and its share of the tokens around it."""
     config, store = draft_config_for(load_config(args.basepath), None), FeatureStore(args.tmpdir)
     with torch.device("meta"):
-        weights = describe_draft(Eagle1Network(config, torch.empty(config.vocab_size, config.hidden_size)))["trainable"]
+        draft = without_values(DRAFT_FAMILIES[DEFAULT_DRAFT], config)
+        weights = sum(weight.numel() for weight in draft.trained_state().values())
     data = FeatureDataset(store, np.arange(len(store)), args.max_len, HIDDEN_STATE)
     sample = [data[0, int(i)].supervised for i in np.linspace(0, len(store) - 1, min(len(store), 200))]
     tokens_each = sum(map(len, sample)) / sum(int(s.sum()) for s in sample)

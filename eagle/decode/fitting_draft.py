@@ -27,8 +27,9 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
     """
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
+    config = load_config(folder)
     family = family_of(draft_names(Weights(folder, flag="--draft-path")))
-    check_fit(load_config(folder, family.config_keys), target.config, folder, family)
+    check_fit(config, target.config, folder, family)
     check_base(folder, base)
     embedding = target.embedding
     # Its own copy of the embedding, if there is one, is dropped for the target's: the same values, once in memory.

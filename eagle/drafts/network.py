@@ -68,5 +68,4 @@ class DraftNetwork(nn.Module):
     def own_state(self) -> dict[str, torch.Tensor]:
         """What a saved draft must hold: the trained weights and the saved buffers; not what is the target's."""
         saved = self.state_dict(keep_vars=True)
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        return {name: tensor for name, tensor in saved.items() if name not in frozen}
+        return {name: tensor for name, tensor in saved.items() if not name.startswith("embed_tokens.")}

@@ -245,9 +245,14 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
 def check_widths(found: dict[str, int], expected: dict[str, int], options: TrainOptions) -> None:
     """Raises: RequestError where a store holds other features than the draft is trained on."""
     for name, width in expected.items():
-        if found.get(name) != width:
+        if name not in found:
             raise RequestError(
-                f"--tmpdir {options.tmpdir} holds {name} of size {found.get(name, 0)}, but a draft of --basepath "
+                f"--tmpdir {options.tmpdir} holds no {name!r} features, which {options.family.describes} reads. Make a "
+                f"store for that kind of draft with allocation.py."
+            )
+        if found[name] != width:
+            raise RequestError(
+                f"--tmpdir {options.tmpdir} holds {name} of size {found[name]}, but a draft of --basepath "
                 f"{options.base} needs {width}. They are of different models."
             )
 
