@@ -29,6 +29,8 @@ from eagle.device import choose_kind
 from eagle.drafts.alignment import Batch, collate
 from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.eagle1.objective import Eagle1Objective
+from eagle.drafts.objective import LossOptions
 from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.entry import run
@@ -151,7 +153,8 @@ class PublishedTrainer:
             self.held_out, batch_sampler=[[(0, i)] for i in range(len(self.held_out))], collate_fn=collate
         )
         head = TokenLossHead(self.head.weight.detach().bfloat16())
-        found = validate(self.accelerator, UnrolledDraft(self.draft), head, loader)
+        judge = Eagle1Objective(head, LossOptions())
+        found = validate(self.accelerator, UnrolledDraft(self.draft), judge, loader, head.weight.dtype)
         self.write(**found.metrics())
         return found.tau[-1]
 
