@@ -10,6 +10,7 @@ import torch
 
 from eagle.drafts.families import family_of
 from eagle.drafts.family import DraftFamily
+from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.layout import SavedDraft
 from eagle.drafts.network import DraftNetwork
 from eagle.errors import RequestError
@@ -107,6 +108,7 @@ def warm_start(network: DraftNetwork, path: Path, flag: str) -> list[str]:
     Raises: FileNotFoundError, RequestError (no draft of this network's shape).
     """
     source = resolve_pointer(path)
+    check_is_draft(source, flag)
     state = read_draft_state(Weights(source, flag=flag))
     for name in (EMBEDDING, HEAD):
         state.pop(name, None)  # the base model's are used
@@ -122,6 +124,7 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
     """
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
+    check_is_draft(folder, "--draft-path", weight_name)
     state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
     for name in (EMBEDDING, HEAD):  # the layouts that want them take them from the target
         tensor = state.pop(name, None)
