@@ -93,7 +93,7 @@ KINDS: dict[str, Kind] = {
     ),
     "p-eagle": Kind(
         lambda found: "mask_hidden" in found.names or bool(found.config.get("parallel_drafting")),
-        lambda found: "a P-EAGLE draft (it has a tensor mask_hidden)" if found.names else "a P-EAGLE draft",
+        lambda found: "a P-EAGLE draft",
         _AS_IT_IS,
     ),
     "dflash": Kind(
