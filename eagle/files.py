@@ -15,6 +15,8 @@ from eagle.errors import RequestError
 #: The folder that holds the package: what a child process needs on its path, wherever it was started.
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ".lock"
+#: How the file begins that git keeps in place of a large one (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+_LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
 def existing_path(path: str | Path, flag: str, kind: str = "path") -> Path:
@@ -86,6 +88,17 @@ def fsync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raises: RequestError for what git leaves in place of a large file where git-lfs did not fetch it."""
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS)) == _LFS
+    if is_pointer:
+        raise RequestError(
+            f"{path} is a git-lfs pointer, a few lines of text in place of the real file. Run 'git lfs pull' in its "
+            "folder, or fetch the folder again with 'hf download'."
+        )
 
 
 def read_json(path: Path, what: str) -> dict:

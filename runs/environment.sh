@@ -31,8 +31,8 @@ make_environment() {
 
 if [ "${EAGLE_ENV:-}" = current ]; then
     PYTHON="$(command -v python3 || command -v python)"
-    for package in torch transformers accelerate safetensors numpy tqdm jinja2 psutil; do
-        "$PYTHON" -c "import $package" 2>/dev/null || {
+    for package in torch transformers accelerate safetensors numpy tqdm jinja2 psutil sentencepiece protobuf; do
+        "$PYTHON" -c "import ${package/#protobuf/google.protobuf}" 2>/dev/null || {
             echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install it, or unset EAGLE_ENV." >&2
             exit 2
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,35 @@ def word_piece_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def sentencepiece_model() -> bytes:
+    """What Llama-1 and Llama-2 bring as ``tokenizer.model``: a BPE with byte fallback, trained on the plain corpus."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for line in CORPUS if line.isascii() and "\n" not in line] * 4),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=VOCAB,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return out.getvalue()
+
+
+def keep_only_tokenizer_model(folder: Path) -> Path:
+    """Give a Llama a ``tokenizer.model`` and nothing else of a tokenizer but what its config says of it."""
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return folder
 
 
 def make_target(

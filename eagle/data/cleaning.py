@@ -36,6 +36,7 @@ DROP_REASONS = {
     "reply_beyond_max_length": "--max_length cuts every reply away",
     "reply_too_short": "no reply is two tokens long, so nothing can be learned from it",
     "bad_tokens": "'input_ids' and 'loss_mask' are not lists of token ids and of 0 or 1, equally long",
+    "token_without_row": "a token in it has no row in the base model's embedding",
 }
 
 #: What was mended instead of dropping the record. A new one goes to the end here too.

@@ -24,6 +24,7 @@ from eagle.data.chat_template import choose_template
 from eagle.data.cleaning import Dropped, Message, Tally
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
+from eagle.target.tokenizer import check_rows, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,15 +254,10 @@ def _interleave(pieces: list[str], replies: list[str]) -> str:
 def load_encoder(model_path: str | Path, config: ModelConfig, chat_template: str | None = None) -> Encoder:
     """The tokenizer of a model folder with the template to use: see `choose_template` for `chat_template`.
 
-    Raises: RequestError for a tokenizer that cannot be loaded or a template that does not exist.
+    Raises: RequestError for a tokenizer that cannot be loaded or is not of this model, or a template that does not
+    exist.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_path), use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RequestError(
-            f"--model_name {model_path}: its tokenizer cannot be loaded ({error}). A model folder holds "
-            "tokenizer.json (or tokenizer.model) and tokenizer_config.json."
-        ) from error
-    return Encoder(tokenizer, *choose_template(tokenizer, model_path, config, chat_template), config.vocab_size)
+    tokenizer = load_tokenizer(model_path)
+    template, name = choose_template(tokenizer, model_path, config, chat_template)
+    check_rows(tokenizer, template, config, model_path)
+    return Encoder(tokenizer, template, name, config.vocab_size)

@@ -36,7 +36,10 @@ class TokenSource:
 def encode_record(records: Records, index: int, encoder: Encoder, max_length: int, tally: Tally) -> Encoded:
     """Record `index` as at most `max_length` tokens. Raises: Dropped."""
     record = _read(records, index)
-    return _source(record).encode(record, encoder, max_length, tally)
+    encoded = _source(record).encode(record, encoder, max_length, tally)
+    if encoded.input_ids.max() >= encoder.vocab_size:  # a text may spell out a token that was added without a row
+        raise Dropped("token_without_row")
+    return encoded
 
 
 def align_record(records: Records, index: int, encoder: Encoder) -> Aligned:

@@ -33,13 +33,16 @@ from eagle.decode.report import build_report, report_lines
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import load_target
 from eagle.device import KINDS, choose_kind, describe, peak_memory, torch_device
+from eagle.drafts.foreign import check_is_draft
+from eagle.drafts.saved import resolve_pointer
 from eagle.dtypes import DTYPES, dtype_name, parse_dtype
 from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
 from eagle.files import existing_path, output_folder, write_json
 from eagle.progress import progress_bar
 from eagle.provenance import provenance
-from eagle.target.config import ModelConfig, load_config
+from eagle.target.check import check_target
+from eagle.target.config import ModelConfig
 from eagle.target.weights import Weights, read_embedding
 
 REPORT, REPLIES = "report.json", "replies.jsonl"
@@ -216,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     existing_path(args.base_path, "--base-path", "folder")
     existing_path(args.draft_path, "--draft-path", "path")
     check_output(args.output, args.overwrite)
-    config = load_config(args.base_path)
+    config = check_target(args.base_path, "--base-path").config
+    check_is_draft(resolve_pointer(args.draft_path), "--draft-path")
     dtype = choose_dtype(args.dtype, config, args.base_path)
     device = torch_device(choose_kind(args.device))
     encoder = load_encoder(args.base_path, config, args.chat_template)

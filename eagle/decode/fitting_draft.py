@@ -9,13 +9,15 @@ import torch
 
 from eagle.decode.target import Target
 from eagle.drafts.families import family_of
+from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.saved import STATE, draft_names, load_draft, resolve_pointer
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.weights import Weights, fingerprint
+from eagle.target.identity import Identity
+from eagle.target.weights import Weights
 
 
 def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
@@ -27,6 +29,7 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
     """
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
+    check_is_draft(folder, "--draft-path")
     config = load_config(folder)
     family = family_of(draft_names(Weights(folder, flag="--draft-path")))
     check_fit(config, target.config, folder, family)
@@ -76,7 +79,7 @@ def check_base(folder: Path, base: Path) -> None:
     if not state.is_file():
         return
     trained_for = read_json(state, "a checkpoint's state").get("run", {}).get("target")
-    if trained_for not in (None, fingerprint(base)):
+    if trained_for is not None and not Identity(base, Weights(base, flag="--base-path")).is_named(trained_for):
         warn(f"{folder} was trained for other weights than those in {base}; expect few accepted tokens.")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from eagle.drafts.families import family_of
+from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.vllm_layout import SavedDraft
@@ -108,6 +109,7 @@ def warm_start(network: DraftNetwork, path: Path, flag: str) -> list[str]:
     Raises: FileNotFoundError, RequestError (no draft of this network's shape).
     """
     source = resolve_pointer(path)
+    check_is_draft(source, flag)
     state = read_draft_state(Weights(source, flag=flag))
     family = family_of(state)
     optional = family.optional(state)
@@ -123,6 +125,7 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
     """
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
+    check_is_draft(folder, "--draft-path", weight_name)
     state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
     family = family_of(state)
     for name in family.targets_own:  # the layouts that want them take them from the target

@@ -27,9 +27,10 @@ from eagle.provenance import provenance
 from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
-from eagle.target.config import load_config
+from eagle.target.check import check_target
 from eagle.target.families import TARGET_FAMILIES
-from eagle.target.weights import Weights, fingerprint
+from eagle.target.identity import Identity
+from eagle.target.tokenizer import tokens_without_row
 
 COMPILE_MODES = ("auto", "on", "off")
 
@@ -122,6 +123,7 @@ class Job:
     notes: list[str]
     records: Records
     encoder: Encoder
+    identity: Identity
 
     @property
     def widths(self) -> dict[str, int]:
@@ -139,7 +141,8 @@ def resolve(request: GenerationRequest) -> Job:
     Raises: FileNotFoundError, RequestError.
     """
     model = existing_path(request.model_name, "--model_name", "folder")
-    config = load_config(model)
+    target = check_target(model, "--model_name")
+    config = target.config
     if request.model_type not in (None, config.family):
         raise RequestError(
             f"--model_type {request.model_type}: {model}/config.json says model_type {config.family!r}. "
@@ -147,18 +150,22 @@ def resolve(request: GenerationRequest) -> Job:
         )
     kind = device.choose_kind(request.device)
     device.check_indices(kind, list(request.npu_indices))
-    Weights(model)
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
     encoder = load_encoder(model, config, request.chat_template)
     conversations = min(len(records), request.end_num or len(records))
     if conversations < request.num_nodes:
         raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
     notes = _notes(request, records, encoder.template_name, config.max_position_embeddings)
+    if beyond := tokens_without_row(encoder.tokenizer, config.vocab_size):
+        notes.append(
+            f"the embedding has no row for {', '.join(sorted(beyond)[:4])}; conversations that spell them out are left "
+            "out"
+        )
     manifest = {
         "format_version": FORMAT_VERSION,
         "target": {
             "name": str(model.resolve()),
-            "fingerprint": fingerprint(model),
+            "fingerprint": target.identity.current,
             "config_digest": config.digest(),
             "family": config.family,
             "hidden_size": config.hidden_size,
@@ -189,7 +196,7 @@ def resolve(request: GenerationRequest) -> Job:
         "complete": False,
         "made_by": provenance(),
     }
-    return Job(request, kind, len(node_share(manifest)), manifest, notes, records, encoder)
+    return Job(request, kind, len(node_share(manifest)), manifest, notes, records, encoder, target.identity)
 
 
 def _notes(request: GenerationRequest, records: Records, template: str, longest: int) -> list[str]:
@@ -249,7 +256,10 @@ def check_outdir(job: Job) -> bool:
         existing = read_manifest(path)
         if "resharded_into" in existing:
             raise RequestError(f"--outdir {outdir} holds a resharded store, which cannot be continued; name another.")
-        differences = _differences(existing, job.manifest)
+        # Stores of version 0.1 name their target by another fingerprint.
+        named = job.identity.as_in(existing["target"].get("fingerprint"))
+        own = {**job.manifest, "target": {**job.manifest["target"], "fingerprint": named}}
+        differences = _differences(existing, own)
         if differences:
             raise RequestError(
                 f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
@@ -300,6 +310,7 @@ def encode_job(job: Job, *, save: bool = True) -> Tokens:
     tokens = load_tokens(path, key)
     if tokens is None:
         tokens = encode_all(job.records, job.encoder, node_share(job.manifest), job.request.max_length)
+        assert tokens.input_ids.max(initial=0) < job.encoder.vocab_size, "the embedding would end the job"
         if save:
             save_tokens(path, tokens, key)
     return tokens

@@ -12,7 +12,7 @@ The classic layout of the public EAGLE scripts (``data_<n>.ckpt`` pickles) is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -206,14 +206,21 @@ class FeatureStore:
         }
         return sorted(found)
 
-    def check_target(self, digest: str, basepath: Path) -> None:
-        """Raises: RequestError where a manifest names another target than the one with that fingerprint."""
+    def check_target(self, digest: str, basepath: Path, as_in: Callable[[str], str] | None = None) -> None:
+        """Raises: RequestError where a manifest names another target than the one with that fingerprint.
+
+        as_in: the same target's fingerprint, of the kind that a manifest names (default: there is one kind).
+        """
         for path, manifest in self.manifests.items():
             target = manifest["target"]
-            if target.get("fingerprint") not in (None, digest):
+            named = target.get("fingerprint")
+            if named is None:
+                continue
+            digest = as_in(named) if as_in else digest
+            if named != digest:
                 raise RequestError(
                     f"{path.parent} holds features of {target.get('name')} (fingerprint "
-                    f"{target['fingerprint'][:12]}), but --basepath {basepath} is another model (fingerprint "
+                    f"{named[:12]}), but --basepath {basepath} is another model (fingerprint "
                     f"{digest[:12]}). Train against the model the features came from, or run allocation.py again."
                 )
 

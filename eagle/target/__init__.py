@@ -2,7 +2,10 @@
 
 config         config.json of any generation -> one dataclass
 families       the supported model types: config keys, tensor names, template, what is refused
-weights        its tensors in any file layout, one at a time; the fingerprint
-trunk          the model without its ``lm_head``, which computes features
+weights        its tensors in any file layout: what headers say, one at a time, some bytes
+trunk          the model without its ``lm_head``, which computes features; the tensors it has to have
+identity       the fingerprint that stores and checkpoints name
+check          all of it asked at once, before anything is claimed
+tokenizer      its tokenizer, whose tokens must have rows in the embedding
 cpu_attention, compiled    the same faster, on a CPU and through torch.compile
 """

@@ -128,6 +128,9 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
             f"{' or '.join(known.describes for known in TARGET_FAMILIES.values())} model, whose config.json says "
             f"model_type {' or '.join(map(repr, TARGET_FAMILIES))}."
         )
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise RequestError(f"{source}: {key} is {raw[key]!r}; expected an object, or null.")
     for refusal in family.refusals:
         if reason := refusal(raw):
             raise RequestError(f"{source}: {reason}")
@@ -139,6 +142,9 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
             raise RequestError(f"{source}: {key} is {raw[key]!r}; expected a whole number above 0.")
         return raw[key]
 
+    def optional(key: str, default: int) -> int:
+        return need(key) if raw.get(key) else default
+
     heads = need("num_attention_heads")
     qkv_bias, o_bias = family.biases(raw)
     theta, scaling = _rope(raw, source)
@@ -148,10 +154,10 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
         intermediate_size=need("intermediate_size"),
         num_hidden_layers=need("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or need("hidden_size") // heads,
+        num_key_value_heads=optional("num_key_value_heads", heads),
+        head_dim=optional("head_dim", need("hidden_size") // heads),
         vocab_size=need("vocab_size"),
-        max_position_embeddings=raw.get("max_position_embeddings") or family.max_position_embeddings,
+        max_position_embeddings=optional("max_position_embeddings", family.max_position_embeddings),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,

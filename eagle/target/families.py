@@ -14,6 +14,20 @@ from typing import Any
 Refusal = Callable[[dict[str, Any]], "str | None"]
 
 
+#: What to do instead of using a quantized model.
+UNQUANTIZED = "Train against the unquantized model it was made from; the draft fits both."
+
+#: The rope types that every supported transformers computes, and the keys each has to bring along.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TargetFamily:
     """One ``model_type``.
@@ -59,13 +73,51 @@ def sliding_window(raw: dict[str, Any]) -> str | None:
 
 
 def quantized(raw: dict[str, Any]) -> str | None:
-    found = raw.get("quantization_config")
+    # compression_config: what compressed-tensors wrote before it took the common key.
+    found = raw.get("quantization_config") or raw.get("compression_config")
     if not found:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else found
+    method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
+    return f"this is a quantized model ({method}). {UNQUANTIZED}"
+
+
+def unknown_rope(raw: dict[str, Any]) -> str | None:
+    # In transformers' order: the newer key counts where both are there.
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        return (
+            f"the rope type {kind!r} is not known here; expected {', '.join(ROPE_TYPES)}. Features would be computed "
+            "with other positions than the model was trained with: use a model whose rope is one of these."
+        )
+    missing = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
+    if missing:
+        return (
+            f"its rope of type {kind!r} has no {', '.join(missing)}. config.json is damaged, or was edited: take the "
+            "one that was published with the weights."
+        )
+    return None
+
+
+def own_code(raw: dict[str, Any]) -> str | None:
+    found = raw.get("auto_map")
+    if not found:
+        return None
+    named = ", ".join(map(str, found.values())) if isinstance(found, dict) else str(found)
     return (
-        f"this is a quantized model ({method}). Train against the unquantized model it was made from; the draft fits "
-        "both."
+        f"the model brings code of its own (auto_map: {named}), which is not run here. Use a conversion of it to plain "
+        "Llama or Qwen2; where it is one already, and the code only repeats what transformers has, take auto_map out "
+        "of config.json."
+    )
+
+
+def weights_elsewhere(raw: dict[str, Any]) -> str | None:
+    found = raw.get("transformers_weights")
+    if not found:
+        return None
+    return (
+        f"transformers_weights names {found} as the weights, which only some versions of transformers follow. Name the "
+        "file model.safetensors (or model.safetensors.index.json) and take the key out of config.json."
     )
 
 
@@ -87,6 +139,7 @@ def _llama_template(name: str, longest: int) -> str:
 
 #: As which vLLM loads every draft, whatever its target.
 LLAMA = "llama"
+REFUSALS: tuple[Refusal, ...] = (quantized, own_code, unknown_rope, sliding_window, weights_elsewhere)
 
 TARGET_FAMILIES: dict[str, TargetFamily] = {
     family.name: family
@@ -99,7 +152,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             biases=_llama_biases,
             keys=_llama_keys,
             template=_llama_template,
-            refusals=(sliding_window, quantized),
+            refusals=REFUSALS,
         ),
         TargetFamily(
             name="qwen2",
@@ -109,7 +162,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             biases=lambda raw: (True, False),
             keys=lambda qkv_bias, o_bias, mlp_bias: {},
             template=lambda name, longest: "chatml",
-            refusals=(sliding_window, quantized),
+            refusals=REFUSALS,
         ),
     )
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +77,29 @@ def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError
     )
 
 
-def trunk_values(config: ModelConfig) -> int:
-    """Numbers of values of the target without its ``lm_head``, counted from the module; nothing is allocated."""
-    from transformers import AutoConfig, AutoModel
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the target by its name in a weight file, of ``lm_head`` too unless it is tied.
 
-    raw = config.to_json()
+    Read off transformers' own module; nothing is allocated.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # A rope has no weights, and some types compute with what the meta device does not hold.
+    raw = dataclasses.replace(config, rope_scaling=None).to_json()
     family = raw.pop("model_type")
     with torch.device("meta"):
-        trunk = AutoModel.from_config(AutoConfig.for_model(family, **raw))
-    return sum(parameter.numel() for parameter in trunk.parameters())
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **raw))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if config.tie_word_embeddings:
+        shapes.pop(TARGET_FAMILIES[config.family].head, None)
+    return shapes
+
+
+def trunk_values(config: ModelConfig) -> int:
+    """Numbers of values of the target without its ``lm_head``."""
+    shapes = expected_tensors(config)
+    shapes.pop(TARGET_FAMILIES[config.family].head, None)
+    return sum(map(math.prod, shapes.values()))
 
 
 @dataclass(frozen=True, slots=True)

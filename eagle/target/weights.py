@@ -1,4 +1,4 @@
-"""The target's weights in any file layout, one tensor at a time, and the fingerprint that tells targets apart.
+"""The target's weights in any file layout: what the headers say, one tensor at a time, some bytes of one.
 
 Layouts: ``model.safetensors``, ``pytorch_model.bin``, either of them sharded with an index file, or any single
 weight file a caller names.
@@ -8,20 +8,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from eagle.dtypes import dtype_name
 from eagle.errors import RequestError
+from eagle.files import check_no_pointer
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
+from eagle.tensor_file import DTYPE_CODES
 
-# In the order transformers itself prefers them.
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: In the order in which transformers takes them (`_get_resolved_checkpoint_files`): the trunk is read by transformers,
+#: head and embedding here, and both have to be of the same files.
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)  # fmt: skip
+_INDEX = ".index.json"
+#: What stands in a folder whose weights are not of a kind in `WEIGHT_FILES`, and what to do about it.
+_OTHER_KINDS = {
+    "*.gguf": "a GGUF file, which llama.cpp reads: use the model it was made from",
+    "consolidated*": "Meta's original form: convert it with transformers' convert_llama_weights_to_hf.py",
+    "*.index.json": "the index of another file layout: fetch the model in safetensors form",
+    "*.ckpt*": "another framework's form: fetch the model in safetensors form",
+    "*.safetensors": "no file of the expected name: give a single file the name model.safetensors, fetch an index to "
+    "several",
+    "*.bin": "no file of the expected name: give a single file the name pytorch_model.bin, fetch an index to several",
+}
+
+#: What trainers leave beside weights.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of a tensor.
+
+    dtype: as safetensors calls it. begin: where its bytes begin in the file, None where it is pickled. size: bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int | None
+    size: int
 
 
 class Weights:
@@ -30,50 +63,67 @@ class Weights:
     weight_name: a single weight file inside the folder, where the caller knows better.
 
     Raises: FileNotFoundError when there are no weights or a shard is missing; RequestError for an unreadable
-    file.
+    file, or an index that leads outside the folder.
     """
 
     def __init__(self, folder: str | Path, weight_name: str | None = None, flag: str = "--model_name") -> None:
         self.folder = Path(folder)
         self.flag = flag
+        self.weight_name = weight_name
         self._pickled: dict[Path, dict[str, torch.Tensor]] = {}
-        self._file_of = self._locate(weight_name)
+        self._headers: dict[Path, dict[str, Header]] = {}
+        self._file_of = self._locate()
 
-    def _locate(self, weight_name: str | None) -> dict[str, Path]:
-        if weight_name is not None:
-            path = self.folder / weight_name
+    def _locate(self) -> dict[str, Path]:
+        if self.weight_name is not None:
+            path = self.folder / self.weight_name
             if not path.is_file():
                 there = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".safetensors"))
                 raise FileNotFoundError(
                     f"{self.flag}: {path} does not exist. Weight files in {self.folder}: {', '.join(there) or 'none'}."
                 )
-            if path.name.endswith(".index.json"):
-                return self._read_index(path)
-            return dict.fromkeys(self._names_in(path), path)
-        for name in _SINGLE_FILES + _INDEX_FILES:
-            path = self.folder / name
-            if path.is_file():
-                return self._read_index(path) if name in _INDEX_FILES else dict.fromkeys(self._names_in(path), path)
+        else:
+            path = first_weight_file(self.folder) or self._no_weights()
+        check_no_pointer(path)
+        return self._read_index(path) if path.name.endswith(_INDEX) else dict.fromkeys(self.headers_in(path), path)
+
+    def _no_weights(self) -> Path:
+        for pattern, cure in _OTHER_KINDS.items():
+            found = sorted(path for path in self.folder.glob(pattern) if path.name not in _NO_WEIGHTS)
+            if found:
+                raise FileNotFoundError(f"{self.flag} {self.folder}: no weights found. {found[0].name} is {cure}.")
         raise FileNotFoundError(
-            f"{self.flag} {self.folder}: no weights found; expected {', '.join(_SINGLE_FILES)} or a sharded "
+            f"{self.flag} {self.folder}: no weights found; expected model.safetensors, pytorch_model.bin or a sharded "
             "model with its index file."
         )
 
     def _read_index(self, path: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = set(weight_map.values())
+            outside = sorted(name for name in files if Path(name).is_absolute() or ".." in Path(name).parts)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise RequestError(f"{path} is not a weight index ({error!r}). Fetch the model again.") from error
-        missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
+        if outside:
+            raise RequestError(
+                f"{path} names {outside[0]!r}, which is outside its folder. An index names files beside it; this one "
+                "means other files than the model's. Fetch the model from a source that you trust."
+            )
+        missing = sorted(name for name in files if not (self.folder / name).is_file())
         if missing:
-            raise FileNotFoundError(f"{path} names {', '.join(missing)}, not in the folder. Fetch the model again.")
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise FileNotFoundError(f"{path} names {shown}, not in the folder. Fetch the model again.")
         return {name: self.folder / file for name, file in weight_map.items()}
 
-    def _names_in(self, path: Path) -> Iterable[str]:
-        if path.suffix == ".safetensors":
-            with _open_safetensors(path) as file:
-                return list(file.keys())
-        return list(self._load_pickled(path))
+    def headers_in(self, path: Path) -> dict[str, Header]:
+        """What a file says of its tensors, by name."""
+        if path not in self._headers:
+            check_no_pointer(path)
+            if path.suffix == ".safetensors":
+                self._headers[path] = _safetensors_headers(path)
+            else:
+                self._headers[path] = {name: _header_of(t) for name, t in self._load_pickled(path).items()}
+        return self._headers[path]
 
     def _load_pickled(self, path: Path) -> dict[str, torch.Tensor]:
         if path not in self._pickled:
@@ -82,11 +132,15 @@ class Weights:
             except RuntimeError:  # the format of torch before 1.6 cannot be memory-mapped
                 content = _load_legacy(path)
             except Exception as error:  # pickle raises anything on a damaged or unsafe file
-                raise RequestError(
-                    f"{path} cannot be read as weights: {error}. It is damaged or not a plain state dict."
-                ) from error
+                raise _unreadable(path, error) from error
             if not isinstance(content, dict):
                 raise RequestError(f"{path} holds a {type(content).__name__}; expected a state dict of tensors.")
+            inside = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+            if inside:
+                raise RequestError(
+                    f"{path} holds other things than tensors by name ({', '.join(inside[:3])}): a trainer's own "
+                    "checkpoint. Expected a plain state dict, as save_pretrained writes it."
+                )
             self._pickled[path] = content
         return self._pickled[path]
 
@@ -104,8 +158,35 @@ class Weights:
                 return file.get_tensor(name)
         return self._load_pickled(path)[name]
 
+    def header(self, name: str) -> Header | None:
+        """What its file says of a tensor; None where the index names a file that does not hold it. Raises: KeyError."""
+        return self.headers_in(self._file_of[name]).get(name)
+
+    def pieces(self, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
+        """Some of a tensor's bytes as they are stored, each span by its first byte and length. Raises: KeyError."""
+        path = self._file_of[name]
+        begin = self.headers_in(path)[name].begin
+        if begin is None:
+            flat = self._load_pickled(path)[name].contiguous().view(-1).view(torch.uint8)
+            return [flat[start : start + length].numpy().tobytes() for start, length in spans]
+        found = []
+        with path.open("rb", buffering=0) as file:
+            for start, length in spans:
+                file.seek(begin + start)
+                found.append(file.read(length))
+        return found
+
+    def file_of(self, name: str) -> Path:
+        """The file a tensor is in. Raises: KeyError."""
+        return self._file_of[name]
+
     def files(self) -> list[Path]:
         return sorted(set(self._file_of.values()))
+
+
+def first_weight_file(folder: Path) -> Path | None:
+    """The file transformers would begin with; None where there is none."""
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -115,13 +196,40 @@ def _open_safetensors(path: Path) -> Any:
         raise RequestError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
 
 
+def _safetensors_headers(path: Path) -> dict[str, Header]:
+    """The format: eight bytes of header length, a JSON header, then the tensors (see `eagle.tensor_file`)."""
+    with _open_safetensors(path):  # the library checks that the header is sound and the file whole
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        found[name] = Header(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return found
+
+
+def _header_of(tensor: torch.Tensor) -> Header:
+    code = DTYPE_CODES.get(tensor.dtype, {torch.float64: "F64", torch.bool: "BOOL"}.get(tensor.dtype))
+    size = math.prod(tensor.shape) * tensor.element_size()
+    return Header(code or dtype_name(tensor.dtype), tuple(tensor.shape), None, size)
+
+
 def _load_legacy(path: Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise RequestError(
-            f"{path} cannot be read as weights: {error}. It is damaged or not a plain state dict."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> RequestError:
+    # The first line only: torch goes on to advise loading without its checks, which runs what is in the file.
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+    return RequestError(
+        f"{path} cannot be read as weights: {reason}. It is damaged or not a plain state dict; fetch it again."
+    )
 
 
 def read_embedding(weights: Weights, config: ModelConfig) -> torch.Tensor:
@@ -159,10 +267,10 @@ def _checked(weights: Weights, name: str, config: ModelConfig) -> torch.Tensor:
 
 
 def fingerprint(folder: str | Path, weights: Weights | None = None) -> str:
-    """sha256 that tells two targets apart: the config and three tensors every fine-tuning moves.
+    """The fingerprint of version 0.1, which its stores and checkpoints name: the config and three tensors.
 
-    The bytes are taken as stored, so the same model in another file layout has the same fingerprint and the
-    same model in another dtype has not.
+    sha256 over the bytes as stored. What is made now names `eagle.target.identity.Identity.current`, which covers every
+    tensor.
     """
     config, weights = load_config(folder), weights or Weights(folder)
     digest = hashlib.sha256(config.digest().encode())

@@ -15,8 +15,10 @@ from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path
 from eagle.store.reader import FeatureStore
+from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.trunk import trunk_values
+from eagle.target.weights import first_weight_file
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, make_plan
 from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded
@@ -74,7 +76,9 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     """
     if options.basepath is not None:
         existing_path(options.basepath, "--basepath", "folder")
-        return load_config(options.basepath)
+        if first_weight_file(options.basepath):
+            return check_target(options.basepath, "--basepath").config
+        return check_config(options.basepath, "--basepath")
     if options.configpath is None:
         raise RequestError(
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "

@@ -33,8 +33,9 @@ from eagle.files import existing_path, locked, output_folder, write_json
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import skip_damaged
-from eagle.target.config import load_config
-from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
+from eagle.target.check import check_target
+from eagle.target.identity import Identity
+from eagle.target.weights import read_embedding, read_head
 from eagle.train import checkpoint
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store
 from eagle.train.dry_run import dry_run
@@ -169,7 +170,9 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
-def open_store(options: TrainOptions, accelerator: Accelerator, identity: str, widths: dict[str, int]) -> RecordStore:
+def open_store(
+    options: TrainOptions, accelerator: Accelerator, identity: Identity, widths: dict[str, int]
+) -> RecordStore:
     """The store of features, or the base model that computes them."""
     if options.data_path:
         source = LiveSource(
@@ -184,7 +187,7 @@ def open_store(options: TrainOptions, accelerator: Accelerator, identity: str, w
         return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
     assert options.tmpdir
     store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
-    store.check_target(identity, options.base)
+    store.check_target(identity.current, options.base, identity.as_in)
     return store
 
 
@@ -194,11 +197,10 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     Raises: FileNotFoundError, RequestError.
     """
     existing_path(options.base, "--basepath", "folder")
-    target = load_config(options.base)
+    checked = check_target(options.base, "--basepath")
+    target, weights, identity = checked.config, checked.weights, checked.identity
     family = options.family
     config = family.config(target, options.configpath)
-    weights = Weights(options.base, flag="--basepath")
-    identity = fingerprint(options.base)
     store = open_store(options, accelerator, identity, family.features(target))
     check_widths(store.widths, family.features(target), options)
     train, held_out = split_store(store, options.val_ratio, options.seed)
@@ -219,8 +221,10 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
                 print(f"note: {note}")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
+    saved = checkpoint.load_last(options.run_folder)
     run_identity = {
-        "target": identity,
+        # A run that version 0.1 began goes on under the name it gave the target.
+        "target": identity.as_in(saved[1].get("run", {}).get("target") if saved else None),
         "records": len(store),
         "tokens": store.tokens,
         "features": store.identity(),

@@ -20,8 +20,10 @@ from eagle.drafts.vllm_layout import Layout, SavedDraft
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, output_folder, write_json
-from eagle.target.config import ModelConfig, load_config
-from eagle.target.weights import Weights, fingerprint, read_embedding
+from eagle.target.check import check_target
+from eagle.target.config import ModelConfig
+from eagle.target.identity import Identity
+from eagle.target.weights import Weights, read_embedding
 from eagle.tensor_file import write_tensors
 from eagle.vllm.note import serving_note
 from eagle.vllm.self_check import check_export
@@ -59,13 +61,13 @@ def release(version: str) -> tuple[int, int] | None:
     return numbers if numbers > (0, 1) else None
 
 
-def check_target(draft: SavedDraft, base: Weights) -> None:
+def check_same_target(draft: SavedDraft, base: Identity) -> None:
     """Raises: RequestError where the draft was trained for another model than `base`, of the same shapes maybe."""
-    if draft.trained_for in (None, fingerprint(base.folder, base)):
+    if draft.trained_for is None or base.is_named(draft.trained_for):
         return
     raise RequestError(
         f"--draft-path {draft.source} was trained for another model than --base-path {base.folder}: their fingerprints "
-        f"differ ({draft.trained_for[:12]} and {fingerprint(base.folder, base)[:12]}), and with a wrong base hardly a "
+        f"differ ({draft.trained_for[:12]} and {base.as_in(draft.trained_for)[:12]}), and with a wrong base hardly a "
         "draft token is accepted. Name the base model of its training; where this is that model in another dtype, pass "
         "--allow-other-base."
     )
@@ -121,11 +123,11 @@ def export(
     Raises: FileNotFoundError, RequestError, WorkError.
     """
     existing_path(base_path, "--base-path", "folder")
-    target = load_config(base_path)
-    base = Weights(base_path, base_weight_name, flag="--base-path")
+    checked = check_target(base_path, "--base-path", base_weight_name)
+    target, base = checked.config, checked.weights
     draft = read_saved(draft_path, draft_weight_name, target)
     if not allow_other_base:
-        check_target(draft, base)
+        check_same_target(draft, checked.identity)
     output = output_path or draft_path.parent / f"{draft_path.resolve().name}-vllm"
     known = DRAFT_FAMILIES[draft.family].layouts
     layouts = choose_layouts(known, layout)

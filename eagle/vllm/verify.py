@@ -21,13 +21,14 @@ from typing import Any
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
+from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.saved import draft_names
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json, write_json
 from eagle.provenance import provenance
-from eagle.target.config import load_config
+from eagle.target.check import check_target
 from eagle.target.weights import Weights
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
 from eagle.vllm.export import installed_vllm, release
@@ -105,6 +106,7 @@ def resolve_export(path: Path) -> Path:
     existing_path(path, "--draft-path", "folder")
     inside = [path / next(iter(family.layouts)) for family in DRAFT_FAMILIES.values()]
     folder = next((folder for folder in inside if (folder / "config.json").is_file()), path)
+    check_is_draft(folder, "--draft-path")
     if not (folder / "config.json").is_file():
         raise RequestError(
             f"--draft-path {path} holds no config.json; expected the folder that "
@@ -265,10 +267,10 @@ def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], st
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     existing_path(args.base_path, "--base-path", "folder")
+    config = check_target(args.base_path, "--base-path").config
     draft = resolve_export(args.draft_path)
     prompts = load_prompts(args.prompts, args.num_prompts)
     version = check_vllm()
-    config = load_config(args.base_path)
     encoder = load_encoder(args.base_path, config)
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder))
