@@ -20,6 +20,10 @@ _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
 _KEYS = ("input_ids", "loss_mask", HIDDEN_STATE)
 
 
+def is_dump_name(name: str) -> bool:
+    return _DUMP_NAME.fullmatch(name) is not None
+
+
 class ClassicFolder:
     """The dumps of one folder as a record source; the number in a file's name stands for the conversation."""
 
@@ -80,7 +84,7 @@ def find_classic_dumps(root: Path, damage: list[str] | None = None) -> list[Clas
     """
     folders: dict[Path, list[Path]] = {}
     for file in root.rglob("data_*.ckpt"):
-        if _DUMP_NAME.fullmatch(file.name) and (damage is None or _is_whole(file, damage)):
+        if is_dump_name(file.name) and (damage is None or _is_whole(file, damage)):
             folders.setdefault(file.parent, []).append(file)
     return [ClassicFolder(folder, sorted(folders[folder], key=_number)) for folder in sorted(folders)]
 

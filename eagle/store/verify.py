@@ -160,7 +160,7 @@ def skip_damaged(folder: Path, flag: str) -> FeatureStore:
     for _ in _whole_records(store, damage, indices):
         pass
     for message in damage:
-        print(f"warning: left out: {message}", file=sys.stderr)
+        print(visible(f"warning: left out: {message}"), file=sys.stderr)
     if damage:
         print(f"warning: --skip_damaged: {files:,} files and {len(indices):,} records are left out", file=sys.stderr)
     if len(indices) == len(store):

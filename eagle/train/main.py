@@ -30,6 +30,7 @@ from eagle.drafts.saved import warm_start
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, locked, output_folder, write_json
+from eagle.given import given, refuse_idle
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import skip_damaged
@@ -41,7 +42,7 @@ from eagle.train.dry_run import dry_run
 from eagle.train.launch_check import check_launch, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
-from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
+from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 from eagle.train.sharding import check_sharding
 from eagle.train.validation import DEPTH
 
@@ -257,6 +258,7 @@ def check_widths(found: dict[str, int], expected: dict[str, int], options: Train
 
 def main(argv: list[str] | None = None) -> int:
     options = TrainOptions(**vars(parse_args(argv)))
+    refuse_idle(given(make_parser(argv), argv), idle_flags(options))
     if options.tmpdir:
         existing_path(options.tmpdir, "--tmpdir", "folder")
     if options.dry_run:
