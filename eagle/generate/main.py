@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--npu_indices",
         default="0",
-        help='the cards to use, as npu-smi or nvidia-smi numbers them, e.g. "0,1,2,3"; '
+        help='the cards to use, as npu-smi or nvidia-smi numbers them, e.g. "0,1,2,3", or with CUDA their UUIDs; '
         "on a CPU the numbers count worker processes",
     )
     parser.add_argument(
