@@ -117,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def idle_flags(args: argparse.Namespace, on_cpu: bool) -> dict[str, str]:
     """Flags that do nothing beside these, by name: why, and what to do instead."""
-    idle = {}
+    idle: dict[str, str] = {}
     if args.mode != "dynamic_tree":
         shape = f"it shapes the dynamic tree, and this is --mode {args.mode}. Leave it out, or use --mode dynamic_tree."
         idle |= {"tree_depth": shape, "tree_top_k": shape}

@@ -195,7 +195,7 @@ FREE_ON_RESUME = (
 
 def idle_flags(options: TrainOptions) -> dict[str, str]:
     """Flags that do nothing beside these options, by name: why, and what to do instead."""
-    idle = {}
+    idle: dict[str, str] = {}
     if options.data_path is None:
         leave = "Leave it out, or give it to allocation.py and make another store."
         idle |= {
