@@ -6,7 +6,10 @@ import contextlib
 import importlib.util
 import os
 import platform
+import re
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,14 @@ KINDS = ("npu", "cuda", "cpu")
 
 #: The variable that limits which cards a process sees. The CPU has none: its workers share the cores.
 VISIBILITY_VARIABLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+
+#: Has CUDA number the cards as nvidia-smi does; by itself it puts the fastest first.
+CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+#: A card as people name it: the number that npu-smi or nvidia-smi shows, or on CUDA a UUID (`is_uuid`).
+Card = int | str
+
+_UUID = re.compile(r"(GPU|MIG|MIG-GPU)-[0-9A-Za-z][0-9A-Za-z-]*(/[0-9]+/[0-9]+)?")
 
 #: Has torch take large blocks of CPU memory in pages of 2 MB. In ordinary pages of 4 KB, which the system zeroes one by
 #: one, the blocks of a batch cost a forward pass a sixth of its time.
@@ -67,24 +78,86 @@ def count(kind: str) -> int | None:
     return _backend(kind).device_count()
 
 
-def check_indices(kind: str, indices: list[int], flag: str = "--npu_indices") -> None:
+def is_uuid(name: str) -> bool:
+    """Whether it has the form of a GPU's or a MIG instance's UUID, whole or its beginning, as CUDA takes them."""
+    return _UUID.fullmatch(name) is not None
+
+
+def is_mig(card: Card) -> bool:
+    return isinstance(card, str) and card.startswith("MIG-")
+
+
+def check_indices(kind: str, cards: Sequence[Card], flag: str = "--npu_indices") -> None:
     """Refuse cards that do not exist or that the surrounding environment hides.
 
-    Indices are the numbers that ``npu-smi`` / ``nvidia-smi`` show. Where the visibility variable is already
+    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show; UUIDs are CUDA's. Where the visibility variable is already
     set (a scheduler gave us some of the cards), they must be among those.
+
+    Raises: RequestError.
     """
+    uuids = [card for card in cards if isinstance(card, str)]
+    if uuids and kind != "cuda":
+        expected = "the numbers that npu-smi shows" if kind == "npu" else "numbers, which count worker processes"
+        raise RequestError(
+            f"{flag} names {', '.join(uuids)}, which is the UUID of a CUDA card, but the job runs on the {kind}: "
+            f"expected {expected}, e.g. 0,1."
+        )
     if kind == "cpu":
         return
     visible = os.environ.get(VISIBILITY_VARIABLE[kind])
+    allowed = [entry.strip() for entry in (visible or "").split(",") if entry.strip()]
+    listed = nvidia_smi() if uuids or any(map(is_uuid, allowed)) else {}
     if visible:
-        allowed = [entry.strip() for entry in visible.split(",")]
         hint = f"{VISIBILITY_VARIABLE[kind]}={visible} in this shell shows only those cards"
     else:
         allowed = [str(index) for index in range(count(kind) or 0)]
         hint = f"this machine has {len(allowed)} {kind} card(s)"
-    missing = [str(index) for index in indices if str(index) not in allowed]
+        # Without nvidia-smi nobody here knows the UUIDs; a worker that finds no such card will say so.
+        allowed += [name for names in listed.values() for name in names] if listed else uuids
+    missing = [str(card) for card in cards if not any(_same_card(str(card), other, listed) for other in allowed)]
     if missing:
         raise RequestError(f"{flag} names card {', '.join(missing)}, but {hint}: use {','.join(allowed)}.")
+    whole = [_whole(card, listed) for card in cards]
+    for number, card in enumerate(cards):
+        if whole[number] in whole[:number]:
+            first = cards[whole.index(whole[number])]
+            raise RequestError(f"{flag} names {first} and {card}, which are one card; name each card once.")
+
+
+def nvidia_smi() -> dict[str, list[str]]:
+    """The UUIDs of every GPU, its own and then those of its MIG instances, by its number; empty where unknown."""
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in said.splitlines():
+        number, uuid = re.match(r"GPU (\d+):", line), re.search(r"\(UUID: ([^)]+)\)", line)
+        if number and uuid:
+            found[number[1]] = [uuid[1]]
+        elif uuid and found:
+            found[list(found)[-1]].append(uuid[1])
+    return found
+
+
+def _whole(card: Card, listed: Mapping[str, Sequence[str]]) -> str:
+    """The whole UUID of a card, or the name itself where it is not known or begins several."""
+    if str(card) in listed:
+        return listed[str(card)][0]
+    known = [uuid for uuids in listed.values() for uuid in uuids if uuid.lower().startswith(str(card).lower())]
+    return known[0] if len(known) == 1 else str(card)
+
+
+def _same_card(card: str, visible: str, listed: Mapping[str, Sequence[str]]) -> bool:
+    """Whether `card` is the card that is visible under that name, or a MIG instance of it."""
+    mine, theirs = _whole(card, listed), _whole(visible, listed)
+    if mine == theirs:
+        return True
+    if is_uuid(mine) and is_uuid(theirs):  # one of them may be the beginning of the other
+        short, long = sorted((mine.lower(), theirs.lower()), key=len)
+        if long.startswith(short):
+            return True
+    return any(uuids[0] == theirs and mine in uuids for uuids in listed.values())
 
 
 def compute_dtype(mixed_precision: str) -> torch.dtype:
@@ -97,12 +170,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worker_environment(kind: str, cards: list[int], workers: int) -> dict[str, str]:
+def worker_environment(kind: str, cards: Sequence[Card], workers: int) -> dict[str, str]:
     """Environment variables for one of `workers` processes: its cards, or large pages and its share of the cores."""
     if kind == "cpu":
         pages = {HUGE_PAGES: os.environ.get(HUGE_PAGES, "1")}
         return pages if workers == 1 else pages | {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
-    return {VISIBILITY_VARIABLE[kind]: ",".join(map(str, cards))}
+    if kind == "npu":  # whose runtime takes them in ascending order only
+        cards = sorted(cards, key=int)
+    shown = {VISIBILITY_VARIABLE[kind]: ",".join(map(str, cards))}
+    return CUDA_ORDER | shown if kind == "cuda" else shown
 
 
 def weight_memory(kind: str) -> dict[int | str, int] | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from eagle import only_libraries_on_path
 from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT
+from eagle.text import visible
 
 
 def run(main: Callable[[], int]) -> int:
@@ -49,6 +50,7 @@ def _report(error: Exception, code: int) -> int:
         if error.errno == errno.ENOSPC:
             fix = "What was finished is kept; free some space and run again."
         message = f"{error.filename or 'Writing failed'}: {error.strerror}. {fix}"
+    message = visible(message)
     # A child's last words come as several lines; only our own prose is wrapped.
     if "\n" not in message:
         message = textwrap.fill(message, 100, break_long_words=False, break_on_hyphens=False)

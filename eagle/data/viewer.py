@@ -26,6 +26,7 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path
 from eagle.target.config import load_config
+from eagle.text import visible
 
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
@@ -91,11 +92,11 @@ def show_record(records: Records, encoder: Encoder, index: int, max_length: int)
 
 
 def to_terminal(shown: Shown, *, colour: bool) -> str:
-    """A record for a terminal, or for a file when not in `colour`."""
-    head = f"record {shown.index}: {shown.caption()}"
+    """A record for a terminal, or for a file when not in `colour`; its own control characters are shown."""
+    head = visible(f"record {shown.index}: {shown.caption()}")
     parts = [f"{BOLD}{head}{RESET}" if colour else head, "\n"]
     for supervised, pieces in groupby(shown.pieces, key=lambda piece: piece.supervised):
-        text = "".join(piece.text for piece in pieces)
+        text = visible("".join(piece.text for piece in pieces))
         if colour:
             # Line by line: pagers forget a colour at the end of a line.
             code = GREEN if supervised else DIM

@@ -39,11 +39,13 @@ from eagle.dtypes import DTYPES, dtype_name, parse_dtype
 from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
 from eagle.files import existing_path, output_folder, write_json
+from eagle.given import given, refuse_idle
 from eagle.progress import progress_bar
 from eagle.provenance import provenance
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig
 from eagle.target.weights import Weights, read_embedding
+from eagle.text import visible
 
 REPORT, REPLIES = "report.json", "replies.jsonl"
 
@@ -114,6 +116,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="folder for report.json, report.svg and replies.jsonl")
     add("--overwrite", action="store_true", help="write into --output although there is something in it")
     return parser
+
+
+def idle_flags(args: argparse.Namespace, on_cpu: bool) -> dict[str, str]:
+    """Flags that do nothing beside these, by name: why, and what to do instead."""
+    idle: dict[str, str] = {}
+    if args.mode != "dynamic_tree":
+        shape = f"it shapes the dynamic tree, and this is --mode {args.mode}. Leave it out, or use --mode dynamic_tree."
+        idle |= {"tree_depth": shape, "tree_top_k": shape}
+    if args.temperature == 0:
+        why = "decoding is greedy without --temperature. Leave it out, or add --temperature 1."
+        idle |= {"top_k": why, "top_p": why, "seed": why}
+    if args.output is None:
+        idle["overwrite"] = "nothing is written without --output. Leave it out, or name a folder."
+    if on_cpu:
+        idle["spread"] = "it spreads layers over cards, and this runs on a CPU. Leave it out."
+    return idle
 
 
 def check_output(output: Path | None, overwrite: bool) -> None:
@@ -216,13 +234,15 @@ def main(argv: list[str] | None = None) -> int:
     drafting = DraftOptions(args.mode, args.num_draft_tokens, args.tree_depth, args.tree_top_k)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     options = EvaluateOptions(args.max_new_tokens, args.num_turns, baseline=not args.no_baseline)
+    kind = choose_kind(args.device)
+    refuse_idle(given(make_parser(), argv), idle_flags(args, on_cpu=kind == "cpu"))
     existing_path(args.base_path, "--base-path", "folder")
     existing_path(args.draft_path, "--draft-path", "path")
     check_output(args.output, args.overwrite)
     config = check_target(args.base_path, "--base-path").config
     check_is_draft(resolve_pointer(args.draft_path), "--draft-path")
     dtype = choose_dtype(args.dtype, config, args.base_path)
-    device = torch_device(choose_kind(args.device))
+    device = torch_device(kind)
     encoder = load_encoder(args.base_path, config, args.chat_template)
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
     if args.output:
@@ -245,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         "peak_memory_gb": peak_memory(target.device) / 1e9,
         "skipped_prompts": skipped,
     }
-    print("\n".join(report_lines(report)))
+    print(visible("\n".join(report_lines(report))))
     if args.output:
         write_json(args.output / REPORT, {**report, "made_by": provenance()})
         write_replies(args.output / REPLIES, replies, depth, encoder)

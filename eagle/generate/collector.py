@@ -35,6 +35,28 @@ class Item:
     encoded: Encoded
 
 
+class NotFinite(WorkError):
+    """The target's features overflow in this dtype: the same command would find the same."""
+
+
+def check_finite(finite: torch.Tensor, items: list[Item], dtype: str) -> None:
+    """finite: ``[B, T]`` bool, of the batch of these conversations; rows beyond their lengths mean nothing.
+
+    Raises: NotFinite.
+    """
+    for row, item in enumerate(items):
+        if not finite[row, : len(item.encoded.input_ids)].all():
+            raise NotFinite(
+                f"The target's features of conversation {item.conversation} are not finite in {dtype}. "
+                "float16 overflows on some models: use --dtype bfloat16 or float32."
+            )
+
+
+def all_finite(features: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``[B, T]`` bool, on the CPU: whether all features at a position are finite."""
+    return torch.stack([tensor.isfinite().all(-1).cpu() for tensor in features.values()]).all(0)
+
+
 class Collector:
     """Takes one batch after the other and closes a shard behind any; one thread only touches `progress`.
 
@@ -72,15 +94,10 @@ class Collector:
             self._pending.popleft().result()
 
     def _store(self, features: dict[str, torch.Tensor], items: list[Item]) -> None:
-        finite = torch.stack([tensor.isfinite().all(-1).cpu() for tensor in features.values()]).all(0)
+        check_finite(all_finite(features), items, self.dtype)
         features = {name: tensor.cpu() for name, tensor in features.items()}
         for row, item in enumerate(items):
             length = len(item.encoded.input_ids)
-            if not finite[row, :length].all():
-                raise WorkError(
-                    f"The target's features of conversation {item.conversation} are not finite in {self.dtype}. "
-                    "float16 overflows on some models: use --dtype bfloat16 or float32."
-                )
             ids, mask = torch.from_numpy(item.encoded.input_ids), torch.from_numpy(item.encoded.loss_mask)
             own = {name: tensor[row, :length] for name, tensor in features.items()}
             self.writer.add(Record(item.conversation, ids, mask, own.pop(HIDDEN_STATE), own))

@@ -18,6 +18,7 @@ from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.reader import Records, open_records
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
+from eagle.device import Card, is_mig, is_uuid
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
 from eagle.errors import RequestError
@@ -28,6 +29,7 @@ from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
 from eagle.target.check import check_target
+from eagle.target.compiled import should_compile
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.identity import Identity
 from eagle.target.tokenizer import tokens_without_row
@@ -44,7 +46,7 @@ class GenerationRequest:
     data_path: Path
     model_type: str | None = None
     end_num: int | None = None
-    npu_indices: tuple[int, ...] = (0,)
+    npu_indices: tuple[Card, ...] = (0,)
     used_npus: int = 1
     seed: int = 42
     max_length: int = 2048
@@ -78,6 +80,11 @@ class GenerationRequest:
             raise RequestError(f"--node_rank {self.node_rank}: expected 0 to {self.num_nodes - 1}, one for every node.")
         if self.compile not in COMPILE_MODES:
             raise RequestError(f"--compile {self.compile}: expected one of {', '.join(COMPILE_MODES)}.")
+        if self.compile == "on" and self.used_npus > 1:
+            raise RequestError(
+                f"--compile on would do nothing with --used_npus {self.used_npus}: a model that is spread over several "
+                "cards is not compiled. Leave --compile out, or give each worker one card."
+            )
         self.card_groups()
 
     @property
@@ -85,7 +92,7 @@ class GenerationRequest:
         """The store of this job: with several nodes each has its own, so that they may share a disk."""
         return self.outdir / f"node-{self.node_rank}" if self.num_nodes > 1 else self.outdir
 
-    def card_groups(self) -> list[tuple[int, ...]]:
+    def card_groups(self) -> list[tuple[Card, ...]]:
         """The cards of each worker process, `used_npus` to a worker."""
         cards, per_worker = self.npu_indices, self.used_npus
         if per_worker < 1 or len(cards) % per_worker:
@@ -93,17 +100,28 @@ class GenerationRequest:
                 f"--used_npus {per_worker} is how many cards each worker process gets; it does not divide the "
                 f"{len(cards)} cards of --npu_indices {','.join(map(str, cards))}. Use a divisor of {len(cards)}."
             )
+        if per_worker > 1 and any(map(is_mig, cards)):
+            raise RequestError(
+                f"--used_npus {per_worker}: a process sees one MIG instance only, so a model cannot be spread over "
+                "several. Use --used_npus 1."
+            )
         return [tuple(cards[at : at + per_worker]) for at in range(0, len(cards), per_worker)]
 
 
-def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[int, ...]:
-    """'0,1,2' -> (0, 1, 2). Raises: RequestError for anything that is not distinct card numbers."""
+def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[Card, ...]:
+    """'0,1,2' -> (0, 1, 2); UUIDs of CUDA cards stay as they are.
+
+    Raises: RequestError for anything that is not distinct cards.
+    """
     entries = [entry.strip() for entry in text.split(",")]
-    wrong = [entry for entry in entries if not (entry.isascii() and entry.isdigit())]
+    wrong = [entry for entry in entries if not (entry.isascii() and (entry.isdigit() or is_uuid(entry)))]
     if wrong:
-        raise RequestError(f'{flag} "{text}": {wrong[0]!r} is not a card number; expected e.g. "0,1,2,3".')
-    indices = tuple(map(int, entries))
-    repeated = sorted({index for index in indices if indices.count(index) > 1})
+        raise RequestError(
+            f'{flag} "{text}": {wrong[0]!r} is not a card number; expected e.g. "0,1,2,3", or with CUDA the UUIDs that '
+            "nvidia-smi -L shows."
+        )
+    indices = tuple(int(entry) if entry.isdigit() else entry for entry in entries)
+    repeated = dict.fromkeys(index for index in indices if indices.count(index) > 1)
     if repeated:
         raise RequestError(f'{flag} "{text}" repeats {", ".join(map(str, repeated))}; name each card once.')
     return indices
@@ -131,7 +149,7 @@ class Job:
         return self.manifest["features"]
 
     @property
-    def groups(self) -> list[tuple[int, ...]]:
+    def groups(self) -> list[tuple[Card, ...]]:
         return self.request.card_groups()
 
 
@@ -149,7 +167,8 @@ def resolve(request: GenerationRequest) -> Job:
             f"Use --model_type {config.family}."
         )
     kind = device.choose_kind(request.device)
-    device.check_indices(kind, list(request.npu_indices))
+    device.check_indices(kind, request.npu_indices)
+    should_compile(request.compile, kind, 0)  # refuses what its workers would have to
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
     encoder = load_encoder(model, config, request.chat_template)
     conversations = min(len(records), request.end_num or len(records))

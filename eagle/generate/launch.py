@@ -17,6 +17,7 @@ from eagle.errors import WorkError
 from eagle.generate.job import Job
 from eagle.progress import progress_bar
 from eagle.store.manifest import LOG
+from eagle.store.shard import shard_paths
 
 #: How long a worker may take to end by itself before it is killed.
 GRACE_SECONDS = 10
@@ -30,6 +31,7 @@ class WorkerProcess:
         self.cards = job.groups[number]
         self.progress = {"records": 0, "tokens": 0}
         self.starting: dict[str, int] | None = None
+        self.is_hopeless = False
         folder = job.request.folder / str(number)
         folder.mkdir(exist_ok=True)
         self.log = folder / LOG
@@ -52,23 +54,30 @@ class WorkerProcess:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches the parent, which ends the workers in order
             )
-        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True)
+        self._listener.start()
 
     def _listen(self, stream: IO[bytes]) -> None:
         for line in stream:
             try:
-                self.progress = json.loads(line)
+                said = json.loads(line)
             except ValueError:  # something else printed; it belongs with the worker's words
                 with self.log.open("ab") as log:
                     log.write(line)
                 continue
+            if "hopeless" in said:
+                self.is_hopeless = True
+                continue
+            self.progress = said
             if self.starting is None:
                 self.starting = self.progress
 
-    def last_words(self) -> str:
+    def last_words(self, count: int) -> str:
+        """The last so many lines of what it had to say, of a worker that has ended."""
+        self._listener.join(GRACE_SECONDS)  # to the end of its stdout
         # What an earlier run left in the log is not what this one died of.
         lines = self.log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-12:]) or "    (it said nothing)"
+        return "\n".join(f"    {line}" for line in lines[-count:]) or "    (it said nothing)"
 
 
 def worker_variables(job: Job, number: int) -> dict[str, str]:
@@ -88,24 +97,27 @@ def run_workers(job: Job, tokens: int) -> None:
     """Start every worker, show their common progress to so many `tokens`, and wait.
 
     A worker that fails ends the others and raises WorkError with its last words; so does Ctrl-C end them all.
-    What they had finished stays; the same command continues.
+    What they had finished stays; the same command continues, where that can help.
     """
     previous = signal.signal(signal.SIGTERM, _raise_interrupt)
     workers: list[WorkerProcess] = []
     try:
         for number in range(len(job.groups)):
             workers.append(WorkerProcess(job, number))
-        _watch(workers, tokens)
+        failed = _watch(workers, tokens)
     finally:
         _end(workers)
         signal.signal(signal.SIGTERM, previous)
+    if failed is not None:
+        raise WorkError(_obituary(failed, keeps_something=any(shard_paths(worker.log.parent) for worker in workers)))
 
 
 def _raise_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(workers: list[WorkerProcess], total: int) -> None:
+def _watch(workers: list[WorkerProcess], total: int) -> WorkerProcess | None:
+    """Until all have ended, or one has failed: that one."""
     bar = progress_bar(total, "tokens", unit_scale=True, smoothing=0.1)
     started = False
     with bar:
@@ -122,13 +134,14 @@ def _watch(workers: list[WorkerProcess], total: int) -> None:
                 bar.update(sum(worker.progress["tokens"] for worker in workers) - bar.n)
             for worker in workers:
                 if worker.process.poll() not in (None, 0):
-                    raise WorkError(_obituary(worker))
+                    return worker
             if not running:
-                return
+                return None
             time.sleep(0.2)
 
 
-def _obituary(worker: WorkerProcess) -> str:
+def _obituary(worker: WorkerProcess, *, keeps_something: bool) -> str:
+    """keeps_something: whether a shard was finished; else the folder goes, and the log with it."""
     code = worker.process.returncode
     how = f"exited with code {code}"
     if code < 0:
@@ -136,9 +149,22 @@ def _obituary(worker: WorkerProcess) -> str:
         if code == -signal.SIGKILL:
             how += " (out of memory?)"
     cards = ",".join(map(str, worker.cards))
+    where, lines = (f", from {worker.log}", 12) if keeps_something else ("", 40)
+    words = worker.last_words(lines)
+    if worker.is_hopeless:
+        advice = "The same command would end in the same way; change what these words name. "
+        advice += (
+            "What was finished is kept; a store of other options needs another --outdir."
+            if keeps_something
+            else "Nothing was finished, so the folder is left as it was."
+        )
+    elif keeps_something:
+        advice = "What was finished is kept: run the same command again to continue."
+    else:
+        advice = "Nothing was finished, so the folder is left as it was; another run starts from the beginning."
     return (
-        f"worker {worker.number} (cards {cards}) {how}. Its last words, from {worker.log}:\n{worker.last_words()}\n"
-        "The other workers were ended. What was finished is kept: run the same command again to continue."
+        f"worker {worker.number} (cards {cards}) {how}. Its last words{where}:\n{words}\n"
+        f"The other workers were ended. {advice}"
     )
 
 

@@ -11,12 +11,12 @@ from eagle.data.cleaning import Tally
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter
 from eagle.errors import WorkError
-from eagle.files import locked, output_folder
+from eagle.generate.claim import claimed
 from eagle.generate.job import (
     COMPILE_MODES,
     GenerationRequest,
+    Job,
     check_outdir,
-    claim_outdir,
     encode_job,
     finish,
     parse_indices,
@@ -27,6 +27,7 @@ from eagle.generate.plan import dry_run_lines, make_plan
 from eagle.generate.progress import finished
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.target.families import TARGET_FAMILIES
+from eagle.text import visible
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--npu_indices",
         default="0",
-        help='the cards to use, as npu-smi or nvidia-smi numbers them, e.g. "0,1,2,3"; '
+        help='the cards to use, as npu-smi or nvidia-smi numbers them, e.g. "0,1,2,3", or with CUDA their UUIDs; '
         "on a CPU the numbers count worker processes",
     )
     parser.add_argument(
@@ -118,29 +119,36 @@ def main(argv: list[str] | None = None) -> int:
     job = resolve(request)
     print(f"{job.conversations:,} conversations, {len(job.groups)} worker(s) on {job.kind}")
     for note in job.notes:
-        print(f"  {note}")
+        print(visible(f"  {note}"))
     check_outdir(job)
     if args.dry_run:
         tokens = encode_job(job, save=False)
         plan = make_plan(job, tokens)
         print("\n".join([*plan.lines(), *dry_run_lines(job, plan, tokens)]))
+        check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
         plan.check_space(request.folder)
         return 0
-    output_folder(request.folder, "--outdir")
-    with locked(request.folder, "--outdir"):
-        claim_outdir(job)
+    with claimed(job):
         if not all(finished(request.folder / str(number)) for number in range(len(job.groups))):
-            plan = make_plan(job, encode_job(job))
+            tokens = encode_job(job)
+            check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
+            plan = make_plan(job, tokens)
             print("\n".join(f"  {line}" for line in plan.lines()))
             plan.check_space(request.folder)
             run_workers(job, plan.tokens)
         manifest = finish(job)
-    report = [f"  {line}" for line in Tally.from_json(manifest).lines()]
-    if not manifest["records"]:
-        raise WorkError("\n".join([f"None of the {job.conversations:,} conversations can be used:", *report]))
+        check_usable(job, Tally.from_json(manifest), manifest["tokens"])
     print(
         f"{request.folder}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
         f"{manifest['supervised_tokens']:,} supervised"
     )
-    print("".join(f"{line}\n" for line in report), end="")
+    for line in Tally.from_json(manifest).lines():
+        print(visible(f"  {line}"))
     return 0
+
+
+def check_usable(job: Job, tally: Tally, tokens: int) -> None:
+    """Raises: WorkError where not one conversation can be used."""
+    if not tokens:
+        reasons = [f"  {line}" for line in tally.lines()]
+        raise WorkError("\n".join([f"None of the {job.conversations:,} conversations can be used:", *reasons]))

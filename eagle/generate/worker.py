@@ -4,8 +4,9 @@
 
 The conversations come as tokens (`eagle.data.tokens`), in blocks sorted by length, and are run in that order in
 batches of about equal tokens, so that little is padding, by the feature source it is given. What that computes is
-written by other threads (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line. The
-worker ends when its stdin closes: it does not outlive the parent that holds the other end.
+written by other threads (`eagle.generate.collector`). Progress goes to stdout, one JSON object a line; so does a word
+(`HOPELESS`) before an error that repeating the command would not cure. The worker ends when its stdin closes: it does
+not outlive the parent that holds the other end.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from eagle.data.cleaning import Tally
 from eagle.data.tokens import TOKENS, key_of, load_tokens
 from eagle.dtypes import parse_dtype
 from eagle.entry import run
-from eagle.errors import WorkError
+from eagle.errors import RequestError, WorkError
 from eagle.files import write_json
-from eagle.generate.collector import Collector, Item
+from eagle.generate.collector import Collector, Item, NotFinite, all_finite, check_finite
 from eagle.generate.job import COMPILE_MODES, node_share
 from eagle.generate.progress import Progress, Stretch, finished, missing
 from eagle.generate.sources import FeatureSource, SourceOptions, open_source
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
 from eagle.store.writer import ShardWriter
+
+#: What a worker says on stdout before it ends by an error that the same command would end by again.
+HOPELESS = {"hopeless": True}
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterator[range]:
@@ -147,8 +151,8 @@ class Worker:
         return tokens, time.monotonic() - (started or 0)
 
     def _wait_for(self, batch: list[Item]) -> None:
-        for features in self.compute(batch).values():
-            features[0, 0, 0].item()
+        """Compute a batch to its end. Raises: NotFinite."""
+        check_finite(all_finite(self.compute(batch)), batch, self.share.manifest["dtype"])
 
 
 def source_for(share: Share, kind: str, cards: int, compile_mode: str) -> FeatureSource:
@@ -192,7 +196,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.watch_stdin:
         end_with_parent()
+    try:
+        return _main(args)
+    except (RequestError, NotFinite):
+        print(json.dumps(HOPELESS), flush=True)
+        raise
 
+
+def _main(args: argparse.Namespace) -> int:
     folder, kind = args.outdir / str(args.worker), device.choose_kind(args.device)
     progress = finished(folder)
     if progress:

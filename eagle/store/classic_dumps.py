@@ -13,12 +13,16 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.store.record import Record
+from eagle.store.record import Record, supervised_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
 
 _DUMP_NAME = re.compile(r"data_(\d+)\.ckpt")
 _KEYS = ("input_ids", "loss_mask", HIDDEN_STATE)
+
+
+def is_dump_name(name: str) -> bool:
+    return _DUMP_NAME.fullmatch(name) is not None
 
 
 class ClassicFolder:
@@ -28,7 +32,11 @@ class ClassicFolder:
         self.path = path
         self.files = files
         self.conversations = np.array([_number(file) for file in files], dtype=np.int64)
-        shapes = [_load(file)[HIDDEN_STATE] for file in files]
+        shapes, self._masks = [], []
+        for file in files:
+            content = _load(file)
+            shapes.append(content[HIDDEN_STATE])
+            self._masks.append(content["loss_mask"].numpy() != 0)  # a copy: no mapping stays open for it
         self.lengths = np.array([len(hidden) for hidden in shapes], dtype=np.int64)
         hidden_size = int(shapes[0].shape[1])
         self.widths = {HIDDEN_STATE: hidden_size}
@@ -48,6 +56,13 @@ class ClassicFolder:
         self.files = np.delete(np.array(self.files, dtype=object), positions).tolist()
         self.conversations = np.delete(self.conversations, positions)
         self.lengths = np.delete(self.lengths, positions)
+        gone = set(positions)
+        self._masks = [mask for position, mask in enumerate(self._masks) if position not in gone]
+
+    def supervised(self, max_len: int | None = None) -> np.ndarray:
+        """How many positions of every record are trained on: see `supervised_counts`."""
+        offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
+        return supervised_counts(np.concatenate(self._masks), offsets, max_len)
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Raises: WorkError for a dump that is damaged."""
@@ -70,7 +85,7 @@ def find_classic_dumps(root: Path, damage: list[str] | None = None) -> list[Clas
     """
     folders: dict[Path, list[Path]] = {}
     for file in root.rglob("data_*.ckpt"):
-        if _DUMP_NAME.fullmatch(file.name) and (damage is None or _is_whole(file, damage)):
+        if is_dump_name(file.name) and (damage is None or _is_whole(file, damage)):
             folders.setdefault(file.parent, []).append(file)
     return [ClassicFolder(folder, sorted(folders[folder], key=_number)) for folder in sorted(folders)]
 
@@ -107,6 +122,9 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     tensors = {key: torch.as_tensor(content[key]) for key in _KEYS}
     # Some forks keep the batch dimension of 1.
     tensors = {key: t.squeeze(0) if t.dim() == (3 if key == HIDDEN_STATE else 2) else t for key, t in tensors.items()}
+    wrong = {key: list(t.shape) for key, t in tensors.items() if t.dim() != (2 if key == HIDDEN_STATE else 1)}
+    if wrong:
+        raise WorkError(f"{file} holds {wrong}; expected one row, and [T, H] of {HIDDEN_STATE}. Delete it to go on.")
     lengths = {key: len(tensor) for key, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise WorkError(f"{file} is inconsistent: lengths {lengths} should be equal. Delete it to go on.")

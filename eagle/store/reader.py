@@ -148,6 +148,21 @@ class FeatureStore:
         number, position = self._places[index]
         return self.sources[number].read(position, features=False).loss_mask
 
+    def supervised(self, max_len: int | None = None) -> np.ndarray:
+        """How many positions of every record ``[R]`` a draft is trained on, without reading its features."""
+        counts = [source.supervised(max_len) for source in self.sources]
+        return np.array([counts[number][position] for number, position in self._places], dtype=np.int64)
+
+    def unsupervised(self) -> list[str]:
+        """The records without a supervised position, in words."""
+        found = []
+        for index in np.flatnonzero(self.supervised() == 0).tolist():
+            number, position = self._places[index]
+            source = self.sources[number]
+            where = source.path if isinstance(source, Shard) else source.files[position]
+            found.append(f"conversation {int(source.conversations[position])} in {where}")
+        return found
+
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 

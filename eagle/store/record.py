@@ -96,6 +96,21 @@ class StoredRecord:
         return Record(self.conversation, self.input_ids, self.loss_mask, features.pop(HIDDEN_STATE), features)
 
 
+def supervised_counts(loss_mask: np.ndarray, offsets: np.ndarray, max_len: int | None = None) -> np.ndarray:
+    """How many positions of every record ``[R]`` a draft is trained on, within its first `max_len` tokens.
+
+    loss_mask: ``[N]``, unshifted, of all records back to back; record r is ``offsets[r]:offsets[r+1]``. Position t
+    counts where x[t+1] and x[t+2] both belong to a reply, as in `eagle.drafts.alignment`.
+    """
+    own = loss_mask != 0
+    before = np.concatenate([[0], np.cumsum(own[:-1] & own[1:])])  # [i]: pairs that begin before i
+    starts, ends = offsets[:-1], offsets[1:]
+    if max_len is not None:
+        ends = np.minimum(ends, starts + max_len)
+    some = ends - starts > 2
+    return np.where(some, before[np.where(some, ends - 1, 0)] - before[np.where(some, starts + 1, 0)], 0)
+
+
 def checksum(*arrays: np.ndarray) -> int:
     crc = 0
     for array in arrays:
@@ -117,4 +132,8 @@ class RecordSource(Protocol):
 
     def __len__(self) -> int: ...
     def read(self, position: int, *, features: bool = True) -> Record: ...
+    def supervised(self, max_len: int | None = None) -> np.ndarray:
+        """See `supervised_counts`; of the records in their order."""
+        ...
+
     def leave_out(self, positions: list[int]) -> None: ...

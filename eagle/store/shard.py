@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder
 from eagle.store.dtypes import Packed
-from eagle.store.record import Record, StoredRecord, checksum
+from eagle.store.record import Record, StoredRecord, checksum, supervised_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES, write_pieces
 
@@ -195,6 +195,12 @@ class Shard:
         self._kept, self.conversations, self.lengths = (
             np.delete(array, positions) for array in (self._kept, self.conversations, self.lengths)
         )
+
+    def supervised(self, max_len: int | None = None) -> np.ndarray:
+        """How many positions of every record are trained on: see `supervised_counts`."""
+        with _open_shard(self.path) as file:
+            mask = file.get_tensor("loss_mask").numpy()
+        return supervised_counts(mask, self.offsets, max_len)[self._kept]
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.

@@ -30,9 +30,13 @@ from eagle.progress import progress_bar
 from eagle.store.manifest import DONE
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
+from eagle.text import visible
 
 #: Lower edges of the length histogram's bins, in tokens.
 LENGTH_EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+#: How many records a line names.
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Summary:
 
     supervised_tokens: tokens that belong to a reply. lengths: records by the lower edge of their bin. damage: one
     message for every file or record that cannot be read, and for every count that is not what was promised.
+    unsupervised: which records no position of is supervised, so that training leaves them out.
     missing_nodes, differing_nodes: of jobs over several machines, in words: which are not here, and which options are
     not the same on all. All the rest is about the records that can be read.
     """
@@ -59,6 +64,7 @@ class Summary:
     complete: bool
     content_digest: str
     token_digest: str
+    unsupervised: list[str]
     missing_nodes: list[str]
     differing_nodes: list[str]
     damage: list[str]
@@ -78,6 +84,12 @@ class Summary:
         lines += Tally(Counter(self.dropped), Counter(self.repaired)).lines()
         if not self.complete and not self.missing_nodes:
             lines.append("data generation has not finished; the same allocation.py command continues it")
+        if self.unsupervised:
+            more = f", and {len(self.unsupervised) - _SHOWN:,} more" if len(self.unsupervised) > _SHOWN else ""
+            lines.append(
+                f"{len(self.unsupervised):,} records have no supervised position; training leaves them out: "
+                f"{'; '.join(self.unsupervised[:_SHOWN])}{more}"
+            )
         lines += [f"the store of node {nodes} is not here" for nodes in self.missing_nodes]
         lines += [f"the nodes' stores were made with different options: {what}" for what in self.differing_nodes]
         return [*lines, f"content digest {self.content_digest}", f"token digest   {self.token_digest}"]
@@ -128,6 +140,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         complete=not store.unfinished() and not missing_nodes,
         content_digest=content.hexdigest(),
         token_digest=token_content.hexdigest(),
+        unsupervised=store.unsupervised(),
         missing_nodes=missing_nodes,
         differing_nodes=store.differing_nodes(),
         damage=damage,
@@ -147,7 +160,7 @@ def skip_damaged(folder: Path, flag: str) -> FeatureStore:
     for _ in _whole_records(store, damage, indices):
         pass
     for message in damage:
-        print(f"warning: left out: {message}", file=sys.stderr)
+        print(visible(f"warning: left out: {message}"), file=sys.stderr)
     if damage:
         print(f"warning: --skip_damaged: {files:,} files and {len(indices):,} records are left out", file=sys.stderr)
     if len(indices) == len(store):
@@ -203,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     summary = check_store(existing_path(args.folder, "DIR", "folder"))
-    print(json.dumps(asdict(summary), indent=2) if args.json else "\n".join(summary.lines()))
+    print(json.dumps(asdict(summary), indent=2) if args.json else visible("\n".join(summary.lines())))
     if summary.damage:
         listed = "\n".join(f"  {message}" for message in summary.damage)
         raise WorkError(f"{args.folder}: {len(summary.damage):,} things are wrong:\n{listed}")

@@ -1,5 +1,6 @@
 """Checkpoints: ``cpdir/state_<step>/``, complete or absent, and the pointers ``best`` and ``last``.
 
+    state_0/                                    what training starts from, where there is validation to judge it by
     state_<n>/config.json, model.safetensors    the draft; the folder loads by itself
     state_<n>/optimizer.pt                      what resuming needs: optimizer and schedule
     state_<n>/state.json                        step, epoch, metrics, what the run was
@@ -34,6 +35,8 @@ from eagle.files import fsync_folder, read_json, write_json
 from eagle.target.weights import Weights
 
 OPTIMIZER = "optimizer.pt"
+#: The checkpoint of a draft that was not trained yet.
+START = "state_0"
 _NAME = re.compile(r"state_(\d+)")
 
 

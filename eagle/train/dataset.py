@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from eagle.drafts.alignment import Example, shift
+from eagle.errors import RequestError
 from eagle.store.record import Record
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
@@ -32,6 +33,7 @@ class RecordStore(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
     def read(self, indices: Sequence[int]) -> list[Record]: ...
+    def supervised(self, max_len: int | None = None) -> np.ndarray: ...
     def notes(self) -> list[str]: ...
     def identity(self) -> list[str]: ...
 
@@ -82,13 +84,57 @@ class FeatureDataset(Dataset):
         return dataclasses.replace(example, features=features)
 
 
-def split_store(store: RecordStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and the validation records: whole conversations, the same for every run."""
-    order = np.random.RandomState(seed).permutation(len(store))
-    held_out = round(len(store) * val_ratio) if val_ratio else 0
-    if val_ratio and len(store) > 1:
-        held_out = min(max(held_out, 1), len(store) - 1)
+def split_store(
+    store: RecordStore, val_ratio: float, seed: int, usable: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and the validation records: whole conversations, the same for every run.
+
+    usable: indices of those that something can be learned from (default: all).
+    """
+    count = len(store) if usable is None else len(usable)
+    order = np.random.RandomState(seed).permutation(count)
+    if usable is not None:
+        order = usable[order]
+    held_out = round(count * val_ratio) if val_ratio else 0
+    if val_ratio and count > 1:
+        held_out = min(max(held_out, 1), count - 1)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def usable_records(store: RecordStore, max_len: int, where: str) -> tuple[np.ndarray, list[str]]:
+    """Indices of the records with a supervised position within `max_len`, and notes on the others.
+
+    where: the flag and the value that name the records.
+
+    Raises: RequestError where there is none: why, and what helps.
+    """
+    counts = store.supervised(max_len)
+    usable = np.flatnonzero(counts)
+    left = len(counts) - len(usable)
+    if not left:
+        return usable, []
+    never = int((store.supervised() == 0).sum())
+    later = left - never
+    if not len(usable):
+        if later:
+            raise RequestError(
+                f"{where}: no position of its {len(counts):,} records is supervised within --max_len {max_len} tokens: "
+                f"the replies of {later:,} come later. Raise --max_len."
+            )
+        raise RequestError(
+            f"{where}: nothing is supervised in its {len(counts):,} records: no loss_mask has two tokens of a reply in "
+            "a row. A draft learns from replies only; expected 1 in the loss_mask where a token belongs to one. Make "
+            "the records again from conversations with replies (python -m eagle.data.viewer shows what is supervised)."
+        )
+    notes = []
+    if never:
+        notes.append(f"{never:,} of {len(counts):,} records have no supervised position and are left out")
+    if later:
+        notes.append(
+            f"{later:,} of {len(counts):,} records have no supervised position within --max_len {max_len} and are left "
+            "out"
+        )
+    return usable, notes
 
 
 def epoch_batches(lengths: np.ndarray, global_size: int, seed: int, epoch: int) -> list[np.ndarray]:

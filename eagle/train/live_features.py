@@ -21,7 +21,7 @@ from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.generate.sources import SourceOptions, open_source
 from eagle.store.manifest import describe_features
-from eagle.store.record import Record
+from eagle.store.record import Record, supervised_counts
 from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
@@ -61,8 +61,11 @@ class LiveFeatures:
         self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)
         self._places = np.flatnonzero(self.tokens_of.lengths)
         if not len(self._places):
-            reasons = "; ".join(self.tokens_of.tally().lines())
-            raise RequestError(f"--data_path {source.data_path}: none of its conversations can be used: {reasons}.")
+            tally = self.tokens_of.tally()
+            raise RequestError(
+                f"--data_path {source.data_path}: none of its conversations can be used: {'; '.join(tally.lines())}."
+                + (" Raise --max_len." if tally.dropped["reply_beyond_max_length"] else "")
+            )
         self.conversations = chosen[self._places]
         self.lengths = self.tokens_of.lengths[self._places]
         self.widths = widths
@@ -92,6 +95,11 @@ class LiveFeatures:
             ids_and_mask = torch.from_numpy(one.input_ids), torch.from_numpy(one.loss_mask)
             records.append(Record(int(self.conversations[index]), *ids_and_mask, own.pop(HIDDEN_STATE), own))
         return records
+
+    def supervised(self, max_len: int | None = None) -> np.ndarray:
+        """As `eagle.store.reader.FeatureStore.supervised`."""
+        counts = supervised_counts(self.tokens_of.loss_mask, self.tokens_of.offsets, max_len)
+        return counts[self._places]
 
     def notes(self) -> list[str]:
         return []

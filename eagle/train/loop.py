@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Trainer:
     """One training run.
 
     run: what identifies it (store, target, options), compared when it is resumed. dtype: of what the draft reads.
+    notes: on the records, for people.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Trainer:
         train: FeatureDataset,
         validation: FeatureDataset,
         run: dict[str, Any],
+        notes: Sequence[str] = (),
     ) -> None:
+        self.notes = notes
         self.options, self.accelerator, self.draft = options, accelerator, draft
         self.objective, self.dtype = objective, dtype
         self.train_set, self.validation_set, self.run = train, validation, run
@@ -70,6 +73,7 @@ class Trainer:
         # accelerate's wrapper unscales float16 gradients; it changes nothing else.
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.best_tau, self._validations_without_gain = 0.0, 0
+        self._is_resumed = False
         tracker = None if options.report_to == "none" else accelerator
         self.log = RunLog(
             options.run_folder, active=accelerator.is_main_process, total_steps=self.total_steps, tracker=tracker
@@ -102,6 +106,7 @@ class Trainer:
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take the run up where `folder` left it."""
+        self._is_resumed = True
         saved = checkpoint.restore(folder, self.draft)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
@@ -124,10 +129,10 @@ class Trainer:
             model = shard(self.accelerator, model, self.optimizer)
         else:
             model = self.accelerator.prepare_model(model)
-        if self.position.step == 0:
+        if not self._is_resumed:
             # Takes back what a run wrote that was killed before its first checkpoint.
-            self.log.start_at(0, self.log.seconds)
-            self._validate(model, "before training")
+            self.log.start_at(None, self.log.seconds)
+            self._judge_start(model)
         growth, save_now = LossGrowth(), False
         for epoch in range(self.position.epoch, self.options.num_epochs):
             if self.position.step >= self.total_steps or self._out_of_patience():
@@ -144,6 +149,12 @@ class Trainer:
                     break
             self._end_epoch(model, epoch, save_now)
         self.log.close()
+
+    def _judge_start(self, model: torch.nn.Module) -> None:
+        """Validate and save what training starts from: `best` is the start as long as nothing is better."""
+        start = self._validate(model, "before training")
+        if self._judge(start):
+            self._save(start, is_best=True)
 
     def _end_epoch(self, model: torch.nn.Module, epoch: int, save_now: bool) -> None:
         """Validate and save where it is due; the best one so far always is. save_now: `--save_every` wants it."""
@@ -272,6 +283,9 @@ class Trainer:
         batches = self._batches(self.validation_set, keys + [[(0, 0)]] * filling, empty)
         started = time.monotonic()
         result = validate(self.accelerator, model, self.objective, batches, self.dtype)
+        if not result.positions:  # then τ would be that of no draft at all
+            self.log.say(f"{when:>15}: none of the validation records has a supervised position; no τ")
+            return None
         self.log.validation(self.position.step, self.position.epoch, when, result, time.monotonic() - started)
         return result
 
@@ -285,8 +299,8 @@ class Trainer:
         return is_best
 
     def _save(self, result: Validation | None, is_best: bool = False) -> None:
-        # Without validation records the newest is taken for the best.
-        is_best = is_best or not len(self.validation_set)
+        # Where nothing was judged, as without validation records, the newest is taken for the best.
+        is_best = is_best or not self.best_tau
         writes = self.accelerator.is_main_process
         weights, optimizer = whole_draft(self.draft, writes), whole_optimizer(self.optimizer, writes)
         if writes:

@@ -30,6 +30,7 @@ from eagle.drafts.saved import warm_start
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, locked, output_folder, write_json
+from eagle.given import given, refuse_idle
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import skip_damaged
@@ -37,12 +38,12 @@ from eagle.target.check import check_target
 from eagle.target.identity import Identity
 from eagle.target.weights import read_embedding, read_head
 from eagle.train import checkpoint
-from eagle.train.dataset import FeatureDataset, RecordStore, split_store
+from eagle.train.dataset import FeatureDataset, RecordStore, split_store, usable_records
 from eagle.train.dry_run import dry_run
 from eagle.train.launch_check import check_launch, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
-from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions
+from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 from eagle.train.sharding import check_sharding
 from eagle.train.validation import DEPTH
 
@@ -203,10 +204,14 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     config = family.config(target, options.configpath)
     store = open_store(options, accelerator, identity, family.features(target))
     check_widths(store.widths, family.features(target), options)
-    train, held_out = split_store(store, options.val_ratio, options.seed)
+    where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
+    usable, notes = usable_records(store, options.max_len, where)
+    train, held_out = split_store(store, options.val_ratio, options.seed, usable)
     if not len(train):
-        where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
-        raise RequestError(f"{where} holds {len(store)} records, too few to train on.")
+        raise RequestError(
+            f"{where} holds {len(usable):,} records with something to learn from, and --val_ratio {options.val_ratio} "
+            "leaves none to train on. Lower --val_ratio, or take more conversations."
+        )
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = device.compute_dtype(accelerator.mixed_precision)
@@ -243,6 +248,7 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
         FeatureDataset(store, train, options.max_len, family.reads, noise=options.noise, seed=options.seed),
         FeatureDataset(store, held_out, options.max_len, family.reads),
         run_identity,
+        notes,
     )
 
 
@@ -262,7 +268,9 @@ def check_widths(found: dict[str, int], expected: dict[str, int], options: Train
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(TrainOptions(**vars(parse_args(argv))))
+    options = TrainOptions(**vars(parse_args(argv)))
+    refuse_idle(given(make_parser(argv), argv), idle_flags(options))
+    return run_training(options)
 
 
 def run_training(options: TrainOptions) -> int:
@@ -300,7 +308,7 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
         f"{trainer.global_size} sequences on {accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}, lr {trainer.scheduler.base_lrs[0]:.2e}"
     )
-    for note in [*launch_notes(accelerator.device.type), *trainer.train_set.store.notes()]:
+    for note in [*launch_notes(accelerator.device.type), *trainer.train_set.store.notes(), *trainer.notes]:
         trainer.log.say(f"note: {note}")
     if saved:
         trainer.resume(*saved)
@@ -310,6 +318,11 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
     best = checkpoint.resolve_pointer(options.run_folder / checkpoint.BEST)
     summary = f", τ {trainer.best_tau:.3f} at K = {DEPTH}" if trainer.best_tau else ""
     trainer.log.say(f"done: {options.run_folder / checkpoint.BEST} is {best.name}{summary}")
+    if best.name == checkpoint.START:
+        trainer.log.say(
+            "note: no validation of the trained draft was better than its start, which is the best; a lower --lr, or "
+            "more conversations, may help"
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

@@ -187,3 +187,36 @@ FREE_ON_RESUME = (
     "report_to",
     "dry_run",
 )
+
+
+def idle_flags(options: TrainOptions) -> dict[str, str]:
+    """Flags that do nothing beside these options, by name: why, and what to do instead."""
+    idle: dict[str, str] = {}
+    if options.data_path is None:
+        leave = "Leave it out, or give it to allocation.py and make another store."
+        idle |= {
+            "end_num": f"it is for --data_path, and of a store (--tmpdir) every record is used. {leave}",
+            "data_seed": f"it is for --data_path, and a store (--tmpdir) says which conversations it holds. {leave}",
+            "chat_template": f"it is for --data_path, and a store (--tmpdir) holds tokens already. {leave}",
+            "allow_truncated": "it is for --data_path, and a store (--tmpdir) says which records it holds. Leave it "
+            "out; --skip_damaged goes on without what is damaged in a store.",
+            "dtype": "it is for --data_path, and the features of a store (--tmpdir) were computed before. Leave it "
+            "out; what training computes in is accelerate's --mixed_precision, in front of eagle.train.main.",
+        }
+    else:
+        idle["skip_damaged"] = "it is for a store (--tmpdir), and with --data_path there is none. Leave it out; "
+        idle["skip_damaged"] += "--allow_truncated uses the whole records of a file cut short."
+        if options.end_num is None:
+            idle["data_seed"] = "it chooses conversations for --end_num, and without it all are used. Add --end_num, "
+            idle["data_seed"] += "or leave it out; --seed is that of split, order, noise and random initialisation."
+    if options.init != "closed_form":
+        idle["init_positions"] = f"it is for --init closed_form, and this is --init {options.init}. Leave one out."
+    if not options.val_ratio:
+        why = "with --val_ratio 0 there is no validation. Leave it out, or hold some conversations out."
+        idle |= {"eval_freq": why} | ({"patience": why} if options.patience else {})
+    if not options.ploss_weight:
+        why = "with --ploss_weight 0 the token loss is not trained on"
+        idle["token_loss"] = f"{why}. Leave it out, or give that loss a weight."
+        if options.ttt_steps > 1:
+            idle["ttt_steps"] = f"{why}, and steps after the first have no other. Leave it out, or give it a weight."
+    return idle

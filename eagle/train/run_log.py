@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.progress import progress_bar
+from eagle.text import visible
 from eagle.train.validation import Validation
 
 METRICS = "metrics.jsonl"
@@ -48,17 +49,17 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.active:
-            self._bar.write(text)
+            self._bar.write(visible(text))
 
-    def start_at(self, step: int, seconds: float) -> None:
-        """Take up a run at `step`: what was written after it is taken back."""
+    def start_at(self, step: int | None, seconds: float) -> None:
+        """Take up a run at `step`: what was written after it is taken back. None: it starts anew, all of it is."""
         self._seconds_before, self._started = seconds, time.monotonic()
         if not self.active:
             return
-        self._bar.initial = self._bar.n = self._bar.last_print_n = step
+        self._bar.initial = self._bar.n = self._bar.last_print_n = step or 0
         if self.path.is_file():
             lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if step and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if step is not None and json.loads(line)["step"] <= step]
             temporary = self.path.with_name(f".{METRICS}.tmp")
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output-path",
         "--output_path",
         type=Path,
-        help="an empty or new folder (default: beside the draft, its name with -vllm behind)",
+        help="an empty or new folder (default: beside the draft, or the run it is of, its name with -vllm behind)",
     )
     parser.add_argument(
         "--layout",

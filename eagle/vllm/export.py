@@ -7,6 +7,7 @@ layouts there are is the draft family's to say.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from importlib import metadata
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from eagle.drafts.families import DRAFT_FAMILIES
-from eagle.drafts.saved import WEIGHTS_FILE, read_saved
+from eagle.drafts.saved import BEST, LAST, WEIGHTS_FILE, read_saved, resolve_pointer
 from eagle.drafts.vllm_layout import Layout, SavedDraft
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError, WorkError
@@ -96,13 +97,31 @@ def export_layout(
         write_tensors(staging / WEIGHTS_FILE, tensors)
         check_export(staging, layout, draft.config, tensors)
         note = serving_note(layout, base_path, output, draft.source, draft.measured)
-        (staging / "README.md").write_text(note, encoding="utf-8")
+        (staging / "README.md").write_text(note, encoding="utf-8", errors="surrogateescape")
         if output.is_dir():
             output.rmdir()  # checked to be empty
         staging.rename(output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def default_output(draft_path: Path) -> Path:
+    """Beside the draft, its name with ``-vllm`` behind; of a checkpoint beside its run, after both.
+
+    However the path is spelled, it never lies in a run's own folder, which holds that run's files and nothing else.
+    """
+    draft = resolve_pointer(draft_path).resolve() if draft_path.is_file() else draft_path.resolve()
+    run = draft.parent
+    if not any(os.path.lexists(run / name) for name in (BEST, LAST)):
+        # As it was spelled, where that says in which folder it is.
+        place = draft_path.parent if draft_path.name not in ("", "..") else draft.parent
+        if draft in (place.resolve(), *place.resolve().parents):
+            place = draft.parent
+        return place / f"{draft.name}-vllm"
+    beside = run.parent / f"{run.name}-{draft.name}-vllm"
+    is_here = not draft_path.is_absolute() and beside.is_relative_to(Path.cwd())
+    return beside.relative_to(Path.cwd()) if is_here else beside
 
 
 def export(
@@ -117,8 +136,8 @@ def export(
 ) -> dict[str, Path]:
     """Export a draft in one or both layouts. Returns the folder of each.
 
-    output_path: the folder itself for one layout; for both it gets the subfolders ``v1`` and ``v0``. Default: beside
-    the draft, its name with ``-vllm`` behind.
+    output_path: the folder itself for one layout; for both it gets the subfolders ``v1`` and ``v0``. Default:
+    `default_output`.
 
     Raises: FileNotFoundError, RequestError, WorkError.
     """
@@ -128,7 +147,7 @@ def export(
     draft = read_saved(draft_path, draft_weight_name, target)
     if not allow_other_base:
         check_same_target(draft, checked.identity)
-    output = output_path or draft_path.parent / f"{draft_path.resolve().name}-vllm"
+    output = output_path or default_output(draft_path)
     known = DRAFT_FAMILIES[draft.family].layouts
     layouts = choose_layouts(known, layout)
     folders = {name: output / name if len(layouts) > 1 else output for name in layouts}

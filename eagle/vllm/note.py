@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from eagle.drafts.vllm_layout import Layout
@@ -13,10 +14,11 @@ _ACCEPTANCE = "Acceptance in vLLM: "
 
 
 def serving_note(layout: Layout, base: Path, output: Path, source: Path, measured: dict[str, float]) -> str:
-    """Markdown for the export's ``README.md``."""
+    """Markdown for the export's ``README.md``; its commands are quoted for whatever the folders are called."""
     asked = {**layout.speculative, "model": str(output.resolve()), "num_speculative_tokens": 3}
-    speculative = json.dumps(asked, ensure_ascii=False)
-    hint = f"\n{layout.hint.format(draft=output.resolve())}\n" if layout.hint else ""
+    # Strings and numbers in JSON are Python too.
+    speculative, model = (json.dumps(value, ensure_ascii=False) for value in (asked, str(base.resolve())))
+    hint = f"\n{layout.hint.format(draft=shlex.quote(str(output.resolve())))}\n" if layout.hint else ""
     accuracy = measured.get("val_accuracy")
     known = (
         f"Agreement with the target's own choice on held-out conversations, teacher-forced: {accuracy:.3f}."
@@ -30,15 +32,15 @@ A draft for `{base.resolve()}`, exported from `{source}`.
 
 Serve it:
 
-    vllm serve {base.resolve()} \\
-        --speculative-config '{speculative}'
+    vllm serve {shlex.quote(str(base.resolve()))} \\
+        --speculative-config {shlex.quote(speculative)}
 {hint}
 or in Python:
 
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model="{base.resolve()}",
+        model={model},
         speculative_config={speculative},
     )
     print(llm.generate("Hello", SamplingParams(max_tokens=64))[0].outputs[0].text)

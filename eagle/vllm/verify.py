@@ -30,6 +30,7 @@ from eagle.files import existing_path, read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import check_target
 from eagle.target.weights import Weights
+from eagle.text import visible
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
 from eagle.vllm.export import installed_vllm, release
 from eagle.vllm.note import note_with_acceptance
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     print("starting it without", flush=True)
     without = run_engine(dataclasses.replace(request, draft=None))
     report = build_report(request, with_draft, without, prompts, encoder)
-    print("\n".join(report_lines(report)))
+    print(visible("\n".join(report_lines(report))))
     if args.output:
         write_json(args.output, {**report, "made_by": provenance()})
     wrong = verdict(report)

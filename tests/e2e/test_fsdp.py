@@ -105,7 +105,8 @@ def test_every_process_holds_its_share(llama: Path, tmp_path: Path) -> None:
 def test_mixed_precision_trains(store: Path, llama: Path, tmp_path: Path) -> None:
     launch = [*FSDP[:-1], "bf16", "-m", "eagle.train.main", "--bs", 2]
     command(*launch, *options(store, llama, tmp_path / "run"), "--max_steps", 2)
-    (state,) = states(tmp_path / "run")
+    start, state = states(tmp_path / "run")
+    assert start.name == "state_0"
     assert {tensor.dtype for name, tensor in weights(state).items() if name != "embed_tokens.weight"} == {torch.float32}
     command("-m", "eagle.train.main", *options(store, llama, tmp_path / "alone"), "--max_steps", 2)
     ours, alone = losses(tmp_path / "run"), losses(tmp_path / "alone")

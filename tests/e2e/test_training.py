@@ -101,14 +101,14 @@ def test_the_learning_rate_rises_and_falls_to_zero(undisturbed: Path, llama: Pat
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     undisturbed: Path, store: Path, llama: Path, tmp_path: Path
 ) -> None:
-    """Killed before the first checkpoint, between two, while one is written, and before it is pointed at."""
+    """Killed behind the start's checkpoint, between two, while one is written, and before it is pointed at."""
     run = options(store, llama, tmp_path / "run", "--bs", 4)
     epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
     for where, at in (("step", 3), ("step", epoch + 4), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
         command("-c", KILLER, where, at, *run, code=-signal.SIGKILL)
         for state in states(tmp_path / "run"):
             load_draft(state)
-    assert [state.name for state in states(tmp_path / "run")] == [f"state_{epoch}", f"state_{2 * epoch}"]
+    assert [state.name for state in states(tmp_path / "run")] == ["state_0", f"state_{epoch}", f"state_{2 * epoch}"]
     assert "resuming from" in command("-m", "eagle.train.main", *run).out
 
     assert steps_of(tmp_path / "run") == steps_of(undisturbed)
@@ -229,9 +229,7 @@ def test_the_best_is_the_validation_with_the_largest_tau(store: Path, llama: Pat
     """However rarely checkpoints are wanted; `--patience` counts validations."""
     run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_freq", 50, "--patience", 2)
     command("-m", "eagle.train.main", *run, "--num_epochs", 30, "--lr", 0.02, "--val_ratio", 0.3)
-    taus = {
-        line["step"]: line["val_tau"][-1] for line in steps_of(tmp_path / "run") if "val_tau" in line and line["step"]
-    }
+    taus = {line["step"]: line["val_tau"][-1] for line in steps_of(tmp_path / "run") if "val_tau" in line}
     best = max(taus, key=lambda step: (taus[step], -step))
     assert resolve_pointer(tmp_path / "run" / "best").name == f"state_{best}"
     assert list(taus).index(best) == len(taus) - 3, "two validations without a gain, then the end"

@@ -6,7 +6,7 @@ import torch
 
 from eagle.drafts.alignment import collate, shift, supervised_positions
 from eagle.store.reader import FeatureStore
-from eagle.store.record import Record
+from eagle.store.record import Record, supervised_counts
 from eagle.store.shard import write_shard
 from eagle.target.features import HIDDEN_STATE
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store
@@ -48,6 +48,18 @@ def test_supervised_exactly_where_both_tokens_are_the_assistants(mask, supervise
     assert supervised_positions(torch.tensor(mask, dtype=torch.uint8)).tolist() == supervised
     by_definition = [t + 2 < len(mask) and mask[t + 1] == 1 and mask[t + 2] == 1 for t in range(len(mask) - 1)]
     assert supervised == by_definition
+
+
+@pytest.mark.parametrize("max_len", [None, 1, 2, 3, 5, 99])
+def test_counting_supervised_positions_without_the_features(max_len):
+    """Of many records back to back, empty and short ones among them: as many as each has by itself."""
+    random = np.random.RandomState(0)
+    masks = [random.randint(0, 2, length) for length in [0, 1, 2, 3, *random.randint(0, 12, 60), 0]]
+    offsets = np.cumsum([0, *map(len, masks)])
+    cut = [torch.tensor(mask[:max_len]) for mask in masks]
+    expected = [int(supervised_positions(mask).sum()) if len(mask) else 0 for mask in cut]
+    assert supervised_counts(np.concatenate(masks), offsets, max_len).tolist() == expected
+    assert (sum(expected) > 10) == (max_len not in (1, 2))
 
 
 def test_padding_changes_nothing():
@@ -92,6 +104,15 @@ def test_split(store, ratio, held_out):
     assert sorted([*train, *validation]) == list(range(40))
     again = split_store(store, ratio, seed=1)
     assert (again[0] == train).all() and (again[1] == validation).all()
+
+
+def test_split_of_what_is_usable(store):
+    """As if the others were not there."""
+    usable = np.array([1, 4, 5, 9, 20, 21, 30, 39])
+    train, validation = split_store(store, 0.25, 1, usable)
+    assert sorted([*train, *validation]) == usable.tolist() and len(validation) == 2
+    everything = split_store(store, 0.25, 1, np.arange(40))
+    assert all((a == b).all() for a, b in zip(everything, split_store(store, 0.25, 1), strict=True))
 
 
 LENGTHS = np.random.RandomState(0).randint(5, 500, 333)

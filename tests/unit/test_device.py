@@ -74,10 +74,36 @@ def test_indices_number_workers_on_a_cpu():
     device.check_indices("cpu", [0, 99])
 
 
+@pytest.mark.parametrize("kind", ["cpu", "npu"])
+def test_uuids_are_cudas(npu, kind):
+    with pytest.raises(RequestError, match=f"GPU-a, which is the UUID of a CUDA card, but the job runs on the {kind}"):
+        device.check_indices(kind, [0, "GPU-a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77", True),
+        ("GPU-5d5b", True),
+        ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", True),
+        ("MIG-GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77/1/0", True),
+        ("GPU-", False),
+        ("gpu-5d5b", False),
+        ("GPU-5d5b;rm", False),
+        ("0", False),
+    ],
+)
+def test_what_a_uuid_looks_like(name, expected):
+    assert device.is_uuid(name) is expected
+
+
 def test_worker_environment(monkeypatch):
     monkeypatch.setattr("eagle.device.cores", lambda: 8)
     assert device.worker_environment("npu", [4, 5], 2) == {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}
-    assert device.worker_environment("cuda", [1], 2) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert device.worker_environment("npu", [5, 4], 2) == {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}, "in ascending order"
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert device.worker_environment("cuda", [1], 2) == order | {"CUDA_VISIBLE_DEVICES": "1"}
+    assert device.worker_environment("cuda", ["GPU-b", 0], 1) == order | {"CUDA_VISIBLE_DEVICES": "GPU-b,0"}
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     pages = {"THP_MEM_ALLOC_ENABLE": "1"}
     assert device.worker_environment("cpu", [0], 1) == pages

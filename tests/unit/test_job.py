@@ -24,7 +24,10 @@ def request(inputs, outdir: Path, **changes) -> GenerationRequest:
     )
 
 
-@pytest.mark.parametrize(("text", "indices"), [("0", (0,)), ("0,1, 2", (0, 1, 2)), ("7,3", (7, 3))])
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [("0", (0,)), ("0,1, 2", (0, 1, 2)), ("7,3", (7, 3)), ("GPU-5d5b, 1", ("GPU-5d5b", 1))],
+)
 def test_indices(text, indices):
     assert parse_indices(text) == indices
 
@@ -60,6 +63,8 @@ def test_card_groups(tmp_path, inputs, cards, each, groups):
         ({"dtype": "int3"}, "--dtype int3"),
         ({"model_type": "gpt2"}, "--model_type gpt2"),
         ({"batch_tokens": 0}, "--batch_tokens 0"),
+        ({"npu_indices": (0, 1), "used_npus": 2, "compile": "on"}, "--compile on would do nothing with --used_npus 2"),
+        ({"npu_indices": ("MIG-a", "MIG-b"), "used_npus": 2}, "one MIG instance only"),
     ],
 )
 def test_wrong_options(tmp_path, inputs, changes, says):

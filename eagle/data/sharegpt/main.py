@@ -9,6 +9,7 @@ from eagle.data.sharegpt.convert import ConvertRequest, ShareGPTWriter, plan
 from eagle.data.sharegpt.formats import FORMATS
 from eagle.data.sharegpt.sources import TABLES
 from eagle.errors import WorkError
+from eagle.text import visible
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     with ShareGPTWriter(request.output) as writer:
         for conversion in conversions:
             conversion.write_to(writer)
-            print(f"{conversion.path}: {conversion.shape}, {conversion.how}")
+            print(visible(f"{conversion.path}: {conversion.shape}, {conversion.how}"))
             for line in conversion.lines():
-                print(f"  {line}")
+                print(visible(f"  {line}"))
         if not writer.count:
             raise WorkError(
                 f"Not one record could be converted, so --output {request.output} was not written. The reasons are "
