@@ -48,7 +48,7 @@ class Kind:
 
 
 def _is_full_model(found: Found) -> bool:
-    if "fc.weight" in found.names:
+    if "fc.weight" in found.names or any(family.recognises(found.names) for family in DRAFT_FAMILIES.values()):
         return False
     layers = found.config.get("num_hidden_layers")
     return bool(found.names) and (

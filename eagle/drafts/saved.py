@@ -92,7 +92,7 @@ def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> Dra
         raise RequestError(f"{folder} holds no {EMBEDDING}; the target's embedding is needed beside it.")
     network = family.build(config, embedding, state)
     load_trained_state(network, state, str(folder))
-    return network.to(next(iter(state.values())).dtype)
+    return network.to(state[next(iter(network.trained_state()))].dtype)
 
 
 def load_trained_state(network: DraftNetwork, state: Mapping[str, torch.Tensor], source: str) -> None:
