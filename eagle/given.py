@@ -13,8 +13,7 @@ def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[s
 
     parser: one made for this; it loses its defaults. argv: what it accepts, as for ``parse_args``.
     """
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args(argv)), argparse.SUPPRESS))
     return vars(parser.parse_args(argv))
 
 
