@@ -9,12 +9,10 @@ from eagle.errors import RequestError
 
 
 def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, object]:
-    """The arguments that were typed, by name, and not those left at their defaults.
-
-    parser: one made for this; it loses its defaults. argv: what it accepts, as for ``parse_args``.
-    """
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args(argv)), argparse.SUPPRESS))
-    return vars(parser.parse_args(argv))
+    """The arguments that were typed, by name, and not those left at their defaults. argv: as for ``parse_args``."""
+    # argparse gives a default only to what the namespace does not hold yet, and nobody can type None.
+    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))
+    return {name: value for name, value in vars(parser.parse_args(argv, nothing)).items() if value is not None}
 
 
 def refuse_idle(typed: Mapping[str, object], idle: Mapping[str, str]) -> None:
