@@ -39,12 +39,16 @@ DESCRIPTION = "description"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line. name: the word of it that says which command it is. example: as users type it."""
+    """A command line. name: the word of it that says which command it is. example: as users type it.
+
+    installed: what it is called where the package was installed with pip.
+    """
 
     name: str
     make_parser: Callable[[], argparse.ArgumentParser]
     titles: dict[str, str]
     example: str
+    installed: str = ""
 
 
 COMMANDS = (
@@ -53,6 +57,7 @@ COMMANDS = (
         eagle.data.sharegpt.main.make_parser,
         {"en": "Step 2: other formats to ShareGPT", "zh": "步骤 2：其他格式转为 ShareGPT"},
         "python tools/sharegpt_convert.py --input alpaca.json chats.jsonl qa.csv --output sharegpt.json",
+        "eagle-sharegpt-convert",
     ),
     Command(
         "allocation.py",
@@ -61,12 +66,14 @@ COMMANDS = (
         'python allocation.py --outdir ./features --end_num 68000 --npu_indices "0,1,2,3,4,5,6,7" --used_npus 1 \\\n'
         "    --model_type llama --model_name ./llama-2-7b-chat --data_path ./sharegpt.json \\\n"
         "    --seed 42 --max_length 2048 --dtype bfloat16",
+        "eagle-allocation",
     ),
     Command(
         "reassign_data_num.py",
         eagle.store.reshard.make_parser,
         {"en": "Step 3b: reshard the features", "zh": "步骤 3b：重新切分特征"},
         "python reassign_data_num.py --old_folder ./features --new_folder ./features_tp8 --tp 8",
+        "eagle-reassign",
     ),
     Command(
         "eagle.train.main",
@@ -74,6 +81,7 @@ COMMANDS = (
         {"en": "Step 4: train the draft", "zh": "步骤 4：训练草稿"},
         "accelerate launch -m --mixed_precision=bf16 eagle.train.main --tmpdir ./features --cpdir ./checkpoints \\\n"
         "    --configpath configs/llama_2_chat_7B_config.json --basepath ./llama-2-7b-chat --bs 4",
+        "eagle-train",
     ),
     Command(
         "convert_eagle_ckpt_to_vllm_compatible.py",
@@ -81,6 +89,7 @@ COMMANDS = (
         {"en": "Step 5: the folder vLLM loads", "zh": "步骤 5：vLLM 可加载的文件夹"},
         "python convert_eagle_ckpt_to_vllm_compatible.py --base-path ./llama-2-7b-chat --draft-path ./checkpoints \\\n"
         "    --base-weight-name model.safetensors.index.json --draft-weight-name model.safetensors",
+        "eagle-convert",
     ),
     Command(
         "eagle.evaluate",
@@ -88,6 +97,7 @@ COMMANDS = (
         {"en": "Evaluate a draft", "zh": "评估草稿"},
         "python -m eagle.evaluate --base-path ./llama-2-7b-chat --draft-path ./checkpoints --mode chain \\\n"
         "    --num_draft_tokens 5 --output ./evaluation",
+        "eagle-evaluate",
     ),
     Command(
         "eagle.vllm.verify",
@@ -95,25 +105,28 @@ COMMANDS = (
         {"en": "Verify a draft in vLLM", "zh": "在 vLLM 中验证草稿"},
         "python -m eagle.vllm.verify --base-path ./llama-2-7b-chat --draft-path ./checkpoints-vllm/v1 \\\n"
         "    --num_speculative_tokens 3 --dtype float32",
+        "eagle-verify",
     ),
     Command(
         "eagle.store.verify",
         eagle.store.verify.make_parser,
         {"en": "Verify a store", "zh": "校验特征库"},
         "python -m eagle.store.verify ./features",
+        "eagle-verify-store",
     ),
     Command(
         "eagle.data.viewer",
         eagle.data.viewer.make_parser,
         {"en": "See what is trained on", "zh": "查看哪些 token 参与训练"},
         "python -m eagle.data.viewer --model_name ./llama-2-7b-chat --data_path ./sharegpt.json --num 3",
+        "eagle-view",
     ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What is not of one command. default: how a help text names its default."""
+    """What is not of one command. default: how a help text names its default. installed: what pip calls a command."""
 
     file: str
     language: str
@@ -124,6 +137,7 @@ class Page:
     none: str
     default: re.Pattern[str]
     also: str
+    installed: str
 
 
 PAGES = (
@@ -138,6 +152,7 @@ PAGES = (
         "none",
         re.compile(r" ?\(default: ([^()]*)\)"),
         "Also accepted: {}.",
+        "Installed with pip, the command is `{}`.",
     ),
     Page(
         "flags.zh-CN.md",
@@ -151,6 +166,7 @@ PAGES = (
         "无",
         re.compile(r"（默认：([^（）]*)）"),
         "也可以写作 {}。",
+        "用 pip 安装后，命令为 `{}`。",
     ),
 )
 
@@ -205,7 +221,10 @@ def section(command: Command, page: Page, texts: dict[str, str]) -> str:
     """One command's part of a page. texts: as `help_texts`, in the page's language."""
     parser = command.make_parser()
     lines = [f"## {command.titles[page.language]}", "", "```bash", command.example, "```", ""]
-    lines += [marked_up(texts[DESCRIPTION]), "", row(page.columns), row(["---"] * len(page.columns))]
+    lines += [marked_up(texts[DESCRIPTION]), ""]
+    if command.installed:
+        lines += [page.installed.format(command.installed), ""]
+    lines += [row(page.columns), row(["---"] * len(page.columns))]
     for action in arguments(parser):
         text = texts[name_of(action)]
         meaning = page.default.sub("", text)

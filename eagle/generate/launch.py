@@ -109,7 +109,9 @@ def run_workers(job: Job, tokens: int) -> None:
         _end(workers)
         signal.signal(signal.SIGTERM, previous)
     if failed is not None:
-        raise WorkError(_obituary(failed, keeps_something=any(shard_paths(worker.log.parent) for worker in workers)))
+        raise WorkError(
+            _how_it_ended(failed, keeps_something=any(shard_paths(worker.log.parent) for worker in workers))
+        )
 
 
 def _raise_interrupt(*_: object) -> None:
@@ -140,7 +142,7 @@ def _watch(workers: list[WorkerProcess], total: int) -> WorkerProcess | None:
             time.sleep(0.2)
 
 
-def _obituary(worker: WorkerProcess, *, keeps_something: bool) -> str:
+def _how_it_ended(worker: WorkerProcess, *, keeps_something: bool) -> str:
     """keeps_something: whether a shard was finished; else the folder goes, and the log with it."""
     code = worker.process.returncode
     how = f"exited with code {code}"
