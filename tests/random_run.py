@@ -12,6 +12,8 @@ import torch
 
 from eagle.store.record import Record
 from eagle.store.shard import write_shard
+from eagle.target.config import load_config
+from eagle.target.trunk import expected_tensors
 from eagle.tensor_file import write_tensors
 
 
@@ -19,23 +21,14 @@ def write_random_target(
     folder: Path, *, vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, family: str = "llama",
     tied: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Path:  # fmt: skip
-    """A base model's folder: config.json and, of its weights, those that training reads."""
+    """A base model's folder: config.json and the weights of its one layer."""
     folder.mkdir(parents=True)
     write_config(folder, vocab, hidden, inner, heads, kv_heads, family, tied)
     generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.02).to(dtype)
-
-    layer = "model.layers.0"
     tensors = {
-        "model.embed_tokens.weight": random(vocab, hidden),
-        "model.norm.weight": random(hidden),
-        f"{layer}.self_attn.q_proj.weight": random(hidden, hidden),
-        f"{layer}.mlp.down_proj.weight": random(hidden, inner),
+        name: (torch.randn(*size, generator=generator) * 0.02).to(dtype)
+        for name, size in expected_tensors(load_config(folder)).items()
     }
-    if not tied:
-        tensors["lm_head.weight"] = random(vocab, hidden)
     write_tensors(folder / "model.safetensors", tensors)
     return folder
 

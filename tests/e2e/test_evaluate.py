@@ -179,7 +179,7 @@ REFUSED = {
     "no base model": ("--base-path nowhere", "--base-path nowhere"),
     "no draft": ("--draft-path nowhere", "--draft-path nowhere"),
     "a folder without a draft": ("--draft-path nothing", "config.json"),
-    "a base model as a draft": ("--draft-path llama", "not part of an EAGLE-1 draft"),
+    "a base model as a draft": ("--draft-path llama", "it is a whole model (LlamaForCausalLM)"),
     "another hidden size": ("--draft-path wide_draft", "hidden_size is 64, the base model's is 32"),
     "another vocabulary": ("--draft-path words_draft", "vocab_size is 430, the base model's is 424"),
     "another number of heads": ("--draft-path mha_draft", "num_key_value_heads is 4, the base model's is 2"),
