@@ -20,10 +20,12 @@ BUCKET = 16
 class RecordStore(Protocol):
     """What a data set reads from: an `eagle.store.reader.FeatureStore`, or the base model itself.
 
-    lengths: ``[R]`` tokens of every record. widths: of the features it holds, by name.
+    lengths: ``[R]`` tokens of every record. groups: ``[R]``, the same number, from 0 on, for those of one conversation.
+    widths: of the features it holds, by name.
     """
 
     lengths: np.ndarray
+    groups: np.ndarray
 
     @property
     def widths(self) -> dict[str, int]: ...
@@ -84,11 +86,13 @@ class FeatureDataset(Dataset):
 
 def split_store(store: RecordStore, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and the validation records: whole conversations, the same for every run."""
-    order = np.random.RandomState(seed).permutation(len(store))
-    held_out = round(len(store) * val_ratio) if val_ratio else 0
-    if val_ratio and len(store) > 1:
-        held_out = min(max(held_out, 1), len(store) - 1)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    count = int(store.groups.max()) + 1
+    order = np.random.RandomState(seed).permutation(count)
+    held_out = round(count * val_ratio) if val_ratio else 0
+    if val_ratio and count > 1:
+        held_out = min(max(held_out, 1), count - 1)
+    is_held_out = np.isin(store.groups, order[:held_out])
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def epoch_batches(lengths: np.ndarray, global_size: int, seed: int, epoch: int) -> list[np.ndarray]:

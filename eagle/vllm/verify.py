@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     version = check_vllm()
     config = load_config(args.base_path)
     encoder = load_encoder(args.base_path, config)
+    print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder))
     longest = request.max_model_len()
