@@ -64,7 +64,7 @@ class JsonFile:
         self.is_array = self._bytes[first : first + 1] == b"[" and not self._first_line_is_a_list(first)
         if self.is_array:
             self._scan_array(first)
-        elif self._bytes[first : first + 1] in (b"{", b"["):
+        elif self._bytes[first : first + 1] in (b"{", b"[") or self._is_lines(first):
             wrapped = self._wrapped_array(first)
             if wrapped is None:
                 self._scan_lines(first, flag)
@@ -175,8 +175,7 @@ class JsonFile:
             if self._skip_whitespace(start) < end:
                 self._add(start, end)
             start = end + 1
-        # One bad line is the caller's to judge; where none of the first is a record, the file is something else.
-        if not any(self._is_record(index) for index in range(min(len(self), _LOOKED_AT))):
+        if not self._is_lines(first):
             raise RequestError(self._no_lines(flag))
         # Only the last line can have been cut short, and only where nothing ends it.
         last = self._bytes[self._starts[-1] : self._ends[-1]]
@@ -185,10 +184,21 @@ class JsonFile:
             self._ends.pop()
             self.damage = Damage(len(self), start, "its last line is not whole JSON.")
 
-    def _is_record(self, index: int) -> bool:
-        """Whether a line is JSON by itself, and not a part of an object over several lines."""
-        line = self._bytes[self._starts[index] : self._ends[index]].rstrip()
-        return line[-1:] in (b"}", b"]") and len(line) > 2 and _is_whole(line)
+    def _is_lines(self, first: int) -> bool:
+        """Whether one of the first lines is a record by itself, and not a part of an object over several lines.
+
+        One bad line is the caller's to judge; where none of them is a record, the file is something else.
+        """
+        start = first
+        for _ in range(_LOOKED_AT):
+            newline = self._bytes.find(b"\n", start)
+            line = self._bytes[start : newline if newline >= 0 else len(self._bytes)].strip()
+            if line[:1] in (b"{", b"[") and line[-1:] in (b"}", b"]") and len(line) > 2 and _is_whole(line):
+                return True
+            if newline < 0:
+                break
+            start = newline + 1
+        return False
 
     def _no_lines(self, flag: str) -> str:
         try:

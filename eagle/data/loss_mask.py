@@ -197,17 +197,27 @@ class Encoder(Renderer):
         first = self.tokenizer.convert_ids_to_tokens(self._tokenize_part("x")[0][:1].tolist())
         return bool(first) and first[0].startswith("\u2581")
 
+    def tokenize_each(self, texts: list[str]) -> list[np.ndarray]:
+        """ids ``[T]`` of every text, as a server tokenises it. Raises: Dropped."""
+        if not texts:
+            return []
+        return [np.asarray(ids, dtype=np.int32) for ids in self._call_tokenizer(texts)["input_ids"]]
+
     def _tokenize_part(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._call_tokenizer(text, return_offsets_mapping=True)
+        ids = np.asarray(encoding["input_ids"], dtype=np.int32)
+        return ids, np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+
+    def _call_tokenizer(self, text: str | list[str], **options: bool) -> Any:
+        """Raises: Dropped where the tokenizer fails on the text."""
         try:
-            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
         except MemoryError:
             raise
         except BaseException as error:  # a panic inside of the tokenizers library is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise Dropped("tokenizer_failed", described(error)) from error
-        ids = np.asarray(encoding["input_ids"], dtype=np.int32)
-        return ids, np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
 
 
 def cut(

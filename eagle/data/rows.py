@@ -87,11 +87,13 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
         if dropped.reason == "template_rewrites_reply":  # perhaps its reasoning alone
             return None
         raise
+    ends = aligned.offsets[:, 1]
     special = np.flatnonzero(np.isin(aligned.input_ids, encoder.special_ids))
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    seen: list[tuple[int, int, bool]] = []
+    tails: list[str] = []
     for index, (start, _) in zip(replies, spans, strict=True):
-        behind = np.flatnonzero(aligned.offsets[:, 1] > start)
-        first = int(behind[0]) if len(behind) else len(aligned.input_ids)
+        first = int(np.argmax(ends > start)) if len(ends) and ends[-1] > start else len(ends)
         if at_least is not None and first >= at_least:
             break  # cut away, and all behind it
         prompt = encoder.prompt(messages[:index])
@@ -101,13 +103,15 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
         if frame.strip() and encoder.has_generation_prompt:
             return None
         # A text is cut at special tokens before it is tokenised: what is before the last one is the same anyway.
-        before = special[(special < first) & (aligned.offsets[special, 1] <= len(prompt))]
+        before = special[(special < first) & (ends[special] <= len(prompt))]
         anchor = int(before[-1]) if len(before) else 0
-        ids, _ = encoder.tokenize(prompt[int(aligned.offsets[anchor, 0]) if anchor else 0 :])
+        tails.append(prompt[int(aligned.offsets[anchor, 0]) if anchor else 0 :])
+        seen.append((anchor, first, not frame.strip() and "weight" not in messages[index]))
+    for (anchor, first, is_said), ids in zip(seen, encoder.tokenize_each(tails), strict=True):
         end = anchor + len(ids)
         if end > first or not np.array_equal(aligned.input_ids[anchor:end], ids):
             return None
-        if not frame.strip() and "weight" not in messages[index]:
+        if is_said:
             aligned.loss_mask[end:first] = 1  # white space that no prompt has: the model says it
     return aligned
 

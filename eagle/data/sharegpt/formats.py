@@ -77,10 +77,14 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the records of a file look like: a key of `FORMATS` and, for the column formats, the columns."""
+    """What the records of a file look like: a key of `FORMATS` and, for the column formats, the columns.
+
+    told: the user has said so, and of two conversations in one record means this format's.
+    """
 
     format: str
     columns: Columns | None = None
+    told: bool = False
 
     def __str__(self) -> str:
         if self.columns is None or self.format == "alpaca":
@@ -210,9 +214,9 @@ def _messages(record: Any, shape: Shape, tally: Tally) -> list[Message]:
     """Raises: Unusable, Dropped."""
     if shape.format in TURN_NAMES:
         names = TURN_NAMES[shape.format]
+        has_own = isinstance(record, dict) and any(isinstance(record.get(name), list) for name in names)
         # Of a file of one of the two formats the records of the other are read too, as step 3 does.
-        has_own = not isinstance(record, dict) or any(isinstance(record.get(name), list) for name in names)
-        return clean_record(record, tally, names if has_own else CONVERSATION_NAMES)
+        return clean_record(record, tally, names if shape.told and has_own else CONVERSATION_NAMES)
     if isinstance(record, dict):
         check_text_alone(record)
     return clean_record({"conversations": _READERS[shape.format](record, shape)}, tally)
