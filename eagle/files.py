@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,17 @@ def existing_path(path: str | Path, flag: str, kind: str = "path") -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{flag} {path}: no such file or folder; expected {what}. Check the path.")
     if (kind == "file" and not path.is_file()) or (kind == "folder" and not path.is_dir()):
-        raise RequestError(f"{flag} {path} is not {what}, which is what this flag takes.")
+        seen = named_kind(path)
+        pipe = ". It is a pipe, which can be read once only: write it to a file first" if seen == "a pipe" else ""
+        raise RequestError(f"{flag} {path} is not {what}, which is what this flag takes{pipe}.")
     return path
+
+
+def named_kind(path: Path) -> str:
+    """What is there, in words: a file, a folder, a pipe (what a shell's ``<(...)`` makes), ..."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
 
 
 def output_folder(path: Path, flag: str) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import re
+import shlex
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from eagle.errors import RequestError
 # A whole string (its closing quote captured: empty where the file ends inside it) or a structural character.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[{}\[\],]', re.DOTALL)
 _WHITESPACE = b" \t\r\n"
+#: What stands in front of the records of ``{"data": [...]}``.
+_WRAPPER = re.compile(rb'"data"\s*:\s*$')
+#: Lines that are looked at to tell JSON Lines from one object over several lines.
+_LOOKED_AT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +37,17 @@ class Damage:
     reason: str
 
 
+class TooDeep(ValueError):
+    """A record is whole, but nested more deeply than Python's parser goes."""
+
+
 class JsonFile:
     """Records of a ``.json`` array or ``.jsonl`` file, by index: ``len(file)``, ``file[i]``, iteration.
 
-    ``file[i]`` raises ValueError when that record is not valid JSON or not UTF-8 while the records around it
-    are whole; the caller decides whether one bad record matters.
+    An array may also be the ``data`` of an object that is the whole file: ``{"data": [...]}``.
+
+    ``file[i]`` raises ValueError when that record is not valid JSON or not UTF-8, `TooDeep` among them, while the
+    records around it are whole; the caller decides whether one bad record matters.
 
     Raises: RequestError when the file holds no records, is not JSON, or is damaged (the byte and the record are
     named). With `allow_truncated` the whole records before the damage are used instead and `damage` says what was left
@@ -53,8 +64,12 @@ class JsonFile:
         self.is_array = self._bytes[first : first + 1] == b"[" and not self._first_line_is_a_list(first)
         if self.is_array:
             self._scan_array(first)
-        elif self._bytes[first : first + 1] in (b"{", b"["):
-            self._scan_lines(first)
+        elif self._bytes[first : first + 1] in (b"{", b"[") or self._is_lines(first):
+            wrapped = self._wrapped_array(first)
+            if wrapped is None:
+                self._scan_lines(first, flag)
+            else:
+                self._scan_array(wrapped, wrapped=True)
         else:
             found = self._bytes[first : first + 20]
             raise RequestError(
@@ -73,10 +88,7 @@ class JsonFile:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
-        try:
-            return json.loads(self._bytes[self._starts[index] : self._ends[index]])
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
+        return _parsed(self._bytes[self._starts[index] : self._ends[index]])
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -99,13 +111,30 @@ class JsonFile:
         second = self._skip_whitespace(end) if end >= 0 else len(self._bytes)
         if self._bytes[second : second + 1] not in (b"[", b"{"):
             return False
-        try:
-            json.loads(self._bytes[first:end])
-        except (ValueError, RecursionError):
-            return False
-        return True
+        return _is_whole(self._bytes[first:end])
 
-    def _scan_array(self, first: int) -> None:
+    def _wrapped_array(self, first: int) -> int | None:
+        """Where the array of ``{"data": [...]}`` begins: of objects or lists, in an object behind which nothing comes.
+
+        A line of JSON Lines ends before it could be taken for one; so does a record whose ``data`` are texts.
+        """
+        depth, found = 0, None
+        for token in _TOKEN.finditer(self._bytes, first):
+            at, character = token.start(), self._bytes[token.start()]
+            if character in b"[{":
+                if depth == 1 and character == 0x5B and _WRAPPER.search(self._bytes[max(first, at - 64) : at]):
+                    inside = self._skip_whitespace(at + 1)
+                    found = at if self._bytes[inside : inside + 1] in (b"{", b"[") else found
+                depth += 1
+            elif character in b"]}":
+                depth -= 1
+                if depth == 0:
+                    return found if self._skip_whitespace(token.end()) == len(self._bytes) else None
+            elif character == 0x22 and not token.group(1):
+                break
+        return found  # the file ends inside of it
+
+    def _scan_array(self, first: int, *, wrapped: bool = False) -> None:
         depth, start, token_end = 0, first + 1, first
         for token in _TOKEN.finditer(self._bytes, first):
             token_end = token.end()
@@ -124,7 +153,7 @@ class JsonFile:
                 if depth == 0:
                     if self._skip_whitespace(start) < token.start():
                         self._add(start, token.start())
-                    return self._check_tail(token_end)
+                    return None if wrapped else self._check_tail(token_end)
         self.damage = Damage(len(self), self._skip_whitespace(start), "it ends in the middle of a record.")
         return None
 
@@ -138,7 +167,7 @@ class JsonFile:
         self._starts.append(start)
         self._ends.append(max(start, end))
 
-    def _scan_lines(self, first: int) -> None:
+    def _scan_lines(self, first: int, flag: str) -> None:
         start = first
         while start < len(self._bytes):
             newline = self._bytes.find(b"\n", start)
@@ -146,16 +175,72 @@ class JsonFile:
             if self._skip_whitespace(start) < end:
                 self._add(start, end)
             start = end + 1
-        # Only the last line can have been cut short; the ones between are checked when they are read.
-        try:
-            self[0]
-        except ValueError as error:
-            raise RequestError(
-                f"{self.path} is neither a JSON array nor JSON Lines: its first line does not parse ({error})."
-            ) from error
-        try:
-            self[len(self) - 1]
-        except ValueError:
+        if not self._is_lines(first):
+            raise RequestError(self._no_lines(flag))
+        # Only the last line can have been cut short, and only where nothing ends it.
+        last = self._bytes[self._starts[-1] : self._ends[-1]]
+        if self._bytes[len(self._bytes) - 1] != 0x0A and not _is_whole(last):
             start = self._starts.pop()
             self._ends.pop()
             self.damage = Damage(len(self), start, "its last line is not whole JSON.")
+
+    def _is_lines(self, first: int) -> bool:
+        """Whether one of the first lines is a record by itself, and not a part of an object over several lines.
+
+        One bad line is the caller's to judge; where none of them is a record, the file is something else.
+        """
+        start = first
+        for _ in range(_LOOKED_AT):
+            newline = self._bytes.find(b"\n", start)
+            line = self._bytes[start : newline if newline >= 0 else len(self._bytes)].strip()
+            if line[:1] in (b"{", b"[") and line[-1:] in (b"}", b"]") and len(line) > 2 and _is_whole(line):
+                return True
+            if newline < 0:
+                break
+            start = newline + 1
+        return False
+
+    def _no_lines(self, flag: str) -> str:
+        try:
+            self[0]
+            error: ValueError | None = None
+        except ValueError as failed:
+            error = failed
+        told = f"{flag} {self.path} is neither a JSON array nor JSON Lines: its first line does not parse ({error})."
+        if error is None:
+            return f"{flag} {self.path} is neither a JSON array nor JSON Lines: its lines hold no record."
+        if not _is_balanced(self._bytes):
+            return told
+        source, made = shlex.quote(str(self.path)), shlex.quote(str(self.path.with_suffix("")) + ".lines.jsonl")
+        return f"{told} It holds objects over several lines; write each into one: jq -c . {source} > {made}"
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        if _is_balanced(text):
+            raise TooDeep("it is nested too deeply") from error
+        raise ValueError("its brackets do not match") from error
+
+
+def _is_whole(text: bytes) -> bool:
+    """Whether a text is one JSON value, however deeply nested."""
+    try:
+        _parsed(text)
+    except TooDeep:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
+def _is_balanced(text: bytes | mmap.mmap) -> bool:
+    """Whether every bracket and every string of a text closes."""
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        character = token.group()[:1]
+        depth += (character in b"[{") - (character in b"]}")
+        if depth < 0 or (character == b'"' and not token.group(1)):
+            return False
+    return depth == 0

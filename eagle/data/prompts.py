@@ -1,8 +1,8 @@
 """Prompts to measure with: the default set that ships, or a user's file in one of three shapes.
 
 {"question_id": 1, "category": "code", "turns": ["..."]}     MT-bench, one JSON object a line (or an array)
-{"id": "a", "conversations": [{"from": "human", ...}]}       ShareGPT: the first human turn
-any other suffix than .json, .jsonl and .parquet             one prompt a line
+{"id": "a", "conversations": [{"from": "human", ...}]}       a conversation as step 3 reads it: the first human turn
+any other suffix than .json, .jsonl, .ndjson, .parquet       one prompt a line
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.data.cleaning import CONVERSATION_NAMES, ROLES, Dropped, Message, first_of
+from eagle.data.cleaning import Dropped, Message, first_of, read_turn, system_of, turns_of
 from eagle.data.loss_mask import Encoder
-from eagle.data.reader import SUFFIXES, open_records
+from eagle.data.reader import SUFFIXES, convert_command, open_records, refuse_by_first_bytes
+from eagle.data.sharegpt.formats import Columns, shapes_of
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 from eagle.target.config import ModelConfig
@@ -23,17 +24,26 @@ DEFAULT_PROMPTS = Path(__file__).parent / "default_prompts.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a user says. turns: the user's side only, at least one. category: empty where the file names none."""
+    """What a user says. turns: the user's side only, at least one. category: empty where the file names none.
+
+    system: the system prompt, None where there is none.
+    """
 
     id: str
     category: str
     turns: tuple[str, ...]
+    system: str | None = None
+
+    def begin(self) -> list[Message]:
+        """What a conversation begins with before the user says anything."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
 
 def load_prompts(path: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
     """The first `limit` prompts of a file; of the default set where `path` is None.
 
-    ShareGPT records in which no human speaks are passed over.
+    Conversations in which no human speaks are passed over, and so are those that step 3 leaves out for what they hold
+    beside text: tools, pictures.
 
     Raises: FileNotFoundError; RequestError for a file without prompts or in an unknown shape.
     """
@@ -47,6 +57,7 @@ def load_prompts(path: str | Path | None = None, limit: int | None = None) -> li
 
 
 def _from_lines(file: Path, limit: int | None) -> list[Prompt]:
+    refuse_by_first_bytes(file, "--prompts")
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -69,9 +80,11 @@ def _from_records(file: Path, limit: int | None) -> list[Prompt]:
             ) from error
         prompt = _from_record(record, number)
         if prompt is None:
+            shapes = [str(shape) for shape in shapes_of(record, Columns())]
+            fix = f" It is of another format ({', '.join(shapes)}): {convert_command(file)}" if shapes else ""
             raise RequestError(
                 f"--prompts {file}: record {number} (counting from 0) has neither 'turns' (MT-bench, a list of texts) "
-                "nor 'conversations' (ShareGPT)."
+                f"nor 'conversations' or 'messages'.{fix}"
             )
         if prompt.turns:
             prompts.append(prompt)
@@ -80,35 +93,49 @@ def _from_records(file: Path, limit: int | None) -> list[Prompt]:
 
 def _from_record(record: Any, number: int) -> Prompt | None:
     """The prompt of a record, without turns where no human speaks; None for an unknown shape."""
-    if not isinstance(record, dict):
-        return None
-    given = first_of(record, "question_id", "id")
-    name, category = str(number if given is None else given), str(record.get("category") or "")
-    turns = record.get("turns")
+    fields = record if isinstance(record, dict) else {}
+    given = first_of(fields, "question_id", "id")
+    name, category = str(number if given is None else given), str(fields.get("category") or "")
+    turns = fields.get("turns")
     if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
         return Prompt(name, category, tuple(turns))
-    turns = first_of(record, *CONVERSATION_NAMES)
-    if not isinstance(turns, list):
-        return None
-    human = (
-        first_of(turn, "value", "content")
-        for turn in turns
-        if isinstance(turn, dict) and ROLES.get(str(first_of(turn, "from", "role")).lower()) == "user"
-    )
-    first = next((text for text in human if isinstance(text, str) and text.strip()), None)
-    return Prompt(name, category, () if first is None else (first,))
+    try:
+        said = _until_human(record)
+    except Dropped as dropped:
+        return None if dropped.reason in ("not_an_object", "no_conversation") else Prompt(name, category, ())
+    if not said:
+        return Prompt(name, category, ())
+    system = next((message["content"] for message in said if message["role"] == "system"), None)
+    return Prompt(name, category, (said[-1]["content"],), system)
+
+
+def _until_human(record: Any) -> list[Message]:
+    """The turns of a conversation up to the first in which a human says something; none where there is no such.
+
+    What comes behind it need not be whole. Raises: Dropped.
+    """
+    turns, system = turns_of(record), system_of(record)
+    said = [system] if system else []
+    for turn in turns:
+        try:
+            said += read_turn(turn)
+        except Dropped:  # not the human's, or nothing that could be asked
+            continue
+        for at, message in enumerate(said):
+            if message["role"] == "user" and message["content"].strip():
+                return said[: at + 1]
+    return []
 
 
 def encode_messages(messages: list[Message], encoder: Encoder) -> list[int]:
-    """Token ids of a conversation in the chat template, ready for the reply."""
-    text = encoder.render(messages, add_generation_prompt=True)
-    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Token ids of a conversation in the chat template, ready for the reply. Raises: Dropped."""
+    return encoder.tokenize(encoder.prompt(messages))[0].tolist()
 
 
 def encode_first_turn(prompt: Prompt, encoder: Encoder) -> list[int]:
     """Token ids of a prompt's first turn, ready for the reply. Raises: RequestError where the template refuses it."""
     try:
-        return encode_messages([{"role": "user", "content": prompt.turns[0]}], encoder)
+        return encode_messages([*prompt.begin(), {"role": "user", "content": prompt.turns[0]}], encoder)
     except Dropped as error:
         raise RequestError(f"Prompt {prompt.id}: {error} (template: {encoder.template_name}).") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +10,31 @@ from typing import Any, Protocol
 from eagle.data.json_file import Damage, JsonFile
 from eagle.data.parquet_file import SUFFIX, ParquetFile, is_parquet
 from eagle.errors import RequestError
+from eagle.files import named_kind
 
 #: What names a file of records; any other name is looked into.
-SUFFIXES = (".json", ".jsonl", SUFFIX)
+SUFFIXES = (".json", ".jsonl", ".ndjson", SUFFIX)
+#: What names a table of text, which is converted first.
+TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 
 _EXPECTED = "expected a JSON array, JSON Lines or Parquet file."
+#: The first bytes of what has to be unpacked first: its name, and the command that does it.
+_PACKED = (
+    (b"\x1f\x8b", "gzip", "gzip -dc {file} > {made}"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc {file} > {made}"),
+    (b"BZh", "bzip2", "bzip2 -dc {file} > {made}"),
+    (b"\xfd7zXZ\x00", "xz", "xz -dc {file} > {made}"),
+    (b"PK\x03\x04", "zip", "unzip {file}"),
+)
+#: The first bytes of text that is not UTF-8, longest first: what iconv calls it.
+_ENCODINGS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+    *((bytes((character, 0)), "UTF-16LE") for character in b"[{"),
+    *((bytes((0, character)), "UTF-16BE") for character in b"[{"),
+)
 
 
 class Records(Protocol):
@@ -44,9 +65,47 @@ def open_records(path: str | Path, *, allow_truncated: bool = False, flag: str =
     if not path.exists():
         raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}")
     if not path.is_file():
-        raise RequestError(f"{flag} {path} is a folder; {_EXPECTED}")
+        kind = named_kind(path)
+        fix = " A pipe can be read once only, and records are read several times: write it to a file first."
+        raise RequestError(f"{flag} {path} is {kind}; {_EXPECTED}{fix if kind == 'a pipe' else ''}")
     if path.stat().st_size == 0:
         raise RequestError(f"{flag} {path} is empty; {_EXPECTED}")
+    refuse_by_first_bytes(path, flag)
     if is_parquet(path):
         return ParquetFile(path, flag=flag)
+    if path.suffix.lower() in TABLE_SUFFIXES and first_character(path) not in (b"[", b"{"):
+        raise RequestError(f"{flag} {path} is a table; {_EXPECTED} {convert_command(path)} converts it.")
     return JsonFile(path, allow_truncated=allow_truncated, flag=flag)
+
+
+def refuse_by_first_bytes(path: Path, flag: str) -> None:
+    """Raises: RequestError for a file that is compressed or not in UTF-8, with the command that changes that."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    for magic, name, command in _PACKED:
+        if start.startswith(magic):
+            what = "compressed or an Excel workbook (zip)" if name == "zip" else f"compressed ({name})"
+            plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst", ".bz2", ".xz") else path
+            made = plain if plain != path and plain.suffix else plain.with_name(f"{plain.stem}.unpacked.jsonl")
+            fix = command.format(file=shlex.quote(str(path)), made=shlex.quote(str(made)))
+            or_else = ", or save it as CSV" if name == "zip" else ""
+            raise RequestError(f"{flag} {path} is {what}; unpack it first{or_else}: {fix}")
+    for magic, name in _ENCODINGS:
+        if start.startswith(magic):
+            made = path.with_name(f"{path.stem}.utf8{path.suffix}")
+            raise RequestError(
+                f"{flag} {path} starts with {start[:4]!r}: it is {name}, not UTF-8. Convert it: iconv -f {name} -t "
+                f"UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(made))}"
+            )
+
+
+def first_character(path: Path) -> bytes:
+    """The first byte of a file behind white space and a byte order mark."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+
+
+def convert_command(path: Path) -> str:
+    """The command line that makes ShareGPT of a file of another format."""
+    made = shlex.quote(str(path.with_name(f"{path.stem}.sharegpt.json")))
+    return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {made}"

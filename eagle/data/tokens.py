@@ -3,11 +3,15 @@
 Encoding runs in all CPU cores before the workers start, so the job's size is known to the token and workers need no
 tokenizer. It is kept in the job's folder (``.tokens.safetensors``, five bytes a token) until the job is done:
 
-    input_ids [N]   int32   all conversations back to back, N their tokens
-    loss_mask [N]   uint8   unshifted
-    offsets   [C+1] int64   conversation c of the job is offsets[c]:offsets[c+1], empty where it cannot be used
-    dropped   [C]   int8    why it cannot: 1 + its place in `DROP_REASONS`, 0 where it can
-    repaired  [C]   int16   what was mended: bit i for the i-th of `REPAIRS`
+    input_ids    [N]   int32   all rows back to back, N their tokens
+    loss_mask    [N]   uint8   unshifted
+    offsets      [R+1] int64   row r is offsets[r]:offsets[r+1], empty where its conversation cannot be used
+    dropped      [R]   int8    why it cannot: 1 + its place in `DROP_REASONS`, 0 where it can
+    repaired     [R]   int16   what was mended, with a conversation's first row: bit i for the i-th of `REPAIRS`
+    conversation [R]   int64   the row's conversation, by its position in the job
+    part         [R]   int32   which of its conversation's rows it is, from 0
+
+A conversation is one row, but for the few of which it takes several to train what a server sees (`eagle.data.rows`).
 """
 
 from __future__ import annotations
@@ -22,14 +26,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
+from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, earliest
 from eagle.data.loss_mask import Encoded, Encoder
 from eagle.data.reader import Records
 from eagle.data.token_source import encode_record
@@ -45,24 +49,31 @@ LENGTH_BLOCK = 1024
 #: Conversations that one process encodes at a time.
 _CHUNK = 128
 _REASONS, _REPAIRS = list(DROP_REASONS), list(REPAIRS)
+_ARRAYS = ("input_ids", "loss_mask", "offsets", "dropped", "repaired", "conversation", "part")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Encoded conversations by position in the job; see the file layout above for the arrays."""
+    """Encoded rows by place; see the file layout above for the arrays.
+
+    first: of every reason the first record that was dropped for it, and what was said, as in `Tally`.
+    """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     offsets: np.ndarray
     dropped: np.ndarray
     repaired: np.ndarray
+    conversation: np.ndarray
+    part: np.ndarray
+    first: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dropped)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every conversation ``[C]``; 0 where it cannot be used."""
+        """Tokens of every row ``[R]``; 0 where its conversation cannot be used."""
         return np.diff(self.offsets)
 
     def __getitem__(self, position: int) -> Encoded:
@@ -70,7 +81,7 @@ class Tokens:
         return Encoded(self.input_ids[start:end], self.loss_mask[start:end])
 
     def share(self, worker: int, workers: int) -> list[int]:
-        """The positions of the usable conversations that a worker computes, in its order.
+        """The places of the usable rows that a worker computes, in its order.
 
         Dealt out in turn, so that which conversations a store holds does not depend on the number of workers; then
         the longest first in blocks of `LENGTH_BLOCK`. Nothing but the lengths decides the order, so a worker that
@@ -81,55 +92,82 @@ class Tokens:
         blocks = (own[at : at + LENGTH_BLOCK] for at in range(0, len(own), LENGTH_BLOCK))
         return [int(place) for block in blocks for place in block[np.argsort(-self.lengths[block], kind="stable")]]
 
-    def take(self, positions: np.ndarray) -> Tokens:
-        """The conversations at these positions, in their order."""
+    def ids(self, places: Sequence[int], conversations: Sequence[int], records: int) -> list[int]:
+        """What a store calls these rows: a number that no other row of the data file has.
+
+        The first row of a conversation has the conversation's index in the data file, further ones that and a multiple
+        of the number of `records` in it. conversations: the job's, by their index in the data file.
+        """
+        return [conversations[self.conversation[place]] + int(self.part[place]) * records for place in places]
+
+    def take(self, positions: np.ndarray, conversation: np.ndarray) -> Tokens:
+        """The rows at these places, in their order. conversation: of each, what to call it now."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[positions])])
         input_ids, loss_mask = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.uint8)
         for position, start, end in zip(positions.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             encoded = self[position]
             input_ids[start:end], loss_mask[start:end] = encoded.input_ids, encoded.loss_mask
-        return Tokens(input_ids, loss_mask, offsets, self.dropped[positions], self.repaired[positions])
+        rest = self.dropped[positions], self.repaired[positions], conversation, self.part[positions], self.first
+        return Tokens(input_ids, loss_mask, offsets, *rest)
 
     def tally(self, positions: slice = slice(None)) -> Tally:
-        """What was dropped and mended among these conversations."""
+        """What was dropped and mended among these rows' conversations; `first` is that of all of them."""
         total = Tally()
         for number in self.dropped[positions].tolist():
             if number:
                 total.dropped[_REASONS[number - 1]] += 1
         for bits in self.repaired[positions].tolist():
             total.repaired.update(name for i, name in enumerate(_REPAIRS) if bits >> i & 1)
+        total.first = {reason: self.first[reason] for reason in total.dropped if reason in self.first}
         return total
 
 
 def encode(records: Records, encoder: Encoder, indices: Sequence[int], max_length: int) -> Tokens:
     """Encode the conversations at `indices`; those that cannot be used are counted, never fatal."""
-    ids, masks, lengths = [], [], np.zeros(len(indices) + 1, dtype=np.int64)
-    dropped, repaired = np.zeros(len(indices), dtype=np.int8), np.zeros(len(indices), dtype=np.int16)
+    rows: list[Encoded] = []
+    dropped: list[int] = []
+    repaired: list[int] = []
+    conversation: list[int] = []
+    part: list[int] = []
+    first: dict[str, tuple[int, str]] = {}
+    nothing = Encoded(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8))
     for position, index in enumerate(indices):
-        tally = Tally()
+        tally, reason = Tally(), 0
         try:
-            encoded = encode_record(records, index, encoder, max_length, tally)
-        except Dropped as reason:
-            dropped[position] = 1 + _REASONS.index(reason.reason)
-            continue
-        repaired[position] = sum(1 << _REPAIRS.index(name) for name in tally.repaired)
-        ids.append(encoded.input_ids)
-        masks.append(encoded.loss_mask)
-        lengths[position + 1] = len(encoded.input_ids)
-    none = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8)
+            own = encode_record(records, index, encoder, max_length, tally)
+        except Dropped as why:
+            own, tally, reason = [nothing], Tally(), 1 + _REASONS.index(why.reason)
+            first = earliest(first, {why.reason: (int(index), why.detail)})
+        rows += own
+        dropped += [reason] * len(own)
+        repaired += [sum(1 << _REPAIRS.index(name) for name in tally.repaired)] + [0] * (len(own) - 1)
+        conversation += [position] * len(own)
+        part += range(len(own))
     return Tokens(
-        np.concatenate([none[0], *ids]), np.concatenate([none[1], *masks]), np.cumsum(lengths), dropped, repaired
+        np.concatenate([nothing.input_ids, *(row.input_ids for row in rows)]),
+        np.concatenate([nothing.loss_mask, *(row.loss_mask for row in rows)]),
+        np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int64),
+        np.array(dropped, dtype=np.int8),
+        np.array(repaired, dtype=np.int16),
+        np.array(conversation, dtype=np.int64),
+        np.array(part, dtype=np.int32),
+        first,
     )
 
 
-def _joined(parts: list[Tokens]) -> Tokens:
+def _joined(parts: list[Tokens], counts: Sequence[int]) -> Tokens:
+    """Tokens of stretches of conversations, `counts` in each, one behind the other."""
     lengths = np.concatenate([part.lengths for part in parts])
+    starts = np.cumsum([0, *counts])
     return Tokens(
         np.concatenate([part.input_ids for part in parts]),
         np.concatenate([part.loss_mask for part in parts]),
         np.cumsum([0, *lengths], dtype=np.int64),
         np.concatenate([part.dropped for part in parts]),
         np.concatenate([part.repaired for part in parts]),
+        np.concatenate([part.conversation + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate([part.part for part in parts]),
+        earliest(*(part.first for part in parts)),
     )
 
 
@@ -154,10 +192,12 @@ def encode_all(
     with progress_bar(len(indices), "conv", desc="tokenising", leave=False) as bar:
         for part in _in_order(records, encoder, chunks, max_length, processes):
             parts.append(part)
-            bar.update(len(part))
-    tokens = _joined(parts)
+            bar.update(int(part.conversation[-1]) + 1)
+    tokens = _joined(parts, [len(chunk) for chunk in chunks])
     del parts  # as large as all of them together
-    return tokens.take(np.argsort(order))
+    conversation = order[tokens.conversation]
+    places = np.lexsort((tokens.part, conversation))
+    return tokens.take(places, conversation[places])
 
 
 def _in_order(
@@ -215,15 +255,17 @@ def _encode_shared(chunk: Sequence[int]) -> Tokens:
 def key_of(manifest: dict) -> str:
     """sha256 over everything that decides a job's tokens."""
     options = {name: value for name, value in manifest["options"].items() if name not in ("batch_tokens", "workers")}
-    content = [manifest["data"]["digest"], manifest["tokenizer"], options]
+    # The date is the job's: pinned when it began, and not in what version 0.1 wrote.
+    tokenizer = {name: value for name, value in manifest["tokenizer"].items() if name != "date"}
+    content = [manifest["data"]["digest"], tokenizer, options]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save_tokens(path: Path, tokens: Tokens, key: str) -> None:
     """Raises: OSError, safetensors.SafetensorError (disk full)."""
     temporary = path.with_name(f"{path.name}.tmp")
-    tensors = {name: torch.from_numpy(getattr(tokens, name)) for name in tokens.__slots__}
-    write_tensors(temporary, tensors, {"key": key})
+    tensors = {name: torch.from_numpy(getattr(tokens, name)) for name in _ARRAYS}
+    write_tensors(temporary, tensors, {"key": key, "first": json.dumps(tokens.first)})
     temporary.replace(path)
 
 
@@ -235,6 +277,12 @@ def load_tokens(path: Path, key: str) -> Tokens | None:
         with safe_open(path, framework="np") as file:
             if file.metadata().get("key") != key:
                 return None
-            return Tokens(**{name: file.get_tensor(name) for name in Tokens.__slots__})
+            there = file.keys()
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in there}
+            first = json.loads(file.metadata().get("first", "{}"))
     except (SafetensorError, OSError, ValueError):
         return None
+    if "part" not in arrays:  # of a job that version 0.1 began: one row a conversation
+        count = len(arrays["dropped"])
+        arrays |= {"conversation": np.arange(count), "part": np.zeros(count, np.int32)}
+    return Tokens(**arrays, first={reason: (int(index), said) for reason, (index, said) in first.items()})

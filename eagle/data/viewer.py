@@ -19,7 +19,7 @@ from pathlib import Path
 
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
-from eagle.data.loss_mask import Encoder, load_encoder
+from eagle.data.loss_mask import Aligned, Encoder, load_encoder
 from eagle.data.reader import Records, open_records
 from eagle.data.token_source import align_record, encode_record
 from eagle.entry import HelpFormatter, run
@@ -43,12 +43,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One record of the data file: its pieces, or why it is left out."""
+    """One record of the data file: its pieces, or why it is left out, and what was said."""
 
     index: int
     pieces: list[Piece]
     dropped: str | None = None
     repaired: list[str] = field(default_factory=list)
+    said: str = ""
 
     @property
     def tokens(self) -> int:
@@ -60,7 +61,7 @@ class Shown:
 
     def caption(self) -> str:
         if self.dropped:
-            return f"left out: {DROP_REASONS[self.dropped]}"
+            return f"left out: {DROP_REASONS[self.dropped]}" + (f" ({self.said})" if self.said else "")
         share = self.supervised / max(self.tokens, 1)
         notes = "".join(f" · {REPAIRS[name]}" for name in self.repaired)
         return f"{self.tokens:,} tokens, {self.supervised:,} supervised ({share:.0%}){notes}"
@@ -70,10 +71,20 @@ def show_record(records: Records, encoder: Encoder, index: int, max_length: int)
     """Record `index` of the data file the way data generation takes it."""
     tally = Tally()
     try:
-        length = len(encode_record(records, index, encoder, max_length, tally).input_ids)
-        aligned = align_record(records, index, encoder)
+        encode_record(records, index, encoder, max_length, tally)
+        rows = align_record(records, index, encoder, max_length)
     except Dropped as dropped:
-        return Shown(index, [], dropped.reason)
+        return Shown(index, [], dropped.reason, said=dropped.detail)
+    pieces: list[Piece] = []
+    for number, aligned in enumerate(rows, 1):
+        if len(rows) > 1:
+            pieces.append(Piece(f"{chr(10) if pieces else ''}--- row {number} of {len(rows)} ---\n", [], False, False))
+        pieces += _pieces(aligned, encoder, max_length)
+    return Shown(index, pieces, None, list(tally.repaired))
+
+
+def _pieces(aligned: Aligned, encoder: Encoder, length: int) -> list[Piece]:
+    """The first `length` tokens of a row."""
     pieces: list[Piece] = []
     at = 0
     special = set(encoder.tokenizer.all_special_ids) | {
@@ -88,7 +99,7 @@ def show_record(records: Records, encoder: Encoder, index: int, max_length: int)
         # From where the last token ended: what lies between two tokens is shown with the second.
         pieces.append(Piece(aligned.text[at : max(at, end)], [token], bool(mask), token in special))
         at = max(at, end)
-    return Shown(index, pieces, None, list(tally.repaired))
+    return pieces
 
 
 def to_terminal(shown: Shown, *, colour: bool) -> str:
@@ -216,10 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.html:
         title = f"What is trained on: {args.data_path.name}"
         about = f"Base model {model.resolve().name}, chat template {encoder.template_name}, "
-        about += f"at most {args.max_length:,} tokens."
+        about += " ".join([f"at most {args.max_length:,} tokens.", *(f"Note: {note}." for note in encoder.notes())])
         args.html.write_text(to_html(shown, title, about), encoding="utf-8")
         print(f"{args.html}: {len(shown):,} records")
         return 0
+    print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print("\n\n".join(to_terminal(record, colour=colour) for record in shown))
     return 0

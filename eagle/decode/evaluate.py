@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = choose_dtype(args.dtype, config, args.base_path)
     device = torch_device(kind)
     encoder = load_encoder(args.base_path, config, args.chat_template)
+    print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
     if args.output:
         output_folder(args.output, "--output")

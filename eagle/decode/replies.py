@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from eagle.data.cleaning import Message
+from eagle.data.cleaning import Dropped, Message
 from eagle.data.loss_mask import Encoder
 from eagle.data.prompts import Prompt, encode_messages
 from eagle.decode.generate import Generation
@@ -41,12 +41,15 @@ def answer(
 ) -> Iterator[Reply]:
     """The replies to the first `num_turns` turns, with the model's own answers in the history.
 
-    Ends before a turn for which the model's length leaves no room.
+    Ends before a turn for which the model's length leaves no room, or which the template refuses behind those answers.
     """
-    messages: list[Message] = []
+    messages: list[Message] = prompt.begin()
     for number, turn in enumerate(prompt.turns[:num_turns], start=1):
         messages.append({"role": "user", "content": turn})
-        ids = encode_messages(messages, encoder)
+        try:
+            ids = encode_messages(messages, encoder)
+        except Dropped:
+            return
         room = min(max_new_tokens, max_length - len(ids))
         if room < 1:
             return

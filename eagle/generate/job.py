@@ -7,6 +7,7 @@ The parent (`eagle.generate.launch`) resolves the request once and writes it to 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from eagle import device
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.reader import Records, open_records
+from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card, is_mig, is_uuid
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
 from eagle.errors import RequestError
-from eagle.files import existing_path, write_json
+from eagle.files import existing_path, read_json, write_json
 from eagle.generate.progress import finished
 from eagle.provenance import provenance
 from eagle.store.dtypes import SAME, check_store_dtype
@@ -170,11 +172,11 @@ def resolve(request: GenerationRequest) -> Job:
     device.check_indices(kind, request.npu_indices)
     should_compile(request.compile, kind, 0)  # refuses what its workers would have to
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
-    encoder = load_encoder(model, config, request.chat_template)
+    encoder = load_encoder(model, config, request.chat_template, pinned_date(request))
     conversations = min(len(records), request.end_num or len(records))
     if conversations < request.num_nodes:
         raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
-    notes = _notes(request, records, encoder.template_name, config.max_position_embeddings)
+    notes = _notes(request, records, encoder, config.max_position_embeddings)
     if beyond := tokens_without_row(encoder.tokenizer, config.vocab_size):
         notes.append(
             f"the embedding has no row for {', '.join(sorted(beyond)[:4])}; conversations that spell them out are left "
@@ -190,7 +192,11 @@ def resolve(request: GenerationRequest) -> Job:
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
         },
-        "tokenizer": {"digest": encoder.digest(), "chat_template": encoder.template_name},
+        "tokenizer": {
+            "digest": encoder.digest(),
+            "chat_template": encoder.template_name,
+            **({"date": encoder.date.isoformat()} if encoder.is_dated else {}),
+        },
         "data": {
             "path": str(request.data_path.resolve()),
             "digest": records.digest(),
@@ -215,11 +221,23 @@ def resolve(request: GenerationRequest) -> Job:
         "complete": False,
         "made_by": provenance(),
     }
-    return Job(request, kind, len(node_share(manifest)), manifest, notes, records, encoder, target.identity)
+    share = node_share(manifest)
+    refuse_other_formats(records, share, request.data_path)
+    return Job(request, kind, len(share), manifest, notes, records, encoder, target.identity)
 
 
-def _notes(request: GenerationRequest, records: Records, template: str, longest: int) -> list[str]:
-    notes = [f"chat template: {template}"]
+def pinned_date(request: GenerationRequest) -> datetime.date | None:
+    """The day that the templates of a job which has begun are told, None for a new one: other nodes' count too."""
+    for path in (request.folder / MANIFEST, *sorted(request.outdir.glob(f"node-*/{MANIFEST}"))):
+        try:
+            return datetime.date.fromisoformat(read_json(path, "a store's manifest")["tokenizer"]["date"])
+        except (OSError, ValueError, KeyError, TypeError):  # none there, damaged, or of a template without a date
+            continue
+    return None
+
+
+def _notes(request: GenerationRequest, records: Records, encoder: Encoder, longest: int) -> list[str]:
+    notes = [f"chat template: {encoder.template_name}", *encoder.notes()]
     if records.damage:
         notes.append(
             f"--allow_truncated: record {records.damage.record}, from byte {records.damage.byte}, is not whole and "

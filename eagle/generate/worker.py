@@ -89,7 +89,8 @@ class Share:
     def items(self, batch: range) -> list[Item]:
         """The conversations of a batch."""
         places = [self.places[index] for index in batch]
-        return [Item(self.conversations[place], self.tokens[place]) for place in places]
+        ids = self.tokens.ids(places, self.conversations, self.manifest["data"]["records"])
+        return [Item(number, self.tokens[place]) for number, place in zip(ids, places, strict=True)]
 
     def tally(self) -> Tally:
         """What could not be used, and what was mended."""

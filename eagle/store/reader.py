@@ -32,7 +32,8 @@ class FeatureStore:
     ``store[i]`` is a `Record`. The order depends on the conversations alone, not on workers, shards or
     folders: sorted by data file and conversation.
 
-    manifests: one for every generation job below the folder (none for classic dumps). damage: with `skip_damaged`,
+    manifests: one for every generation job below the folder (none for classic dumps). groups: ``[R]``, the same number
+    for the rows of one conversation. damage: with `skip_damaged`,
     what is wrong with the files that cannot be opened and are left out, damaged_files which shards these are; records
     are checked when they are read.
 
@@ -84,6 +85,20 @@ class FeatureStore:
             )
         self._places = [(number, position) for _, _, number, position in entries]
         self.lengths = np.array([self.sources[n].lengths[p] for n, p in self._places], dtype=np.int64)
+        self.groups = self._number_conversations(entries)
+
+    def _number_conversations(self, entries: list[tuple[str, int, int, int]]) -> np.ndarray:
+        """Equal numbers for the rows of one conversation ``[R]``, from 0 on in the order of the records."""
+        records = {
+            manifest["data"].get("digest"): manifest["data"].get("records") for manifest in self.manifests.values()
+        }
+        numbers: dict[object, int] = {}
+        groups = []
+        for index, (digest, conversation, _, _) in enumerate(entries):
+            count = records.get(digest) if digest else None
+            key = (digest, conversation % count if count else conversation) if digest else index
+            groups.append(numbers.setdefault(key, len(numbers)))
+        return np.array(groups, dtype=np.int64)
 
     def leave_out(self, indices: list[int]) -> None:
         """Forget these records, which are damaged; the ones behind them move up."""

@@ -24,8 +24,9 @@ class Record:
     """One conversation's features.
 
     input_ids: ``[T]`` int32. loss_mask: ``[T]`` uint8, unshifted. hidden_state: ``[T, H]``, row t is the target's
-    last hidden state after its final norm at token t. conversation: its index in the data file. more: other features
-    by name, ``[T, W]`` each, where the draft family reads any.
+    last hidden state after its final norm at token t. conversation: its index in the data file; further rows of one
+    conversation have that and a multiple of the number of records in the file. more: other features by name,
+    ``[T, W]`` each, where the draft family reads any.
     """
 
     conversation: int

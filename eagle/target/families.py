@@ -34,8 +34,9 @@ class TargetFamily:
 
     describes: for messages. architecture: transformers' class. max_position_embeddings: what transformers assumes where
     config.json names none. biases: of a raw config, whether q, k and v have biases, and whether o has. keys: the keys
-    that say so, from those two and the MLP's, for a config to be written. template: the built-in chat template of a
-    model whose tokenizer brings none, by the model's name and its longest context. refusals: what cannot be used.
+    that say so, from those two and the MLP's, for a config to be written. template_names: what a model is called in
+    lower case, or a part of it, and the built-in chat template that those speak whose tokenizer brings none. template:
+    a guess at it for the others, by their longest context. refusals: what cannot be used.
 
     The rest are names. Weights: embedding, head, final_norm; marks, three that every fine-tuning moves, ``{last}`` in
     them the last layer's number. Modules of the trunk: trunk_embedding, trunk_layers, trunk_norm.
@@ -47,7 +48,8 @@ class TargetFamily:
     max_position_embeddings: int
     biases: Callable[[dict[str, Any]], tuple[bool, bool]]
     keys: Callable[[bool, bool, bool], dict[str, Any]]
-    template: Callable[[str, int], str]
+    template: Callable[[int], str]
+    template_names: tuple[tuple[str, str], ...] = ()
     refusals: tuple[Refusal, ...] = ()
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -132,9 +134,9 @@ def _llama_keys(qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> dict[str, Any]:
     return keys | {"qkv_bias": True} if qkv_bias and not o_bias else keys
 
 
-def _llama_template(name: str, longest: int) -> str:
-    """Llama-1 chat models (their context is 2048) and what is called Vicuna speak Vicuna's; others Llama-2 chat's."""
-    return "vicuna" if "vicuna" in name.lower() or longest <= 2048 else "llama2"
+def _llama_template(longest: int) -> str:
+    """Llama-1 chat models (their context is 2048) speak Vicuna's; others Llama-2 chat's."""
+    return "vicuna" if longest <= 2048 else "llama2"
 
 
 #: As which vLLM loads every draft, whatever its target.
@@ -152,6 +154,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             biases=_llama_biases,
             keys=_llama_keys,
             template=_llama_template,
+            template_names=(("vicuna", "vicuna"), ("llama-2", "llama2"), ("llama2", "llama2"), ("llama_2", "llama2")),
             refusals=REFUSALS,
         ),
         TargetFamily(
@@ -161,7 +164,8 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             max_position_embeddings=32768,
             biases=lambda raw: (True, False),
             keys=lambda qkv_bias, o_bias, mlp_bias: {},
-            template=lambda name, longest: "chatml",
+            template=lambda longest: "chatml",
+            template_names=(("qwen", "chatml"),),
             refusals=REFUSALS,
         ),
     )

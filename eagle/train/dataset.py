@@ -21,10 +21,12 @@ BUCKET = 16
 class RecordStore(Protocol):
     """What a data set reads from: an `eagle.store.reader.FeatureStore`, or the base model itself.
 
-    lengths: ``[R]`` tokens of every record. widths: of the features it holds, by name.
+    lengths: ``[R]`` tokens of every record. groups: ``[R]``, the same number, from 0 on, for those of one conversation.
+    widths: of the features it holds, by name.
     """
 
     lengths: np.ndarray
+    groups: np.ndarray
 
     @property
     def widths(self) -> dict[str, int]: ...
@@ -91,14 +93,16 @@ def split_store(
 
     usable: indices of those that something can be learned from (default: all).
     """
-    count = len(store) if usable is None else len(usable)
+    usable = np.arange(len(store)) if usable is None else usable
+    groups = store.groups[usable]
+    conversations = np.unique(groups)
+    count = len(conversations)
     order = np.random.RandomState(seed).permutation(count)
-    if usable is not None:
-        order = usable[order]
     held_out = round(count * val_ratio) if val_ratio else 0
     if val_ratio and count > 1:
         held_out = min(max(held_out, 1), count - 1)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    is_held_out = np.isin(groups, conversations[order[:held_out]])
+    return usable[~is_held_out], usable[is_held_out]
 
 
 def usable_records(store: RecordStore, max_len: int, where: str) -> tuple[np.ndarray, list[str]]:

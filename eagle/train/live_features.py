@@ -7,6 +7,7 @@ with the same options; the features agree to the noise of the dtype, which depen
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from eagle.data.loss_mask import load_encoder
 from eagle.data.reader import open_records
+from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -54,21 +56,29 @@ class LiveFeatures:
     ) -> None:
         config = load_config(basepath)
         records = open_records(source.data_path, allow_truncated=source.allow_truncated)
-        encoder = load_encoder(basepath, config, source.chat_template)
+        # A template that writes the date is told the data file's, so that a run goes on next week as it began.
+        date = datetime.date.fromtimestamp(source.data_path.stat().st_mtime)
+        encoder = load_encoder(basepath, config, source.chat_template, date)
         # The same choice as `eagle.generate.job.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
         chosen = np.sort(order)
+        refuse_other_formats(records, order.tolist(), source.data_path)
         self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)
-        self._places = np.flatnonzero(self.tokens_of.lengths)
+        usable = np.flatnonzero(self.tokens_of.lengths)
+        ids = np.array(self.tokens_of.ids(usable.tolist(), chosen.tolist(), len(records)), dtype=np.int64)
+        order = np.argsort(ids, kind="stable")
+        self._places, self.conversations = usable[order], ids[order]
+        self.groups = np.unique(self.conversations % len(records), return_inverse=True)[1]
         if not len(self._places):
             tally = self.tokens_of.tally()
+            reasons = "; ".join(" ".join(line.split()) for line in tally.lines())
             raise RequestError(
-                f"--data_path {source.data_path}: none of its conversations can be used: {'; '.join(tally.lines())}."
+                f"--data_path {source.data_path}: none of its conversations can be used: {reasons}."
                 + (" Raise --max_len." if tally.dropped["reply_beyond_max_length"] else "")
             )
-        self.conversations = chosen[self._places]
         self.lengths = self.tokens_of.lengths[self._places]
         self.widths = widths
+        self._notes = encoder.notes()
         self.data_digest = records.digest()
         self.dtype = parse_dtype(source.dtype)
         self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
@@ -102,7 +112,7 @@ class LiveFeatures:
         return counts[self._places]
 
     def notes(self) -> list[str]:
-        return []
+        return [*self._notes, *self.tokens_of.tally().lines()]
 
     def identity(self) -> list[str]:
         """As `eagle.store.reader.FeatureStore.identity`."""

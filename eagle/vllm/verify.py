@@ -273,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = load_prompts(args.prompts, args.num_prompts)
     version = check_vllm()
     encoder = load_encoder(args.base_path, config)
+    print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder))
     longest = request.max_model_len()

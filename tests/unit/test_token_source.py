@@ -39,7 +39,7 @@ def written(path, *records) -> Records:
 @pytest.mark.parametrize("mask", [MASK, [bool(flag) for flag in MASK]])
 def test_taken_as_they_are(tmp_path, encoder, mask):
     tally = Tally()
-    encoded = encode_record(written(tmp_path / "d.json", {**GOOD, "loss_mask": mask}), 0, encoder, 6, tally)
+    (encoded,) = encode_record(written(tmp_path / "d.json", {**GOOD, "loss_mask": mask}), 0, encoder, 6, tally)
     assert (encoded.input_ids.tolist(), encoded.input_ids.dtype) == (IDS, "int32")
     assert (encoded.loss_mask.tolist(), encoded.loss_mask.dtype) == (MASK, "uint8")
     assert not tally.repaired and not tally.dropped
@@ -47,7 +47,7 @@ def test_taken_as_they_are(tmp_path, encoder, mask):
 
 def test_cut_like_any_other(tmp_path, encoder):
     records, tally = written(tmp_path / "d.json", GOOD), Tally()
-    encoded = encode_record(records, 0, encoder, 4, tally)
+    (encoded,) = encode_record(records, 0, encoder, 4, tally)
     assert (encoded.input_ids.tolist(), encoded.loss_mask.tolist()) == (IDS[:4], MASK[:4])
     assert tally.repaired == {"cut_to_max_length": 1}
 
@@ -108,7 +108,7 @@ def test_which_kind_a_record_is(tmp_path, encoder):
         {"conversations": talk, **GOOD},
         {"conversations": None, **GOOD},
     )
-    found = [encode_record(records, index, encoder, 4096, Tally()).input_ids.tolist() for index in range(4)]
+    found = [encode_record(records, index, encoder, 4096, Tally())[0].input_ids.tolist() for index in range(4)]
     assert found == [expected, expected, IDS, IDS]
 
 
@@ -135,7 +135,7 @@ def test_shown_as_the_conversation_they_came_from(tmp_path, encoder, seed):
     for index in range(8):
         found, expected = (show_record(records, encoder, index, 4096) for records in (ours, theirs))
         assert (found.tokens, found.supervised) == (expected.tokens, expected.supervised)
-        assert align_record(ours, index, encoder).text == encoder.tokenizer.decode(tokens[index]["input_ids"])
+        assert align_record(ours, index, encoder)[0].text == encoder.tokenizer.decode(tokens[index]["input_ids"])
         text, other = (to_terminal(shown, colour=False).split("\n", 1)[1] for shown in (found, expected))
         # A word-piece tokenizer has no space before the text's first word, and shows one behind a special token.
         assert text.replace(" ", "") == other.replace(" ", "")
@@ -145,7 +145,7 @@ def test_tokens_that_are_not_text(tmp_path, encoder):
     """Half a character, bytes that are none, and rows of the embedding without a token."""
     half = encoder.tokenizer("🎉", add_special_tokens=False)["input_ids"][:-1]
     ids = [ROWS - 1, *half, ROWS - 1, *half]
-    aligned = align_record(written(tmp_path / "d.json", {"input_ids": ids, "loss_mask": [1] * len(ids)}), 0, encoder)
+    (aligned,) = align_record(written(tmp_path / "d.json", {"input_ids": ids, "loss_mask": [1] * len(ids)}), 0, encoder)
     assert aligned.offsets.shape == (len(ids), 2)
     assert aligned.offsets[-1, 1] == len(aligned.text)
 
@@ -164,4 +164,6 @@ def test_the_viewer(tmp_path, model, capsys):
 def test_the_reasons_keep_their_places():
     """Files hold their numbers: a new one goes to the end."""
     assert list(DROP_REASONS)[11:14] == ["reply_too_short", "bad_tokens", "token_without_row"]
+    assert list(REPAIRS)[3:5] == ["cut_to_max_length", "cut_at_system_turn"]
+    assert len(REPAIRS) < 15
     assert len(DROP_REASONS) < 127

@@ -6,6 +6,7 @@ Records pass one at a time; a data set larger than the memory goes through.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -115,6 +116,7 @@ def plan(request: ConvertRequest) -> list[Conversion]:
             )
         same = sum(path.stem == other.path.stem for other in conversions)
         prefix = f"{path.stem}-{same + 1}" if same else path.stem
+        shape = dataclasses.replace(shape, told=told is not None)
         conversions.append(Conversion(path, source, shape, _how(source, told, votes, len(samples)), prefix))
     return conversions
 

@@ -2,18 +2,28 @@
 
     records --detect--> Shape        record, Shape --to_turns--> [{"from": "human", "value": ...}, ...]
 
-Which turns make a usable conversation is decided by `eagle.data.cleaning.clean_record`, the same code that reads
-the result in step 3: what is kept here is kept there.
+What a turn says, and which turns make a usable conversation, is decided by `eagle.data.cleaning.clean_record`, the same
+code that reads records in step 3: what is kept here is kept there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eagle.data.cleaning import CONVERSATION_NAMES, DROP_REASONS, ROLES, Dropped, Tally, clean_record, first_of
+from eagle.data.cleaning import (
+    CONVERSATION_NAMES,
+    DROP_REASONS,
+    SYSTEM_NAMES,
+    Dropped,
+    Message,
+    Tally,
+    check_text_alone,
+    clean_record,
+    first_of,
+)
 from eagle.errors import RequestError
 
 #: The record formats, with what tells them.
@@ -27,22 +37,19 @@ FORMATS = {
 
 PROMPT_NAMES = ("prompt", "question", "query", "instruction", "problem", "input")
 RESPONSE_NAMES = ("response", "answer", "output", "completion", "reply", "solution", "target")
-SYSTEM_NAMES = ("system", "system_prompt")
 CONTEXT_NAMES = ("input", "context")
 ID_NAMES = ("id", "conversation_id", "prompt_id")
-MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios")
-TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
-TEXT_PARTS = ("text", "input_text", "output_text")
 OTHER_SHAPE = "the record is not shaped like its file's format"
-TOOL_TURN = "a turn calls a tool or is a tool's answer"
-NOT_TEXT = "a turn holds an image or another part that is not text"
 NOT_TEXT_COLUMN = "a column that should be text holds something else, or nothing"
 EMPTY_QUESTION = "the question is empty"
-EMPTY_REPLY = "the replies are empty"
-BAD_UNICODE = "the text is not valid Unicode (it holds half a character)"
+BAD_UNICODE = DROP_REASONS["bad_unicode"]
 SHAREGPT_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
-Turn = dict[str, str]
+#: Where each of the two conversation formats has its turns.
+TURN_NAMES = {"sharegpt": ("conversations", "conversation"), "openai": ("messages",)}
+WHO, WHAT = {"role", "from"}, {"content", "value"}
+
+Turn = dict[str, Any]
 
 
 class Unusable(Exception):
@@ -70,10 +77,14 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the records of a file look like: a key of `FORMATS` and, for the column formats, the columns."""
+    """What the records of a file look like: a key of `FORMATS` and, for the column formats, the columns.
+
+    told: the user has said so, and of two conversations in one record means this format's.
+    """
 
     format: str
     columns: Columns | None = None
+    told: bool = False
 
     def __str__(self) -> str:
         if self.columns is None or self.format == "alpaca":
@@ -119,10 +130,7 @@ def shapes_of(record: Any, named: Columns) -> list[Shape]:
     if named.prompt or named.response:
         return _column_shapes(record, named)
     shapes = []
-    if _is_turns(first_of(record, *CONVERSATION_NAMES)):
-        shapes.append(Shape("sharegpt"))
-    if _is_turns(record.get("messages")):
-        shapes.append(Shape("openai"))
+    shapes += [Shape(name) for name, keys in TURN_NAMES.items() if _is_turns(first_of(record, *keys))]
     if _is_texts(record.get("data")):
         shapes.append(Shape("ultrachat"))
     return shapes or _column_shapes(record, named)
@@ -148,6 +156,11 @@ def _column_shapes(record: dict[str, Any], named: Columns) -> list[Shape]:
 
 def _is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def is_turn(value: Any) -> bool:
+    """Whether this is one turn, and not a record of turns."""
+    return isinstance(value, dict) and bool(value.keys() & WHO) and bool(value.keys() & WHAT)
 
 
 def _is_texts(value: Any) -> bool:
@@ -188,15 +201,30 @@ def to_turns(record: Any, shape: Shape, tally: Tally) -> list[Turn]:
     """
     if isinstance(record, Unusable):
         raise record
-    if isinstance(record, dict) and any(record.get(name) for name in MEDIA_NAMES):
-        raise Unusable(NOT_TEXT)
     try:
-        messages = clean_record({"conversations": list(_READERS[shape.format](record, shape))}, tally)
+        messages = _messages(record, shape, tally)
     except Dropped as dropped:
+        if dropped.reason in ("not_an_object", "no_conversation"):
+            raise Unusable(OTHER_SHAPE) from dropped
         raise Unusable(DROP_REASONS[dropped.reason]) from dropped
-    if not any(message["content"].strip() for message in messages if message["role"] == "assistant"):
-        raise Unusable(EMPTY_REPLY)
-    return [{"from": SHAREGPT_ROLES[message["role"]], "value": message["content"]} for message in messages]
+    return [_turn(message) for message in messages]
+
+
+def _messages(record: Any, shape: Shape, tally: Tally) -> list[Message]:
+    """Raises: Unusable, Dropped."""
+    if shape.format in TURN_NAMES:
+        names = TURN_NAMES[shape.format]
+        has_own = isinstance(record, dict) and any(isinstance(record.get(name), list) for name in names)
+        # Of a file of one of the two formats the records of the other are read too, as step 3 does.
+        return clean_record(record, tally, names if shape.told and has_own else CONVERSATION_NAMES)
+    if isinstance(record, dict):
+        check_text_alone(record)
+    return clean_record({"conversations": _READERS[shape.format](record, shape)}, tally)
+
+
+def _turn(message: Message) -> Turn:
+    turn: Turn = {"from": SHAREGPT_ROLES[message["role"]], "value": message["content"]}
+    return turn | {"weight": 0} if "weight" in message else turn
 
 
 def record_id(record: Any) -> str | int | None:
@@ -210,66 +238,14 @@ def record_id(record: Any) -> str | int | None:
     return None
 
 
-def _read_sharegpt(record: Any, shape: Shape) -> Iterable[Any]:
-    return _read_turns(record, CONVERSATION_NAMES)
-
-
-def _read_openai(record: Any, shape: Shape) -> Iterable[Any]:
-    return _read_turns(record, ("messages",))
-
-
-def _read_turns(record: Any, keys: tuple[str, ...]) -> Iterable[Any]:
-    system = None
-    if isinstance(record, dict):
-        system = next((record[name] for name in SYSTEM_NAMES if isinstance(record.get(name), str)), None)
-        record = first_of(record, *keys)
-    if not isinstance(record, list):
-        raise Unusable(OTHER_SHAPE)
-    turns = [plain for turn in record for plain in _plain_turns(turn)]
-    if system and not any(turn["from"] == "system" for turn in turns[:1]):
-        turns.insert(0, {"from": "system", "value": system})
-    return turns
-
-
-def _plain_turns(turn: Any) -> Iterable[dict[str, Any]]:
-    """A turn with its text in one piece. ``{"human": ..., "assistant": ...}`` is two turns."""
-    if not isinstance(turn, dict):
-        raise Unusable(DROP_REASONS["malformed_turn"])
-    role, text = first_of(turn, "from", "role"), first_of(turn, "value", "content")
-    said = {key: value for key, value in turn.items() if value is not None}
-    if role is None and said and all(key.lower() in ROLES for key in said):
-        return [{"from": key, "value": value} for key, value in said.items()]
-    if turn.get("tool_calls") or turn.get("function_call") or (isinstance(role, str) and role.lower() in TOOL_ROLES):
-        raise Unusable(TOOL_TURN)
-    if role is None or not ("value" in turn or "content" in turn):
-        raise Unusable(DROP_REASONS["malformed_turn"])
-    if role == "developer":  # OpenAI's newer name for the system role
-        role = "system"
-    return [{"from": role, "value": _join_parts(text) if isinstance(text, list) else text}]
-
-
-def _join_parts(parts: list[Any]) -> str:
-    """The text of content in parts, a line each, as vLLM joins them for a template that takes plain text."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if kind in TEXT_PARTS else part
-        if isinstance(kind, str) and kind.startswith(("tool", "function")):
-            raise Unusable(TOOL_TURN)
-        if not isinstance(text, str):
-            raise Unusable(NOT_TEXT)
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _read_ultrachat(record: Any, shape: Shape) -> Iterable[Any]:
+def _read_ultrachat(record: Any, shape: Shape) -> list[Turn]:
     texts = record.get("data") if isinstance(record, dict) else record
     if not isinstance(texts, list):
         raise Unusable(OTHER_SHAPE)
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
-def _read_columns(record: Any, shape: Shape) -> Iterable[Any]:
+def _read_columns(record: Any, shape: Shape) -> list[Turn]:
     columns = shape.columns
     assert columns and columns.prompt and columns.response
     if not isinstance(record, dict):
@@ -284,7 +260,7 @@ def _read_columns(record: Any, shape: Shape) -> Iterable[Any]:
         raise Unusable(EMPTY_QUESTION)
     system_names = (columns.system,) if columns.system else SYSTEM_NAMES
     system = next((row[name] for name in system_names if row.get(name)), None)
-    turns = [{"from": "system", "value": _column_text(system)}] if system else []
+    turns = [{"from": "system", "value": text}] if system and (text := _column_text(system)).strip() else []
     turns += _history(row.get("history"))
     return [
         *turns,
@@ -311,8 +287,6 @@ def _column_text(value: Any) -> str:
 
 
 _READERS = {
-    "sharegpt": _read_sharegpt,
-    "openai": _read_openai,
     "ultrachat": _read_ultrachat,
     "alpaca": _read_columns,
     "prompt_response": _read_columns,

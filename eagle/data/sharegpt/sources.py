@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eagle.data.cleaning import DROP_REASONS
+from eagle.data.json_file import TooDeep
 from eagle.data.parquet_file import is_parquet
-from eagle.data.reader import SUFFIXES, open_records
-from eagle.data.sharegpt.formats import Unusable
+from eagle.data.reader import SUFFIXES, TABLE_SUFFIXES, first_character, open_records, refuse_by_first_bytes
+from eagle.data.sharegpt.formats import Unusable, is_turn
 from eagle.errors import RequestError
 
 FLAG = "--input"
 TABLES = ("csv", "tsv")
-RECORD_SUFFIXES = (*SUFFIXES, ".ndjson")
-TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
-WHO, WHAT = {"role", "from"}, {"content", "value"}
 BAD_QUOTES = "the row's quotes do not match"
 WRONG_WIDTH = "the row has more or fewer cells than the header"
 
@@ -52,7 +50,7 @@ class RecordSource:
     def _looks_like_one_conversation(self, path: Path) -> bool:
         """JSON Lines of a single line that is a list cannot be told from an array by its bytes alone."""
         samples = self._samples()
-        is_turns = all(isinstance(turn, dict) and turn.keys() & WHO and turn.keys() & WHAT for turn in samples)
+        is_turns = all(is_turn(turn) for turn in samples)
         is_texts = path.suffix.lower() != ".json" and all(isinstance(text, str) for text in samples)
         return is_turns or is_texts
 
@@ -74,6 +72,8 @@ class RecordSource:
     def _record(self, index: int) -> Any:
         try:
             return self._file[index]
+        except TooDeep:
+            return Unusable(DROP_REASONS["nested_too_deeply"])
         except ValueError:
             return Unusable(DROP_REASONS["invalid_json"])
 
@@ -81,7 +81,7 @@ class RecordSource:
 class TableSource:
     """Rows of a CSV or TSV file, as dicts by the names in its first row.
 
-    Raises: RequestError for a file without rows, in UTF-16, or that ends inside a quoted cell (while it is
+    Raises: RequestError for a file without rows, or that ends inside a quoted cell (while it is
     read; with `allow_truncated` that row is left out instead).
     """
 
@@ -91,9 +91,6 @@ class TableSource:
         _lift_field_limit()
         self._path, self.kind, self._allow_truncated = path, kind, allow_truncated
         self.notes: list[str] = []
-        with path.open("rb") as file:
-            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise RequestError(f"{FLAG} {path} is UTF-16; expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
         # Spreadsheets write semicolons where the comma is the decimal point.
         delimiters = ("\t",) if kind == "tsv" else (",", ";", "\t")
         headers = [(header, delimiter) for delimiter in delimiters if (header := self._header(delimiter))]
@@ -175,20 +172,18 @@ def _lift_field_limit() -> None:
 def open_source(path: Path, told: str | None, allow_truncated: bool) -> Source:
     """The records of a file, by its suffix or as --format (`told`) says.
 
-    Raises: RequestError for a file that is empty, compressed, or of no known kind, and as `open_records` does.
+    Raises: RequestError for a file that is empty, compressed, not UTF-8, or of no known kind, and as `open_records`
+    does.
     """
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start[:2] == b"\x1f\x8b" or start[:4] in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd"):
-        raise RequestError(f"{FLAG} {path} is compressed or an Excel workbook; unpack it, or save it as CSV, first.")
-    if not start:
+    if not path.stat().st_size:
         raise RequestError(f"{FLAG} {path} is empty; expected JSON, JSON Lines, Parquet, CSV or TSV.")
+    refuse_by_first_bytes(path, FLAG)
     if is_parquet(path):
         return RecordSource(path, allow_truncated)
     table = told if told in TABLES else TABLE_SUFFIXES.get(path.suffix.lower())
     if table:
         return TableSource(path, table, allow_truncated)
-    if path.suffix.lower() not in RECORD_SUFFIXES and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+    if path.suffix.lower() not in SUFFIXES and first_character(path) not in (b"{", b"["):
         raise RequestError(
             f"{FLAG} {path}: neither its name nor its first bytes say what it is. Expected .json, .jsonl, "
             ".parquet, .csv or .tsv; for a table under another name pass --format csv or --format tsv."
