@@ -56,7 +56,8 @@ def numbered(kinds: dict[str, str]) -> dict[str, int]:
 
 
 def test_every_kind_of_dirt_is_counted_and_the_job_goes_on(llama: Path, tmp_path: Path) -> None:
-    assert DIRTY.keys() == DROP_REASONS.keys(), "a reason that this file does not produce"
+    # One takes a tokenizer of its own: tests/e2e/brought/test_targets.py.
+    assert DIRTY.keys() | {"token_without_row"} == DROP_REASONS.keys(), "a reason that this file does not produce"
     assert MENDED.keys() == REPAIRS.keys()
     records = [text for kind in (DIRTY, MENDED) for reason, text in kind.items() for _ in range(numbered(kind)[reason])]
     records += CLEAN
