@@ -78,6 +78,9 @@ class Encoder(Renderer):
             )
         super().__init__(tokenizer, template, template_name, date=date, why=why)
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        #: Whether white space that the template writes before a reply, and no prompt has, is the model's to say; only
+        #: jobs that version 0.1 began are continued without.
+        self.trains_leading_space = True
         special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
         #: A text is cut at these before it is tokenised: what comes behind one does not change what is before.
         self.special_ids = np.array(special, dtype=np.int32)
@@ -125,8 +128,7 @@ class Encoder(Renderer):
         mask = np.zeros(len(ids), dtype=np.uint8)
         starts, ends = offsets[:, 0], offsets[:, 1]
         replies = (message for message in messages if message["role"] == "assistant")
-        # White space that no prompt has is for the model to say.
-        lead = self.before_reply if self.before_reply.isspace() else ""
+        lead = self.before_reply if self.trains_leading_space and self.before_reply.isspace() else ""
         for (start, end), reply in zip(spans, replies, strict=True):
             if "weight" not in reply:
                 begin = start - len(lead) if text.endswith(lead, 0, start) else start

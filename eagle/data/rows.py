@@ -111,7 +111,7 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
         end = anchor + len(ids)
         if end > first or not np.array_equal(aligned.input_ids[anchor:end], ids):
             return None
-        if is_said:
+        if is_said and encoder.trains_leading_space:
             aligned.loss_mask[end:first] = 1  # white space that no prompt has: the model says it
     return aligned
 
