@@ -226,7 +226,7 @@ def resolve(request: GenerationRequest) -> Job:
         "made_by": provenance(),
     }
     share = node_share(manifest)
-    refuse_other_formats(records, share, request.data_path)
+    refuse_other_formats(records, sorted(share), request.data_path)
     return Job(request, kind, len(share), manifest, notes, records, encoder, target.identity)
 
 
