@@ -100,8 +100,9 @@ def published(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     options = from_pretrained_dtype(parse_dtype(args.dtype))
     model = AutoModelForCausalLM.from_pretrained(args.model_name, **options).to(device).eval()
     model(torch.arange(64, device=device)[None])  # warm
-    lengths = encode_job(job, save=False).lengths  # so that both compute the same conversations
-    usable = [index for index, length in zip(node_share(job.manifest), lengths, strict=True) if length]
+    # So that both compute the same conversations.
+    encoded, share = encode_job(job, save=False), node_share(job.manifest)
+    usable = [share[position] for position in dict.fromkeys(encoded.conversation[encoded.lengths > 0].tolist())]
     started, tokens = time.perf_counter(), 0
     for number, (ids, mask) in enumerate(tokenised_by_turns(args, job, usable)):
         result = model(ids[None].to(device), output_hidden_states=True)

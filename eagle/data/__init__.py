@@ -3,10 +3,12 @@
 reader             the records of a data file, by index, whichever kind of file it is
 json_file            JSON arrays and JSON Lines, without loading them
 parquet_file         Parquet files, without loading them
-cleaning           a ShareGPT record -> messages: what is mended, what is left out and why
+cleaning           a record -> messages: the one reader of conversations; what is mended, what is left out and why
 chat_template      which template a model speaks (templates/: the built-in ones)
+rendering          messages -> text, and which of its characters are the assistant's
 loss_mask          messages -> tokens, and which of them are the assistant's
-token_source       a record -> tokens: a conversation by the two above, or tokens already
+rows               messages -> the rows that are trained, each reply behind the prompt that a server sends
+token_source       a record -> tokens: a conversation by those above, or tokens already
 tokens             the conversations of a whole job, encoded in all cores
 viewer             a look at what is trained on
 prompts            prompts to measure with (default_prompts.jsonl: ours)

@@ -77,6 +77,9 @@ class Encoder(Renderer):
             )
         super().__init__(tokenizer, template, template_name, date=date, why=why)
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        #: Whether white space that the template writes before a reply, and no prompt has, is the model's to say; only
+        #: jobs that version 0.1 began are continued without.
+        self.trains_leading_space = True
         special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
         #: A text is cut at these before it is tokenised: what comes behind one does not change what is before.
         self.special_ids = np.array(special, dtype=np.int32)
@@ -117,22 +120,23 @@ class Encoder(Renderer):
 
     def align_replies(
         self, messages: list[Message], at_least: int | None = None
-    ) -> tuple[Aligned, list[tuple[int, int]]]:
-        """`align`, and the characters of every reply: see `reply_spans`."""
+    ) -> tuple[Aligned, list[tuple[int, int]], int | None]:
+        """`align`; every reply's characters, as `reply_spans`; where the first begins for which a token was cut."""
         text, spans = self.reply_spans(messages)
-        ids, offsets = self._tokenize_enough(text, spans, at_least) if at_least else self._tokenize(text, spans)
+        ids, offsets, split = self._tokenize_enough(text, spans, at_least) if at_least else self._tokenize(text, spans)
         mask = np.zeros(len(ids), dtype=np.uint8)
         starts, ends = offsets[:, 0], offsets[:, 1]
         replies = (message for message in messages if message["role"] == "assistant")
-        # White space that no prompt has is for the model to say.
-        lead = self.before_reply if self.before_reply.isspace() else ""
+        lead = self.before_reply if self.trains_leading_space and self.before_reply.isspace() else ""
         for (start, end), reply in zip(spans, replies, strict=True):
             if "weight" not in reply:
                 begin = start - len(lead) if text.endswith(lead, 0, start) else start
                 mask[(starts < end) & (ends > begin)] = 1
-        return Aligned(text, ids, mask, offsets), spans
+        return Aligned(text, ids, mask, offsets), spans, split
 
-    def _tokenize_enough(self, text: str, spans: list[tuple[int, int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize_enough(
+        self, text: str, spans: list[tuple[int, int]], count: int
+    ) -> tuple[np.ndarray, np.ndarray, int | None]:
         """`_tokenize` of as much of the text as gives `count` tokens and a margin.
 
         The tokens right before a cut differ from those of the whole text, as the word there is cut too; none of those
@@ -141,31 +145,33 @@ class Encoder(Renderer):
         characters, margin = 8 * (count + 128), 100
         while characters < len(text):
             beginning = [(start, end) for start, end in spans if start < characters]
-            ids, offsets = self._tokenize(text[:characters], beginning)
+            ids, offsets, split = self._tokenize(text[:characters], beginning)
             if len(ids) > count + margin:
-                return ids, offsets
+                return ids, offsets, split
             characters *= 2
         return self._tokenize(text, spans)
 
-    def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """ids ``[T]`` int32 and character offsets ``[T, 2]`` of `text`.
+    def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, int | None]:
+        """ids ``[T]`` int32 and character offsets ``[T, 2]`` of `text`, and where the first token was cut.
 
         A token that holds the end of the prompt and the beginning of the reply could never be generated: the
         server tokenises the prompt by itself. There the text is tokenised in two parts, as a server would.
         The one exception is the single space that word-piece tokenizers keep at the front of a word.
         """
         ids, offsets = self._tokenize_part(text)
+        split = None
         for start, _ in spans:
             straddling = (offsets[:, 0] < start) & (offsets[:, 1] > start)
             if straddling.any() and text[offsets[straddling][0, 0] : start] != " ":
                 cut = int(np.flatnonzero(offsets[:, 1] > start)[0])
                 begin = int(offsets[cut, 0])
+                split = start if split is None else split
                 # Re-tokenise from the start of the straddling token, so that everything before stays as it is.
                 middle, middle_offsets = self._tokenize_inside(text[begin:start])
                 rest, rest_offsets = self._tokenize_inside(text[start:])
                 ids = np.concatenate([ids[:cut], middle, rest])
                 offsets = np.concatenate([offsets[:cut], middle_offsets + begin, rest_offsets + start])
-        return ids, offsets
+        return ids, offsets, split
 
     def tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids ``[T]`` int32 and character offsets ``[T, 2]`` of a text, as a server tokenises it. Raises: Dropped."""

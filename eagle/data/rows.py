@@ -60,7 +60,7 @@ def rows_of(messages: list[Message], encoder: Encoder, max_length: int, tally: T
     if not rows:
         raise Dropped("reply_beyond_max_length" if "reply_beyond_max_length" in reasons else "reply_too_short")
     if cuts.repaired or "reply_beyond_max_length" in reasons:
-        tally.repaired["cut_to_max_length"] += 1
+        tally.repaired["cut_to_max_length"] = 1
     return rows
 
 
@@ -82,7 +82,7 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
     at_least: only the first so many tokens matter.
     """
     try:
-        aligned, spans = encoder.align_replies(messages, at_least)
+        aligned, spans, split = encoder.align_replies(messages, at_least)
     except Dropped as dropped:
         if dropped.reason == "template_rewrites_reply":  # perhaps its reasoning alone
             return None
@@ -96,6 +96,8 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
         first = int(np.argmax(ends > start)) if len(ends) and ends[-1] > start else len(ends)
         if at_least is not None and first >= at_least:
             break  # cut away, and all behind it
+        if split is not None and split < start:
+            return None  # a server does not cut the token of an earlier reply
         prompt = encoder.prompt(messages[:index])
         if not aligned.text.startswith(prompt) or len(prompt) > start:
             return None
@@ -111,7 +113,7 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
         end = anchor + len(ids)
         if end > first or not np.array_equal(aligned.input_ids[anchor:end], ids):
             return None
-        if is_said:
+        if is_said and encoder.trains_leading_space:
             aligned.loss_mask[end:first] = 1  # white space that no prompt has: the model says it
     return aligned
 
@@ -145,7 +147,7 @@ def _by_turn(messages: list[Message], encoder: Encoder, tally: Tally, at_least: 
     if left_out:
         tally.repaired["reasoning_left_out"] += 1
     if beyond:
-        tally.repaired["cut_to_max_length"] += 1
+        tally.repaired["cut_to_max_length"] = 1
     assert row
     yield row
 

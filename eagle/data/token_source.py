@@ -63,10 +63,11 @@ def refuse_other_formats(records: Records, indices: Iterable[int], path: Path, f
             record = records[index]
         except ValueError:
             return
-        found = _other_shapes(record)
-        if not found or (is_turn(record) and not records.is_array):  # lines that are turns are no conversation
+        if _source(record) is not TOKEN_SOURCES["other formats"]:
             return
-        shapes.update(found)
+        if is_turn(record) and not records.is_array:  # lines that are turns are no conversation
+            return
+        shapes.update(_other_shapes(record))
     if shapes:
         raise RequestError(
             f"{flag} {path} is of another format ({', '.join(sorted(shapes))}), which step 2 converts: "

@@ -23,7 +23,7 @@ from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, 
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
 from eagle.errors import RequestError
-from eagle.files import existing_path, read_json, write_json
+from eagle.files import existing_path, write_json
 from eagle.generate.progress import finished
 from eagle.provenance import provenance
 from eagle.store.dtypes import SAME, check_store_dtype
@@ -149,7 +149,10 @@ def resolve(request: GenerationRequest) -> Job:
     device.check_indices(kind, list(request.npu_indices))
     Weights(model)
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
-    encoder = load_encoder(model, config, request.chat_template, pinned_date(request))
+    began = began_with(request)
+    date = datetime.date.fromisoformat(began["date"]) if began and "date" in began else None
+    encoder = load_encoder(model, config, request.chat_template, date)
+    encoder.trains_leading_space = not began or "trains_leading_space" in began
     conversations = min(len(records), request.end_num or len(records))
     if conversations < request.num_nodes:
         raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
@@ -167,6 +170,7 @@ def resolve(request: GenerationRequest) -> Job:
         "tokenizer": {
             "digest": encoder.digest(),
             "chat_template": encoder.template_name,
+            **({"trains_leading_space": True} if encoder.trains_leading_space else {}),
             **({"date": encoder.date.isoformat()} if encoder.is_dated else {}),
         },
         "data": {
@@ -194,17 +198,15 @@ def resolve(request: GenerationRequest) -> Job:
         "made_by": provenance(),
     }
     share = node_share(manifest)
-    refuse_other_formats(records, share, request.data_path)
+    refuse_other_formats(records, sorted(share), request.data_path)
     return Job(request, kind, len(share), manifest, notes, records, encoder)
 
 
-def pinned_date(request: GenerationRequest) -> datetime.date | None:
-    """The day that the templates of a job which has begun are told, None for a new one: other nodes' count too."""
+def began_with(request: GenerationRequest) -> dict | None:
+    """What the manifest of a job that has begun says of its tokenizer; of another node's, where this has not."""
     for path in (request.folder / MANIFEST, *sorted(request.outdir.glob(f"node-*/{MANIFEST}"))):
-        try:
-            return datetime.date.fromisoformat(read_json(path, "a store's manifest")["tokenizer"]["date"])
-        except (OSError, ValueError, KeyError, TypeError):  # none there, damaged, or of a template without a date
-            continue
+        if path.is_file():
+            return read_manifest(path).get("tokenizer") or {}
     return None
 
 

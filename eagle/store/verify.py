@@ -41,8 +41,9 @@ class Summary:
 
     supervised_tokens: tokens that belong to a reply. lengths: records by the lower edge of their bin. damage: one
     message for every file or record that cannot be read, and for every count that is not what was promised.
-    missing_nodes, differing_nodes: of jobs over several machines, in words: which are not here, and which options are
-    not the same on all. All the rest is about the records that can be read.
+    first_dropped: by reason, the first record that was left out. missing_nodes, differing_nodes: of jobs over several
+    machines, in words: which are not here, and which options are not the same on all. All the rest is about the records
+    that can be read.
     """
 
     records: int
@@ -56,6 +57,7 @@ class Summary:
     lengths: dict[int, int]
     dropped: dict[str, int]
     repaired: dict[str, int]
+    first_dropped: dict[str, dict]
     complete: bool
     content_digest: str
     token_digest: str
@@ -75,7 +77,7 @@ class Summary:
         widest = max(self.lengths.values(), default=1)
         for edge, count in self.lengths.items():
             lines.append(f"  {_bin_name(edge):>12} tokens  {count:>9,}  {'█' * round(40 * count / widest)}")
-        lines += Tally(Counter(self.dropped), Counter(self.repaired)).lines()
+        lines += Tally.from_json(asdict(self)).lines()
         if not self.complete and not self.missing_nodes:
             lines.append("data generation has not finished; the same allocation.py command continues it")
         lines += [f"the store of node {nodes} is not here" for nodes in self.missing_nodes]

@@ -61,7 +61,7 @@ class LiveFeatures:
         # The same choice as `eagle.generate.job.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
         chosen = np.sort(order)
-        refuse_other_formats(records, order.tolist(), source.data_path)
+        refuse_other_formats(records, chosen.tolist(), source.data_path)
         self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)
         usable = np.flatnonzero(self.tokens_of.lengths)
         ids = np.array(self.tokens_of.ids(usable.tolist(), chosen.tolist(), len(records)), dtype=np.int64)
