@@ -118,7 +118,8 @@ def draft_tensors(shape: Shape, target: dict[str, torch.Tensor]) -> dict[str, to
 def write_model(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})  # older transformers insist on it
 
 
 def write_pair(folder: Path, shape: Shape) -> tuple[Path, Path]:
