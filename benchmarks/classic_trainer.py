@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.device import choose_kind
-from eagle.drafts.alignment import Batch, collate
+from eagle.drafts.alignment import Batch
 from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.objective import Eagle1Objective
@@ -39,6 +39,7 @@ from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.dataset import FeatureDataset, split_store
+from eagle.train.loader import Key, Loader
 from eagle.train.options import TrainOptions
 from eagle.train.validation import validate
 
@@ -90,9 +91,9 @@ class PublishedTrainer:
         while True:
             order = np.random.RandomState(epoch).permutation(len(self.train))
             for at in range(0, len(order), args.bs):
-                batch = collate(self.train.__getitems__([(epoch, int(i)) for i in order[at : at + args.bs]]))
+                stored = self.train.batch(epoch, order[at : at + args.bs].tolist())
                 started = time.perf_counter()
-                supervised = self.one_step(batch)
+                supervised = self.one_step(stored.to(self.accelerator.device).prepared(torch.float32))
                 self.seconds += time.perf_counter() - started
                 self.step += 1
                 self.write(supervised_tokens=supervised)
@@ -105,21 +106,23 @@ class PublishedTrainer:
             epoch += 1
 
     def one_step(self, batch: Batch) -> int:
-        batch = batch.to(self.accelerator.device, torch.float32)
+        # The head runs over every position of the batch, counted or not.
+        targets = batch.features.new_zeros(batch.features.shape)
+        targets.flatten(0, 1)[batch.places] = batch.targets.float()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.step + 1) / 20)
         self.optimizer.zero_grad()
         with self.accelerator.autocast():
             predict = torch.utils.checkpoint.checkpoint(self.layer, batch, use_reentrant=False)
             with torch.no_grad():
-                target_head = self.head(batch.targets.float())
+                target_head = self.head(targets)
                 target_p = target_head.softmax(2)
             out_head = self.head(predict)
             out_logp = out_head.log_softmax(2)
             mask = batch.supervised[:, :, None].float()
             count = mask.sum() + 1e-5
             token_loss = -torch.sum(torch.sum(mask * (target_p * out_logp), 2)) / count
-            feature_loss = functional.smooth_l1_loss(predict, batch.targets.float(), reduction="none")
+            feature_loss = functional.smooth_l1_loss(predict, targets, reduction="none")
             feature_loss = torch.sum(torch.mean(mask * feature_loss, 2)) / count
             loss = feature_loss + 0.1 * token_loss
         loss.backward()
@@ -149,12 +152,12 @@ class PublishedTrainer:
 
     def validate(self) -> float:
         """Our validation, whose time does not count."""
-        loader = torch.utils.data.DataLoader(
-            self.held_out, batch_sampler=[[(0, i)] for i in range(len(self.held_out))], collate_fn=collate
-        )
         head = TokenLossHead(self.head.weight.detach().bfloat16())
         judge = Eagle1Objective(head, LossOptions())
-        found = validate(self.accelerator, UnrolledDraft(self.draft), judge, loader, head.weight.dtype)
+        keys = [Key(0, (index,)) for index in range(len(self.held_out))]
+        with Loader(self.held_out, keys, self.accelerator.device, head.weight.dtype, threads=0) as loader:
+            batches = (batch for group in loader.groups(1) for batch in loader.on_device(group))
+            found = validate(self.accelerator, UnrolledDraft(self.draft), judge, batches)
         self.write(**found.metrics())
         return found.tau[-1]
 

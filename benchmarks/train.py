@@ -151,7 +151,7 @@ def flops_per_supervised(args: argparse.Namespace) -> float:
         draft = without_values(DRAFT_FAMILIES[DEFAULT_DRAFT], config)
         weights = sum(weight.numel() for weight in draft.trained_state().values())
     data = FeatureDataset(store, np.arange(len(store)), args.max_len, HIDDEN_STATE)
-    sample = [data[0, int(i)].supervised for i in np.linspace(0, len(store) - 1, min(len(store), 200))]
+    sample = [data.example(int(i)).supervised for i in np.linspace(0, len(store) - 1, min(len(store), 200))]
     tokens_each = sum(map(len, sample)) / sum(int(s.sum()) for s in sample)
     return 6 * config.vocab_size * config.hidden_size + 6 * weights * tokens_each
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to, so that a clock tells the truth."""
     if device.type != "cpu":
         _backend(device.type).synchronize(device)
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream beside the one that computes, for copies; None on a CPU."""
+    return None if device.type == "cpu" else _backend(device.type).Stream(device)
+
+
+def current_stream(device: torch.device) -> Any:
+    """The accelerator's stream that computes in this thread."""
+    return _backend(device.type).current_stream(device)
+
+
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
+    """Have what is asked of the device in this thread run on that stream."""
+    return _backend(stream.device.type).stream(stream)
+
+
+def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    """A copy in page-locked memory, from which an accelerator of that kind copies by itself."""
+    # Before torch 2.8 another accelerator than CUDA has to be named; since then naming one is deprecated.
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return tensor.pin_memory(kind) if kind != "cuda" and version < (2, 8) else tensor.pin_memory()
+
+
+def has_float8(kind: str) -> bool:
+    """Whether devices of that kind compute with float8 tensors as far as unpacking them takes."""
+    return kind != "npu"
 
 
 def peak_memory(device: torch.device) -> int:

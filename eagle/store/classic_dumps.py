@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.store.record import Record, supervised_counts
+from eagle.store.record import Record, StoredRecord, supervised_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
 
@@ -74,6 +74,10 @@ class ClassicFolder:
             content["loss_mask"].to(torch.uint8),
             hidden.clone() if features else hidden[:0],
         )
+
+    def stored(self, position: int) -> StoredRecord:
+        """The same, as a shard would hold it."""
+        return self.read(position).stored()
 
 
 def find_classic_dumps(root: Path, damage: list[str] | None = None) -> list[ClassicFolder]:

@@ -46,6 +46,10 @@ class Packed:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    def cut(self, end: int) -> Packed:
+        """The first `end` tokens."""
+        return Packed(self.values[:end], None if self.scale is None else self.scale[:end], self.dtype)
+
     def tensors(self) -> list[torch.Tensor]:
         return [self.values] if self.scale is None else [self.values, self.scale]
 
@@ -91,7 +95,7 @@ def _to_largest(values: torch.Tensor, largest: float) -> tuple[torch.Tensor, tor
 def _rotate(features: torch.Tensor) -> torch.Tensor:
     """Every block of channels times an orthonormal, symmetric Hadamard matrix. ``[T, H]`` float32 -> the same."""
     block = block_size(features.shape[-1])
-    return (features.unflatten(-1, (-1, block)) @ _hadamard(block)).flatten(-2)
+    return (features.unflatten(-1, (-1, block)) @ _hadamard(block, features.device)).flatten(-2)
 
 
 def block_size(hidden_size: int) -> int:
@@ -100,8 +104,8 @@ def block_size(hidden_size: int) -> int:
 
 
 @cache
-def _hadamard(size: int) -> torch.Tensor:
+def _hadamard(size: int, device: torch.device) -> torch.Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    return (matrix / size**0.5).to(device)

@@ -21,7 +21,7 @@ import torch
 from eagle.errors import RequestError, WorkError
 from eagle.store.classic_dumps import find_classic_dumps
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
-from eagle.store.record import Record, RecordSource
+from eagle.store.record import Record, RecordSource, StoredRecord
 from eagle.store.shard import Shard, is_shard_name
 from eagle.target.features import HIDDEN_STATE
 
@@ -155,8 +155,10 @@ class FeatureStore:
         number, position = self._places[index]
         return self.sources[number].read(position)
 
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        return [self[index] for index in indices]
+    def stored(self, indices: Sequence[int]) -> list[StoredRecord]:
+        """These records as they lie on disk."""
+        places = [self._places[index] for index in indices]
+        return [self.sources[number].stored(position) for number, position in places]
 
     def loss_mask(self, index: int) -> torch.Tensor:
         """The loss mask ``[T]`` of a record, without reading its features."""

@@ -85,6 +85,13 @@ class StoredRecord:
     def feature_bytes(self) -> int:
         return sum(packed.nbytes for packed in self.features.values())
 
+    def cut(self, end: int) -> StoredRecord:
+        """The first `end` tokens."""
+        if end >= len(self):
+            return self
+        features = {name: packed.cut(end) for name, packed in self.features.items()}
+        return StoredRecord(self.conversation, self.input_ids[:end], self.loss_mask[:end], features)
+
     def crc32(self) -> int:
         """A checksum over everything the record holds, as it is stored."""
         packed = [tensor for packed in self.features.values() for tensor in packed.tensors()]
@@ -133,6 +140,7 @@ class RecordSource(Protocol):
 
     def __len__(self) -> int: ...
     def read(self, position: int, *, features: bool = True) -> Record: ...
+    def stored(self, position: int) -> StoredRecord: ...
     def supervised(self, max_len: int | None = None) -> np.ndarray:
         """See `supervised_counts`; of the records in their order."""
         ...

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from eagle.drafts.alignment import Example, shift
+from eagle.drafts.alignment import Example, StoredBatch, collate, shift
 from eagle.errors import RequestError
-from eagle.store.record import Record
+from eagle.store.record import Record, StoredRecord
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
 BUCKET = 16
@@ -34,14 +31,14 @@ class RecordStore(Protocol):
     def tokens(self) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
-    def read(self, indices: Sequence[int]) -> list[Record]: ...
+    def stored(self, indices: Sequence[int]) -> list[StoredRecord]: ...
     def supervised(self, max_len: int | None = None) -> np.ndarray: ...
     def notes(self) -> list[str]: ...
     def identity(self) -> list[str]: ...
 
 
-class FeatureDataset(Dataset):
-    """Examples by ``(epoch, index)``; index counts within `indices` of the store.
+class FeatureDataset:
+    """Examples by index, which counts within `indices` of the store, and batches of them.
 
     reads: the features that the draft reads. noise: half-width of the uniform noise added to them, in their own units.
     It depends on seed, epoch and record alone, so it is the same whatever process loads it.
@@ -60,30 +57,16 @@ class FeatureDataset(Dataset):
     def lengths(self) -> np.ndarray:
         return np.minimum(self.store.lengths[self.indices], self.max_len)
 
-    def record(self, index: int) -> Record:
-        """The record cut to `max_len`."""
-        return self.store[int(self.indices[index])].cut(self.max_len)
-
     def example(self, index: int) -> Example:
-        """The record as the draft sees it, without noise."""
-        return shift(self.record(index), self.reads)
+        """One record as the draft sees it, without noise."""
+        return shift(self.store[int(self.indices[index])].cut(self.max_len), self.reads)
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        return self._example(*key, self.record(key[1]))
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example]:
-        """What a data loader asks for: the records of a micro-batch at once, for a store that computes them."""
-        records = self.store.read([int(self.indices[index]) for _, index in keys])
-        return [self._example(*key, record.cut(self.max_len)) for key, record in zip(keys, records, strict=True)]
-
-    def _example(self, epoch: int, index: int, record: Record) -> Example:
-        example = shift(record, self.reads)
-        if not self.noise:
-            return example
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(self.indices[index]))) & (2**63 - 1))
-        noise = torch.rand(example.features.shape, generator=generator, dtype=torch.float32) - 0.5
-        features = (example.features.float() + 2 * self.noise * noise).to(example.features.dtype)
-        return dataclasses.replace(example, features=features)
+    def batch(self, epoch: int, indices: Sequence[int]) -> StoredBatch:
+        """These records as one micro-batch of that epoch."""
+        numbers = [int(self.indices[index]) for index in indices]
+        records = [record.cut(self.max_len) for record in self.store.stored(numbers)]
+        seeds = [hash((self.seed, epoch, number)) & (2**63 - 1) for number in numbers] if self.noise else []
+        return collate(records, self.reads, seeds, self.noise)
 
 
 def split_store(

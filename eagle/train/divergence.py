@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from eagle.drafts.alignment import Batch, named
+from eagle.drafts.alignment import StoredBatch, named
 from eagle.errors import WorkError
 from eagle.train.run_log import StepResult
 
@@ -17,7 +17,7 @@ WINDOW = 20
 GROWTH = 3.0
 
 
-def check_finite(loss: float, step: int, batches: list[Batch], lr: float) -> None:
+def check_finite(loss: float, step: int, batches: list[StoredBatch], lr: float) -> None:
     """Raises: WorkError for a loss or a gradient norm that is not finite, before it reaches the weights."""
     if math.isfinite(loss):
         return
@@ -45,7 +45,7 @@ class LossGrowth:
         self._recent: deque[_Step] = deque(maxlen=WINDOW)
         self._lowest, self._lowest_at = math.inf, 0
 
-    def check(self, number: int, result: StepResult, batches: Iterable[Batch]) -> None:
+    def check(self, number: int, result: StepResult, batches: Iterable[StoredBatch]) -> None:
         """Take in step `number`. Raises: WorkError where the loss has grown to `GROWTH` times its lowest."""
         self._recent.append(_Step(number, result.loss, result.supervised_tokens, _conversations(batches)))
         tokens = sum(step.tokens for step in self._recent)
@@ -64,5 +64,5 @@ class LossGrowth:
             )
 
 
-def _conversations(batches: Iterable[Batch]) -> list[int]:
-    return sorted({number for batch in batches for number in batch.conversations.tolist()})
+def _conversations(batches: Iterable[StoredBatch]) -> list[int]:
+    return sorted({number for batch in batches for number in batch.conversations})

@@ -23,7 +23,7 @@ from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.generate.sources import SourceOptions, open_source
 from eagle.store.manifest import describe_features
-from eagle.store.record import Record, supervised_counts
+from eagle.store.record import Record, StoredRecord, supervised_counts
 from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
@@ -105,6 +105,10 @@ class LiveFeatures:
             ids_and_mask = torch.from_numpy(one.input_ids), torch.from_numpy(one.loss_mask)
             records.append(Record(int(self.conversations[index]), *ids_and_mask, own.pop(HIDDEN_STATE), own))
         return records
+
+    def stored(self, indices: Sequence[int]) -> list[StoredRecord]:
+        """As `eagle.store.reader.FeatureStore.stored`."""
+        return [record.stored() for record in self.read(indices)]
 
     def supervised(self, max_len: int | None = None) -> np.ndarray:
         """As `eagle.store.reader.FeatureStore.supervised`."""

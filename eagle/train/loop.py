@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
-from eagle.drafts.alignment import Batch, collate
+from eagle.drafts.alignment import Batch, StoredBatch
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossSums, Objective
 from eagle.drafts.starts import Start, StartData
 from eagle.drafts.unroll import UnrolledDraft, chain_supervision
-from eagle.errors import WorkError
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches
 from eagle.train.divergence import LossGrowth, check_finite
+from eagle.train.loader import Key, Loader
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
@@ -137,16 +136,17 @@ class Trainer:
         for epoch in range(self.position.epoch, self.options.num_epochs):
             if self.position.step >= self.total_steps or self._out_of_patience():
                 break
-            for group in self._groups(epoch):
-                result, save_now = self._step(model, group)
-                self.position = Position(self.position.step + 1, epoch, self.position.batch + 1)
-                self.log.step(self.position.step, epoch, result)
-                growth.check(self.position.step, result, group)
-                ends = self.position.step >= self.total_steps or self.position.batch == self.steps_per_epoch
-                if save_now and not ends:
-                    self._save(None)
-                if self.position.step >= self.total_steps:
-                    break
+            with self._loader(self.train_set, self._epoch_keys(epoch)) as loader:
+                for group in loader.groups(self.options.gradient_accumulation_steps):
+                    result, save_now = self._step(model, loader, group)
+                    self.position = Position(self.position.step + 1, epoch, self.position.batch + 1)
+                    self.log.step(self.position.step, epoch, result)
+                    growth.check(self.position.step, result, group)
+                    ends = self.position.step >= self.total_steps or self.position.batch == self.steps_per_epoch
+                    if save_now and not ends:
+                        self._save(None)
+                    if self.position.step >= self.total_steps:
+                        break
             self._end_epoch(model, epoch, save_now)
         self.log.close()
 
@@ -173,61 +173,49 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return bool(self.options.patience) and self._validations_without_gain >= self.options.patience
 
-    def _groups(self, epoch: int) -> Iterator[list[Batch]]:
+    def _epoch_keys(self, epoch: int) -> list[Key]:
         """This process's micro-batches of every global batch left in the epoch."""
         options = self.options
         batches = epoch_batches(self.train_set.lengths, self.global_size, options.seed, epoch)
-        keys, empty = [], []
-        for indices in batches[self.position.batch :]:
+        pieces = [
+            (piece, indices)
+            for indices in batches[self.position.batch :]
             for piece in micro_batches(
                 indices, options.bs, self.accelerator.process_index, self.processes, options.gradient_accumulation_steps
-            ):
-                # A process without records still takes part, with one that counts for nothing.
-                keys.append([(epoch, int(index)) for index in (piece if len(piece) else indices[:1])])
-                empty.append(not len(piece))
-        group: list[Batch] = []
-        for batch in self._batches(self.train_set, keys, empty):
-            group.append(batch)
-            if len(group) == options.gradient_accumulation_steps:
-                yield group
-                group = []
+            )
+        ]
+        # A process without records still takes part, with one that counts for nothing.
+        return [
+            Key(epoch, tuple(map(int, piece if len(piece) else indices[:1])), not len(piece))
+            for piece, indices in pieces
+        ]
 
-    def _batches(self, data: FeatureDataset, keys: list[list[tuple[int, int]]], empty: list[bool]) -> Iterator[Batch]:
-        """The batches with these keys; those that are `empty` keep processes in step and supervise nothing."""
-        try:
-            for batch, is_empty in zip(self._loader(data, keys), empty, strict=True):
-                if is_empty:
-                    batch.supervised.zero_()
-                yield batch
-        except WorkError as error:
-            # A loader's process hands its error on as the text of a traceback, whose last line is the message.
-            raise WorkError(str(error).rsplit(f"{WorkError.__name__}: ", 1)[-1].strip()) from error
+    def _validation_keys(self) -> list[Key]:
+        """This process's micro-batches of the validation records, similar lengths together, the longest first."""
+        order = np.argsort(-self.validation_set.lengths, kind="stable").tolist()
+        bs = self.options.bs
+        keys = [Key(0, tuple(order[at : at + bs])) for at in range(0, len(order), bs)]
+        # As many for every process, whose forward passes wait for each other; what fills up counts for nothing.
+        keys += [Key(0, (order[-1],), is_empty=True)] * (-len(keys) % self.processes)
+        return keys[self.accelerator.process_index :: self.processes]
 
-    def _loader(self, data: FeatureDataset, keys: list[list[tuple[int, int]]]) -> DataLoader:
-        device = self.accelerator.device
-        return DataLoader(
-            data,
-            batch_sampler=keys,
-            collate_fn=collate,
-            num_workers=self.options.loader_workers(device.type),
-            pin_memory=device.type == "cuda",
-        )
+    def _loader(self, data: FeatureDataset, keys: Sequence[Key]) -> Loader:
+        where = self.accelerator.device
+        return Loader(data, keys, where, self.dtype, self.options.loader_threads(where.type))
 
-    def _step(self, model: torch.nn.Module, group: list[Batch]) -> tuple[StepResult, bool]:
+    def _step(self, model: torch.nn.Module, loader: Loader, group: list[StoredBatch]) -> tuple[StepResult, bool]:
         """One optimizer step over this process's micro-batches: the gradient of the whole global batch.
 
         Also whether it is time to save, which the main process decides for all.
         """
         accelerator, options = self.accelerator, self.options
         # Positions that count, per unrolled step, over all micro-batches and processes.
-        valid = [chain_supervision(batch.supervised, options.ttt_steps) for batch in group]
-        counts = torch.stack([v.flatten(1).sum(1) for v in valid]).sum(0).to(accelerator.device, torch.float32)
-        counts = accelerator.reduce(counts)
+        valid = [chain_supervision(batch.supervised, options.ttt_steps).flatten(1).sum(1) for batch in group]
+        counts = accelerator.reduce(torch.stack(valid).sum(0).to(accelerator.device, torch.float32))
         sums = torch.zeros(3, device=accelerator.device)
-        for number, (cpu_batch, cpu_valid) in enumerate(zip(group, valid, strict=True)):
-            batch, own = cpu_batch.to(accelerator.device, self.dtype), cpu_valid.to(accelerator.device)
-            with no_sync(accelerator, model) if number + 1 < len(group) else torch.enable_grad():
-                found = self._losses(model, batch, own)
+        for number, batch in enumerate(loader.on_device(group), 1):
+            with no_sync(accelerator, model) if number < len(group) else torch.enable_grad():
+                found = self._losses(model, batch)
                 feature_loss, token_loss = self.objective.means(found, counts)
                 loss = self.objective.total(feature_loss, token_loss)
                 # DDP averages over processes; the sum over the global batch is wanted.
@@ -256,12 +244,12 @@ class Trainer:
         )
         return result, bool(save)
 
-    def _losses(self, model: torch.nn.Module, batch: Batch, valid: torch.Tensor) -> LossSums:
+    def _losses(self, model: torch.nn.Module, batch: Batch) -> LossSums:
         """Sums over a micro-batch."""
         with self.accelerator.autocast():
             states = model(batch.tokens, batch.features, self.options.ttt_steps)
-        chosen = batch.supervised
-        return self.objective.sums(states[:, chosen], batch.targets[chosen], valid[:, chosen])
+        valid = chain_supervision(batch.supervised, self.options.ttt_steps)
+        return self.objective.sums(batch.at_places(states), batch.targets, batch.at_places(valid))
 
     def _save_is_due(self) -> bool:
         every = self.options.save_interval()
@@ -275,14 +263,16 @@ class Trainer:
     def _validate(self, model: torch.nn.Module, when: str) -> Validation | None:
         if not len(self.validation_set):
             return None
-        bs, own = self.options.bs, range(self.accelerator.process_index, len(self.validation_set), self.processes)
-        keys = [[(0, index) for index in own[at : at + bs]] for at in range(0, len(own), bs)]
-        # As many for every process, whose forward passes wait for each other; what fills up counts for nothing.
-        filling = math.ceil(len(self.validation_set) / self.processes / bs) - len(keys)
-        empty = [False] * len(keys) + [True] * filling
-        batches = self._batches(self.validation_set, keys + [[(0, 0)]] * filling, empty)
+        keys = self._validation_keys()
         started = time.monotonic()
-        result = validate(self.accelerator, model, self.objective, batches, self.dtype)
+        with self._loader(self.validation_set, keys) as loader:
+            batches = (batch for group in loader.groups(1) for batch in loader.on_device(group))
+
+            def to_blame(number: int) -> Sequence[int]:
+                batch = loader.load(keys[number])
+                return batch.not_finite() or batch.conversations
+
+            result = validate(self.accelerator, model, self.objective, batches, to_blame)
         if not result.positions:  # then τ would be that of no draft at all
             self.log.say(f"{when:>15}: none of the validation records has a supervised position; no τ")
             return None

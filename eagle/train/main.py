@@ -121,7 +121,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("patience", int, "stop after so many validations without a better τ; 0 never does")
     add("report_to", str, "also log to this tracker", choices=TRACKERS)
     add("keep", int, "keep the newest so many checkpoints (best and last always)")
-    add("num_workers", int, "data-loader processes per device (default: 2 on a card, else 0)")
+    add("num_workers", int, "threads that read batches ahead (default: 2 on a card, else 0)")
     add("seed", int, "seed of split, order, noise and random initialisation")
     parser.add_argument("--skip_damaged", action="store_true", help="leave out what is damaged in the store")
     parser.add_argument(

@@ -133,8 +133,8 @@ class TrainOptions:
         assert self.basepath is not None
         return self.basepath
 
-    def loader_workers(self, kind: str) -> int:
-        """Data-loader processes on this kind of device: a card must not wait for the disk, a CPU has no cores to spare.
+    def loader_threads(self, kind: str) -> int:
+        """Threads that read ahead for this kind of device: a card must not wait, a CPU has no cores to spare.
 
         The base model of ``--data_path`` is in the training process.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,40 +68,43 @@ def chain_counts(agrees: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator, model: torch.nn.Module, objective: Objective, batches: Iterable[Batch], dtype: torch.dtype
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    to_blame: Callable[[int], Sequence[int]] = lambda number: (),
 ) -> Validation:
-    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them. dtype: of what
-    the draft reads.
+    """Validate an `UnrolledDraft`; every process brings its own batches, the sums are over all of them.
+
+    to_blame: the conversations of a batch, counted from 0, to name where its loss is not finite. Nothing waits for the
+    device before the last batch.
 
     Raises: WorkError for a loss that is not finite.
     """
     model.eval()
-    counts = torch.zeros(3, DEPTH, dtype=torch.float64)
-    sums = torch.zeros(3, dtype=torch.float64)
-    for cpu_batch in batches:
-        batch = cpu_batch.to(accelerator.device, dtype)
+    counts, losses = [], []
+    for batch in batches:
         with accelerator.autocast():
             states = model(batch.tokens, batch.features, DEPTH)
-        chosen = batch.supervised
-        valid = chain_supervision(chosen, DEPTH)
-        result = objective.judge(states[:, chosen], batch.targets[chosen], valid[:, chosen])
+        valid = chain_supervision(batch.supervised, DEPTH)
+        result = objective.judge(batch.at_places(states), batch.targets, batch.at_places(valid))
         agrees = torch.zeros_like(valid)
-        agrees[:, chosen] = result.agrees
-        counts += torch.stack(chain_counts(agrees, valid)).cpu()
-        own = (result.feature_loss, result.token_loss, result.in_top_3.sum())
-        values = torch.tensor([value.item() for value in own], dtype=sums.dtype)
-        if not values.isfinite().all():
-            numbers = cpu_batch.not_finite() or cpu_batch.conversations.tolist()
-            raise WorkError(
-                f"The validation loss is not finite, in a batch of {named(numbers)}. Check their features, or lower "
-                "--lr."
-            )
-        sums += values
+        agrees.flatten(1, 2)[:, batch.places] = result.agrees
+        counts.append(torch.cat([*chain_counts(agrees, valid), result.in_top_3.sum()[None]]))
+        losses.append(torch.stack([result.feature_loss.float(), result.token_loss.float()]))
     model.train()
+    own_losses = torch.stack(losses).cpu().double()
+    broken = (~own_losses.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise WorkError(
+            f"The validation loss is not finite, in a batch of {named(to_blame(broken[0]))}. Check their features, or "
+            "lower --lr."
+        )
+    own = torch.cat([torch.stack(counts).sum(0).cpu().double(), own_losses.sum(0)])
     exact = torch.float32 if accelerator.device.type == "npu" else torch.float64  # NPUs have no float64 sums
-    everything = torch.cat([counts.flatten(), sums]).to(accelerator.device, exact)
-    everything = accelerator.reduce(everything).cpu().double()
-    (positions, agreed, whole), (feature_loss, token_loss, top_3) = everything[:-3].view(3, DEPTH), everything[-3:]
+    everything = accelerator.reduce(own.to(accelerator.device, exact)).cpu().double()
+    positions, agreed, whole = everything[: 3 * DEPTH].view(3, DEPTH)
+    top_3, feature_loss, token_loss = everything[3 * DEPTH :]
     per_depth, count = positions.clamp_min(1), positions[0].clamp_min(1)
     return Validation(
         alpha=(agreed / per_depth).tolist(),

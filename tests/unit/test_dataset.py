@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from eagle.drafts.alignment import collate, shift, supervised_positions
+from eagle.store.dtypes import STORE_DTYPES
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record, supervised_counts
 from eagle.store.shard import write_shard
@@ -62,10 +63,61 @@ def test_counting_supervised_positions_without_the_features(max_len):
     assert (sum(expected) > 10) == (max_len not in (1, 2))
 
 
-def test_padding_changes_nothing():
-    batch = collate([shift(record([0, 1, 1, 1]), HIDDEN_STATE), shift(record([0, 1, 1, 1, 1, 1]), HIDDEN_STATE)])
-    assert batch.tokens.shape == (2, 5) and batch.features.shape == (2, 5, 4)
-    assert batch.supervised.tolist() == [[True, True, False, False, False], [True, True, True, True, False]]
+def random_record(mask: list[int], number: int, width: int = 32, name: str | None = None) -> Record:
+    plain = record(mask, number)
+    torch.manual_seed(number)
+    features = [torch.randn(len(mask), size).bfloat16() for size in (width, 2 * width)]
+    more = {name: features[1]} if name else {}
+    return Record(number, plain.input_ids, plain.loss_mask, features[0], more)
+
+
+MASKS = [[0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0], [0, 0, 0], [1, 1, 1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("store_dtype", STORE_DTYPES)
+@pytest.mark.parametrize("reads", [HIDDEN_STATE, "aux"])
+def test_a_batch_is_its_examples(store_dtype, reads):
+    """What is sent as it is stored and taken apart on the device is what every record says by itself."""
+    stored = [random_record(mask, i, name="aux").stored(store_dtype) for i, mask in enumerate(MASKS)]
+    examples = [shift(one.read(), reads) for one in stored]
+    batch = collate(stored, reads).prepared(torch.float32)
+    assert batch.tokens.shape == batch.supervised.shape == batch.features.shape[:2] == (4, 6)
+    for row, example in enumerate(examples):
+        length = len(example.tokens)
+        assert torch.equal(batch.tokens[row, :length], example.tokens) and not batch.tokens[row, length:].any()
+        assert torch.equal(batch.supervised[row, :length], example.supervised)
+        assert torch.equal(batch.features[row, :length], example.features.float())
+        assert not batch.supervised[row, length:].any() and not batch.features[row, length:].any()
+    expected = torch.cat([example.targets[example.supervised] for example in examples])
+    # Rotated back in a product of other rows: to the rounding of bfloat16.
+    assert len(expected) == 7 and torch.allclose(batch.targets.float(), expected.float(), rtol=2**-7)
+    numbers = torch.arange(4 * 6).view(1, 4, 6)
+    assert batch.at_places(numbers).tolist() == [numbers[0][batch.supervised].tolist()]
+
+
+def test_what_is_sent_is_the_features_once():
+    """With ids and what is supervised, and one byte a value where the store has that."""
+    sizes = {}
+    for name in STORE_DTYPES:
+        stored = [random_record([0] + [1] * 64, number, width=128).stored(name) for number in range(4)]
+        sizes[name] = collate(stored, HIDDEN_STATE).nbytes / (4 * 64)
+    index = 4 + 1 + 8  # at most: the place of a position is sent where it is supervised
+    assert 256 < sizes["same"] <= 256 + index
+    assert 128 + 4 < sizes["int8"] == sizes["float8"] <= 128 + 4 + index
+
+
+def test_float8_can_be_unpacked_before_it_is_sent():
+    for name in STORE_DTYPES:
+        batch = collate([random_record(mask, i).stored(name) for i, mask in enumerate(MASKS)], HIDDEN_STATE)
+        sent = batch.without_float8()
+        assert sent.features[HIDDEN_STATE].values.dtype == (torch.int8 if name == "int8" else torch.bfloat16)
+        assert torch.equal(sent.prepared(torch.float32).features, batch.prepared(torch.float32).features)
+
+
+def test_a_batch_of_which_nothing_counts():
+    batch = collate([record(mask).stored() for mask in MASKS], HIDDEN_STATE).unsupervised().prepared(torch.float32)
+    assert not batch.supervised.any() and batch.targets.shape == (0, 4)
+    assert batch.at_places(batch.supervised[None]).shape == (1, 0)
 
 
 @pytest.fixture
@@ -75,26 +127,43 @@ def store(tmp_path):
     return FeatureStore(tmp_path)
 
 
+def features_of(data: FeatureDataset, epoch: int, *indices: int) -> torch.Tensor:
+    return data.batch(epoch, indices).prepared(torch.float32).features
+
+
 def test_noise(store):
     quiet = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE)
     noisy = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE, noise=0.1, seed=3)
-    difference = torch.cat([noisy[1, i].features - quiet[1, i].features for i in range(40)])
-    assert difference.abs().max() <= 0.1 and difference.abs().max() > 0.09
+    difference = torch.cat([(features_of(noisy, 1, i) - features_of(quiet, 1, i))[0] for i in range(40)])
+    assert difference.abs().max() <= 0.1 + 1e-6 and difference.abs().max() > 0.09
     assert abs(float(difference.mean())) < 0.01
-    assert torch.equal(noisy[1, 5].features, noisy[1, 5].features)
-    assert not torch.equal(noisy[1, 5].features, noisy[2, 5].features)
-    assert torch.equal(noisy[1, 5].targets, quiet[1, 5].targets)
+    assert torch.equal(features_of(noisy, 1, 5), features_of(noisy, 1, 5))
+    assert not torch.equal(features_of(noisy, 1, 5), features_of(noisy, 2, 5))
+    targets = [data.batch(1, [5]).prepared(torch.float32).targets for data in (noisy, quiet)]
+    assert torch.equal(*targets)
+
+
+def test_noise_is_that_of_earlier_versions(store):
+    """A run that one of them began goes on with the same."""
+    data = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE, noise=0.1, seed=3)
+    generator = torch.Generator().manual_seed(hash((3, 1, 5)) & (2**63 - 1))
+    features = store[5].hidden_state[:-1]
+    expected = features + 0.2 * (torch.rand(features.shape, generator=generator) - 0.5)
+    assert torch.equal(features_of(data, 1, 5)[0], expected)
 
 
 def test_noise_belongs_to_the_record_not_to_its_place(store):
     everything = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE, noise=0.1, seed=3)
     some = FeatureDataset(store, np.array([7, 9]), 100, HIDDEN_STATE, noise=0.1, seed=3)
-    assert torch.equal(everything[0, 9].features, some[0, 1].features)
+    alone = features_of(everything, 0, 9)
+    assert torch.equal(alone, features_of(some, 0, 1))
+    among_others = features_of(some, 0, 0, 1)[1:]
+    assert torch.equal(among_others[:, : alone.shape[1]], alone) and not among_others[:, alone.shape[1] :].any()
 
 
 def test_cut_to_max_len(store):
     data = FeatureDataset(store, np.arange(40), 5, HIDDEN_STATE)
-    assert max(data.lengths) == 5 and len(data[0, 6].tokens) == 4
+    assert max(data.lengths) == 5 and len(data.example(6).tokens) == 4 == data.batch(0, [6]).tokens.shape[1]
 
 
 @pytest.mark.parametrize(("ratio", "held_out"), [(0.05, 2), (0.5, 20), (0.001, 1), (0.0, 0), (0.99, 39)])

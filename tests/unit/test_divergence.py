@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eagle.drafts.alignment import Batch
+from eagle.drafts.alignment import StoredBatch, collate
 from eagle.errors import WorkError
+from eagle.store.record import Record
+from eagle.target.features import HIDDEN_STATE
 from eagle.train.divergence import GROWTH, WINDOW, LossGrowth, check_finite
 from eagle.train.run_log import StepResult
 
 
-def batch(*conversations: int) -> Batch:
-    features = torch.zeros(len(conversations), 3, 2)
-    supervised = torch.tensor([[True, True, False]] * len(conversations))
-    return Batch(supervised.long(), features, features.clone(), supervised, torch.tensor(conversations))
+def batch(*conversations: int) -> StoredBatch:
+    """Of records of four tokens, the first two positions of each supervised."""
+    tokens, mask = torch.zeros(4, dtype=torch.int32), torch.ones(4, dtype=torch.uint8)
+    return collate([Record(one, tokens, mask, torch.zeros(4, 2)).stored() for one in conversations], HIDDEN_STATE)
 
 
 def run(losses: list[float], tokens: int | list[int] = 100) -> None:
@@ -51,8 +53,7 @@ def test_what_is_not_finite_is_named(loss):
 
 def test_the_conversations_whose_features_are_to_blame_are_named():
     batches = [batch(*range(40)), batch(50)]
-    batches[0].features[30, 1] = float("nan")
-    batches[0].targets[31, 0, 1] = float("inf")
-    batches[1].features[0, 2] = float("nan")  # not supervised
+    batches[0].features[HIDDEN_STATE].values[30, 1] = float("nan")
+    batches[0].features[HIDDEN_STATE].values[31, 2, 1] = float("inf")  # a target only
     with pytest.raises(WorkError, match=r"at step 2, in the features of the conversations 30, 31 \("):
         check_finite(float("nan"), 2, batches, 1e-3)

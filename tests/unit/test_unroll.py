@@ -109,13 +109,12 @@ def test_validation_equals_counting_chains_one_by_one(models):
         targets[0, ::2] = parallel[0, 0, ::2]
         targets[0, 3] = parallel[2, 0, 3]
     supervised = torch.tensor([[False] * 2 + [True] * 8 + [False] * 2])
-    batch = Batch(tokens, features, targets, supervised, torch.tensor([0]))
+    batch = Batch(tokens, features, supervised, supervised.flatten().nonzero().squeeze(1), targets[supervised])
     result = validate(
         Accelerator(),
         UnrolledDraft(draft),
         Eagle1Objective(TokenLossHead(head), LossOptions()),
         [batch],
-        features.dtype,
     )
 
     lengths: dict[int, list[int]] = {depth: [] for depth in range(1, DEPTH + 1)}
