@@ -204,9 +204,12 @@ def new_stream(device: torch.device) -> Any:
     return None if device.type == "cpu" else _backend(device.type).Stream(device)
 
 
-def current_stream(device: torch.device) -> Any:
-    """The accelerator's stream that computes in this thread."""
-    return _backend(device.type).current_stream(device)
+def wait_for(event: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """Have this thread's stream of their device wait for an event of another stream, which made these tensors."""
+    stream = _backend(tensors[0].device.type).current_stream(tensors[0].device)
+    stream.wait_event(event)
+    for tensor in tensors:  # their memory is the other stream's, which must not take it back while this one reads
+        tensor.record_stream(stream)
 
 
 def on_stream(stream: Any) -> AbstractContextManager[Any]:

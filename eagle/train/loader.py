@@ -103,10 +103,7 @@ class Sent:
     def arrived(self) -> StoredBatch:
         """The batch, for what is computed from now on."""
         if self.event is not None:
-            where = self.batch.tokens.device
-            device.current_stream(where).wait_event(self.event)
-            for tensor in self.batch.tensors():  # its memory is another stream's, which must not take it back too soon
-                tensor.record_stream(device.current_stream(where))
+            device.wait_for(self.event, self.batch.tensors())
         return self.batch
 
 

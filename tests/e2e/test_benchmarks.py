@@ -97,3 +97,16 @@ def test_resharding_against_copying(tmp_path):
     command("benchmarks/reshard.py", *words, "--output", tmp_path / "reshard.json")
     assert json.loads((tmp_path / "reshard.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["reshard.json"], "its stores are gone"
+
+
+def test_the_input_of_training(tmp_path):
+    """Fewer bytes and less of a core; and steps that wait for it, and do not."""
+    small = ["--hidden", 128, "--max_len", 64, "--bs", 2, "--batches", 3, "--step"]
+    said = command("benchmarks/loader.py", *small, "--output", tmp_path / "found.json").out
+    assert said.count("a step with a batch that is there") == 3
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = found["rows"]
+    assert found["needed_batches_per_second"] > 0 and list(rows) == ["same", "int8", "float8"]
+    assert all(min(row["step_seconds"].values()) > 0 for row in rows.values())
+    assert rows["same"]["bytes_per_token"] < 0.55 * rows["same"]["plain_bytes_per_token"]
+    assert rows["int8"]["bytes_per_token"] < 0.3 * rows["int8"]["plain_bytes_per_token"]
