@@ -48,7 +48,7 @@ from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
-from eagle.train.dataset import FeatureDataset
+from eagle.train.dataset import FeatureDataset, split_store, validation_order
 from eagle.train.run_log import METRICS
 from tests.random_run import write_random_target
 
@@ -156,6 +156,22 @@ def flops_per_supervised(args: argparse.Namespace) -> float:
     return 6 * config.vocab_size * config.hidden_size + 6 * weights * tokens_each
 
 
+def validation_padding(args: argparse.Namespace) -> dict[str, float]:
+    """The share of a validation's positions that is padding: batches of similar lengths, and in the store's order."""
+    store = FeatureStore(args.tmpdir)
+    held_out = split_store(store, 0.05, 42)[1]
+    lengths = np.minimum(store.lengths[held_out], args.max_len)
+
+    def padding(order: np.ndarray) -> float:
+        pieces = [lengths[order[at : at + args.bs]] for at in range(0, len(order), args.bs)]
+        return 1 - lengths.sum() / sum(len(piece) * piece.max() for piece in pieces)
+
+    keys = validation_order(lengths, args.bs)
+    found = {"ours": padding(np.concatenate(keys)), "in order": padding(np.arange(len(lengths)))}
+    print(f"validation of {len(lengths)} records: {found['ours']:.1%} padding, {found['in order']:.1%} in their order")
+    return found
+
+
 def compare(args: argparse.Namespace, title: str) -> dict:
     """The trainers, alternating. Ratios are to the first one."""
     trainers = {
@@ -261,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compare(synthetic(args, Path(folder)), "Qwen2-0.5B's shape, random features"))
     content: dict = {"rows": rows, "hardware": describe(torch_device(choose_kind()))}
+    content["validation_padding"] = validation_padding(args)
     if args.to_tau:
         content["time_to_tau"] = time_to_tau(args)
     if args.output:

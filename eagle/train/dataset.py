@@ -140,6 +140,12 @@ def epoch_batches(lengths: np.ndarray, global_size: int, seed: int, epoch: int) 
     return [batches[i] for i in random.permutation(len(batches))]
 
 
+def validation_order(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Every index once in micro-batches of similar lengths, the longest first, where memory runs out if it does."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
 def micro_batches(batch: np.ndarray, size: int, rank: int, processes: int, accumulation: int) -> list[np.ndarray]:
     """A process's `accumulation` micro-batches of one global batch; some are empty where records run out."""
     pieces = [batch[at : at + size] for at in range(0, len(batch), size)]

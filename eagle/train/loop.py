@@ -19,7 +19,7 @@ from eagle.drafts.starts import Start, StartData
 from eagle.drafts.unroll import UnrolledDraft, chain_supervision
 from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
-from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches
+from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, validation_order
 from eagle.train.divergence import LossGrowth, check_finite
 from eagle.train.loader import Key, Loader
 from eagle.train.options import TrainOptions
@@ -191,12 +191,11 @@ class Trainer:
         ]
 
     def _validation_keys(self) -> list[Key]:
-        """This process's micro-batches of the validation records, similar lengths together, the longest first."""
-        order = np.argsort(-self.validation_set.lengths, kind="stable").tolist()
-        bs = self.options.bs
-        keys = [Key(0, tuple(order[at : at + bs])) for at in range(0, len(order), bs)]
+        """This process's micro-batches of the validation records."""
+        order = validation_order(self.validation_set.lengths, self.options.bs)
+        keys = [Key(0, tuple(map(int, indices))) for indices in order]
         # As many for every process, whose forward passes wait for each other; what fills up counts for nothing.
-        keys += [Key(0, (order[-1],), is_empty=True)] * (-len(keys) % self.processes)
+        keys += [Key(0, keys[-1].indices[-1:], is_empty=True)] * (-len(keys) % self.processes)
         return keys[self.accelerator.process_index :: self.processes]
 
     def _loader(self, data: FeatureDataset, keys: Sequence[Key]) -> Loader:

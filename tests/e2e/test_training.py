@@ -218,6 +218,20 @@ def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama:
     assert "expected τ" in (tmp_path / "run" / "metrics.svg").read_text(encoding="utf-8")
 
 
+def test_reading_ahead_takes_no_other_process(store: Path, llama: Path, tmp_path: Path) -> None:
+    """So neither does it take shared memory, of which a container may have little."""
+    code = """
+import multiprocessing.process, os, sys
+from eagle.train import main
+def refuse(*_): raise SystemExit("a process was started")
+os.fork = os.posix_spawn = multiprocessing.process.BaseProcess.start = refuse
+main.main(sys.argv[1:])
+"""
+    run = options(store, llama, tmp_path / "run", "--bs", 4, "--max_steps", 3, "--num_workers", 2)
+    command("-c", code, *run)
+    assert states(tmp_path / "run")[-1].name == "state_3"
+
+
 def test_without_matplotlib_there_is_a_note_and_no_picture(store: Path, llama: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['matplotlib'] = None; from eagle.train import main; main.main(sys.argv[1:])"
     run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_every", 3)

@@ -10,7 +10,7 @@ from eagle.store.reader import FeatureStore
 from eagle.store.record import Record, supervised_counts
 from eagle.store.shard import write_shard
 from eagle.target.features import HIDDEN_STATE
-from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store
+from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store, validation_order
 
 
 def record(mask: list[int], number: int = 0) -> Record:
@@ -212,3 +212,10 @@ def test_micro_batches_deal_out_a_global_batch(processes, accumulation, records)
     assert all(len(own) == accumulation for own in dealt)
     assert sorted(np.concatenate([piece for own in dealt for piece in own])) == sorted(batch)
     assert max(len(piece) for own in dealt for piece in own) <= size
+
+
+def test_validation_pads_little_and_takes_every_record_once():
+    pieces = validation_order(LENGTHS, 8)
+    assert sorted(np.concatenate(pieces)) == list(range(333)) and max(map(len, pieces)) == 8
+    assert sum(len(piece) * LENGTHS[piece].max() for piece in pieces) < 1.03 * LENGTHS.sum()
+    assert LENGTHS[pieces[0]].max() == LENGTHS.max()
