@@ -181,6 +181,22 @@ def worker_environment(kind: str, cards: Sequence[Card], workers: int) -> dict[s
     return CUDA_ORDER | shown if kind == "cuda" else shown
 
 
+#: CUDA compute capabilities with float64 at half the float32 rate; others have a thirty-second of it, or less.
+_QUICK_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether it can add float64 numbers."""
+    return device.type != "npu"
+
+
+def has_quick_float64(device: torch.device) -> bool:
+    """Whether products in float64 take about as long as in float32, and not many times as long."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) in _QUICK_FLOAT64
+    return has_float64(device)
+
+
 def weight_memory(kind: str) -> dict[int | str, int] | None:
     """Bytes that a model's weights may take on every card this process sees; None on a CPU.
 

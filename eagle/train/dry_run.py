@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -28,9 +29,10 @@ MIB = 1 << 20
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
     """Print the plan of this process (all are alike). Raises: FileNotFoundError, RequestError."""
-    plan = make_plan(setting_of(options, accelerator), options.family)
+    setting = setting_of(options, accelerator)
+    plan = make_plan(setting, options.family)
     if accelerator.is_main_process:
-        print("\n".join(lines(plan, options, accelerator)))
+        print("\n".join([*lines(plan, options, accelerator), *start_lines(setting, options, accelerator)]))
     return 0
 
 
@@ -38,7 +40,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     """What the run that was asked for would be."""
     target, family = planned_target(options), options.family
     kind = accelerator.device.type
-    store_bytes, base_dtype = _store(options.tmpdir, target)
+    store_bytes, base_dtype, tokens = _store(options.tmpdir, target, options.max_len)
     compute = device.compute_dtype(accelerator.mixed_precision).itemsize
     fused, fused_masked = (attention_is_fused(accelerator.device, compute, masked) for masked in (False, True))
     trunk = 0
@@ -55,7 +57,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         accumulation=options.gradient_accumulation_steps,
         token_loss=options.token_loss,
         init=options.init,
-        init_positions=options.init_positions,
+        init_positions=options.init_positions if tokens is None else min(options.init_positions, tokens),
         validates=options.val_ratio > 0,
         base_dtype=base_dtype,
         compute=compute,
@@ -66,6 +68,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         fused_masked=fused_masked,
         store=store_bytes if kind == "cpu" else 0,
         trunk=trunk,
+        prefetched=2 * options.loader_workers(kind),
     )
 
 
@@ -87,11 +90,14 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     return load_config(options.configpath)
 
 
-def _store(tmpdir: Path | None, target: ModelConfig) -> tuple[int, int]:
-    """Bytes of the store's files, and of one value; without a store those of the base model's dtype."""
+def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> tuple[int, int, int | None]:
+    """Bytes of the store's files, and of one value, and its tokens within `max_len`.
+
+    Without a store the bytes of the base model's dtype; how many tokens there will be is not known then.
+    """
     if tmpdir is None:
         named = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return 0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2)
+        return 0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2), None
     store = FeatureStore(tmpdir)
     if store.hidden_size != target.hidden_size:
         raise RequestError(
@@ -100,7 +106,8 @@ def _store(tmpdir: Path | None, target: ModelConfig) -> tuple[int, int]:
         )
     files = {source.path for source in store.sources}
     size = sum(file.stat().st_size for path in files for file in ([path] if path.is_file() else path.iterdir()))
-    return size, store[0].hidden_state.element_size()
+    tokens = int(np.minimum(store.lengths, max_len).sum())
+    return size, store[0].hidden_state.element_size(), tokens
 
 
 def runtime_bytes(config: ModelConfig, kind: str) -> int:
@@ -147,12 +154,30 @@ def lines(plan: MemoryPlan, options: TrainOptions, accelerator: Accelerator) -> 
             f"the store's pages may show as {plan.store / MIB:,.0f} MiB more; the system takes them back when it needs "
             "the room"
         )
+    for name, size in plan.host.items():
+        found.append(f"host memory, beside the card's: {size / MIB:,.0f} MiB, {name}")
     free = device.free_memory(place)
     share = free // accelerator.num_processes if place.type == "cpu" else free
     each = f", {share / MIB:,.0f} for each of the processes" if share != free else ""
     verdict = "it fits" if plan.peak <= share else "it does NOT fit; lower --bs, --max_len or --ttt_steps"
     found.append(f"free on this {place.type}: {free / MIB:,.0f} MiB{each}: {verdict}")
     return found
+
+
+def start_lines(setting: Setting, options: TrainOptions, accelerator: Accelerator) -> list[str]:
+    """How long the start will take here."""
+    parts = options.family.start_seconds(setting, accelerator.device)
+    if not parts:
+        return []
+    each = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items())
+    return [
+        f"{options.init.replace('_', '-')} start: about {_seconds(sum(parts.values()))} besides reading at most "
+        f"{setting.init_positions:,} positions ({each})"
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _line(name: str, size: int) -> str:

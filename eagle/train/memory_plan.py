@@ -29,11 +29,13 @@ CONTEXT_BYTES = 600 << 20
 
 @dataclass(slots=True)
 class MemoryPlan:
-    """held: bytes by name, throughout. phases: on top of it, one after another. store: mapped, given back freely."""
+    """held: bytes by name, throughout. phases: on top of it, one after another. store: mapped, given back freely.
+    host: what else the process holds in host memory where the plan is a card's, by name; not all at once."""
 
     held: dict[str, int]
     phases: list[Phase]
     store: int
+    host: dict[str, int]
 
     def total(self, phase: Phase) -> int:
         return sum(self.held.values()) + phase.bytes
@@ -75,7 +77,11 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     whole_gradient = {"gradient before it is shared out": SINGLE * trained} if setting.shards > 1 else {}
     # Autocast keeps a copy of every weight for the backward pass.
     casts = {"weights in the dtype computed in": setting.compute * trained} if setting.compute < SINGLE else {}
-    batch = {"batch": batch_bytes(setting)}
+    batch, waiting = {"batch": batch_bytes(setting)}, {}
+    if setting.prefetched:
+        waiting = {f"{setting.prefetched} batches waiting": setting.prefetched * packed_bytes(setting)}
+    if on_cpu:
+        batch |= waiting
     workspace = {"head-loss workspace": workspace_bytes(setting, setting.ttt_steps)}
     saved = [family.saved_bytes(setting, step) for step in range(1, setting.ttt_steps + 1)]
     steps = {f"activations, draft step {step}": size for step, size in enumerate(saved, 1)}
@@ -111,7 +117,17 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     gathered = {"gathered draft and AdamW state": SINGLE * (3 * trained if on_cpu else largest)}
     gathered = gathered if setting.shards > 1 else {}
     phases.append(Phase("saving", {**adam, **workspace, **gathered}))
-    return MemoryPlan(held, phases, setting.store)
+    host = {} if on_cpu else family.start_host_bytes(setting) | waiting
+    return MemoryPlan(held, phases, setting.store, host)
+
+
+def packed_bytes(setting: Setting) -> int:
+    """A micro-batch as it is read: features as they are stored, tokens and mask, before anything is shifted.
+
+    Stores with a byte a value keep a scale for every token.
+    """
+    scale = SINGLE * len(setting.widths) if setting.base_dtype == 1 else 0
+    return setting.bs * setting.max_len * (sum(setting.widths.values()) * setting.base_dtype + scale + 9)
 
 
 def batch_bytes(setting: Setting) -> int:
