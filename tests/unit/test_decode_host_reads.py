@@ -20,7 +20,7 @@ from tests.drafts import CPU, random_draft, tiny_target
 from tests.tiny import make_target
 
 METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
-READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 #: What makes a tensor of numbers that the host has.
 WRITES = {"lift_fresh", "lift", "scalar_tensor"}
 
@@ -32,6 +32,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.writes: Counter[str] = Counter()
+        self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -55,6 +56,10 @@ def traffic(monkeypatch):
 
         return counted
 
+    def waiting(device: torch.device) -> None:
+        found.waits += 1
+
+    monkeypatch.setattr("eagle.device.synchronize", waiting)
     for name in METHODS:
         monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
     return found
@@ -84,6 +89,7 @@ def test_one_read_a_step(pair, traffic, mode, temperature):
     assert steps > 2
     assert traffic.reads.total() == 1 + steps, traffic.reads  # the prompt's first, and a step's
     assert traffic.writes.total() == 1, traffic.writes  # the prompt
+    assert traffic.waits == 1  # at the end, to read the clock
 
 
 def test_one_read_a_token_without_a_draft(pair, traffic):

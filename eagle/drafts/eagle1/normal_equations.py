@@ -99,9 +99,9 @@ def sums_bytes(hidden: int) -> int:
 def products_bytes(hidden: int, positions: int, vocab: int, itemsize: int, *, on_cpu: bool) -> int:
     """What is held beside the sums, at most: gathered positions of `itemsize` bytes a value, and what they become."""
     rows = 2 * positions * hidden * itemsize
-    if on_cpu:  # gathered one by one, then together; later a row for every different token, and a piece in float64
-        return rows + max(rows, 8 * hidden * (3 * min(positions, vocab) + 2 * min(PIECE, positions)))
-    return rows + 8 * hidden * (5 * min(PIECE, positions) + 5 * SLAB)
+    if on_cpu:  # gathered one by one, then together; later a row for every different token, two pieces in float64
+        return rows + max(rows, 8 * hidden * (3 * min(positions, vocab) + 4 * min(PIECE, positions)))
+    return rows + 8 * hidden * (8 * min(PIECE, positions) + 5 * SLAB)
 
 
 class NormalEquations:
