@@ -146,6 +146,9 @@ def test_what_the_start_holds(kind):
     assert all(items["sums"] == sums for items in starting.values())
     assert ("start: their solution" in starting) == (kind == "cpu")
     assert plan.host.get("closed-form start, on the main process") == (None if kind == "cpu" else sums)
+    shared = make_plan(setting_of(shape, bs=1, max_len=16, kind=kind, init_positions=100, processes=8), EAGLE1)
+    exchange = next(phase.items for phase in shared.phases if phase.name == "start: their exchange")
+    assert exchange["parts of other processes' sums"] == (2 if kind == "cpu" else 9) * sums
     random = make_plan(setting_of(shape, bs=1, max_len=16, kind=kind, init="random"), EAGLE1)
     assert not random.host and not any(phase.name.startswith("start") for phase in random.phases)
 

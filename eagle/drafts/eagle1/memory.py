@@ -51,8 +51,9 @@ def start_phases(setting: Setting) -> list[Phase]:
     positions = min(GATHERED, setting.init_positions) + setting.max_len
     products = products_bytes(size, positions, setting.config.vocab_size, setting.base_dtype, on_cpu=on_cpu)
     sums, exchanged = {"sums": sums_bytes(size)}, {}
-    if setting.processes > 1:  # the main process receives what it adds
-        exchanged = {"sums of other processes": min(2 * EXCHANGED, sums_bytes(size))}
+    if setting.processes > 1:  # NPUs receive what all have, having no float64 to add it in
+        parts = setting.processes + 1 if setting.kind == "npu" else 2
+        exchanged = {"parts of other processes' sums": parts * min(EXCHANGED, sums_bytes(size))}
     phases = [
         Phase("start: normal equations", {**sums, "products": products}),
         Phase("start: their exchange", {**sums, **exchanged}),

@@ -30,7 +30,7 @@ PIECE, SHORT_PIECE = 2048, 1024
 #: right of it.
 SLAB = 256
 #: Bytes of the sums that are exchanged between processes at once.
-EXCHANGED = 64 << 20
+EXCHANGED = 16 << 20
 #: Relative to the mean diagonal of the normal equations: enough to make them well-posed, too little to bias.
 RIDGE = 1e-4
 
