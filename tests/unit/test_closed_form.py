@@ -137,6 +137,17 @@ def test_the_solution_is_in_the_memory_of_what_is_given():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")
+def test_the_solution_takes_no_copy_of_the_matrix():
+    size = 2600
+    xx, xy = torch.full((size, size), 1e-3, dtype=torch.float64), torch.ones(size, 50, dtype=torch.float64)
+    xx.diagonal().fill_(1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = devices.process_peak()
+    solve(xx, xy)
+    assert devices.process_peak() - before < xx.nbytes // 2
+
+
 def test_equations_without_a_solution_are_said():
     with pytest.raises(WorkError, match=r"not positive definite .*--init random"):
         solve(torch.diag(torch.tensor([1.0, -5.0], dtype=torch.float64)), torch.ones(2, 1, dtype=torch.float64))

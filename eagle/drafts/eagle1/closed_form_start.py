@@ -36,17 +36,14 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
     """
     assert isinstance(network, Eagle1Network)
     started = time.monotonic()
-    equations, failure = NormalEquations(network, data.device), None
+    equations, failure = None, None
     try:
-        for example in data.examples:
-            equations.add(example)
-            if equations.positions >= data.positions:
-                break
-        equations.flush()
+        equations = own_sums(network, data)
     except Exception as error:  # told to the others, who would wait for this process, and raised again
         failure = error
-    positions, failed = data.count(equations.positions, int(failure is not None))
-    if failure is not None:
+    positions, failed = data.count(equations.positions if equations else 0, int(failure is not None))
+    if equations is None:
+        assert failure is not None
         raise failure
     if failed:
         raise WorkError(f"{failed} other process(es) failed in the closed-form start; their own messages say why.")
@@ -76,6 +73,17 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
         f"closed-form start from {positions:,} positions in {ended - started:.1f} s (sums {summed - started:.1f} s, "
         f"solution {ended - summed:.1f} s)"
     )
+
+
+def own_sums(network: Eagle1Network, data: StartData) -> NormalEquations:
+    """This process's share of the sums. Raises: WorkError for features that are not finite."""
+    equations = NormalEquations(network, data.device)
+    for example in data.examples:
+        equations.add(example)
+        if equations.positions >= data.positions:
+            break
+    equations.flush()
+    return equations
 
 
 def expected_seconds(setting: Setting, device: torch.device) -> dict[str, float]:
