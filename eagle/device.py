@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -182,6 +184,22 @@ def worker_environment(kind: str, cards: Sequence[Card], workers: int) -> dict[s
     return CUDA_ORDER | shown if kind == "cuda" else shown
 
 
+#: CUDA compute capabilities with float64 at half the float32 rate; others have a thirty-second of it, or less.
+_QUICK_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether it can add float64 numbers."""
+    return device.type != "npu"
+
+
+def has_quick_float64(device: torch.device) -> bool:
+    """Whether products in float64 take about as long as in float32, and not many times as long."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) in _QUICK_FLOAT64
+    return has_float64(device)
+
+
 def weight_memory(kind: str) -> dict[int | str, int] | None:
     """Bytes that a model's weights may take on every card this process sees; None on a CPU.
 
@@ -227,6 +245,32 @@ def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 def has_float8(kind: str) -> bool:
     """Whether devices of that kind compute with float8 tensors as far as unpacking them takes."""
     return kind != "npu"
+
+
+class Clock:
+    """Times what a device is given to do, without waiting for it: marks between the parts, read at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type == "cpu":
+            self._marks.append(time.perf_counter())
+            return
+        backend = _backend(self.device.type)
+        event = backend.Event(enable_timing=True)
+        event.record(backend.current_stream(self.device))
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Between each two marks; waits until the device has come to the last one."""
+        synchronize(self.device)
+        pairs = itertools.pairwise(self._marks)
+        if self.device.type == "cpu":
+            return [after - before for before, after in pairs]
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -45,13 +45,13 @@ class TargetCache(Cache):
         values[:, :, self.length : end] = value_states
         return keys[:, :, :end], values[:, :, :end]
 
-    def keep(self, path: list[int]) -> None:
-        """Keep the given rows of the last pass, in order, right behind the rows kept before."""
-        if path != list(range(len(path))):
+    def keep(self, count: int, rows: torch.Tensor | None = None) -> None:
+        """Keep `count` rows of the last pass right behind the rows kept before: its first ones, or `rows` in order."""
+        if rows is not None:
             for block in self._blocks:
-                rows = torch.tensor(path, device=block.device) + self.length
-                block[..., self.length : self.length + len(path), :] = block[..., rows, :]
-        self.length += len(path)
+                kept = block[..., rows.to(block.device) + self.length, :]
+                block[..., self.length : self.length + count, :] = kept
+        self.length += count
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.length

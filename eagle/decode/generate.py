@@ -21,8 +21,8 @@ from eagle.decode.acceptance_rule import settle
 from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.sampling import Sampling, draw
 from eagle.decode.target import Target
-from eagle.decode.tree_verification import follow
-from eagle.device import synchronize
+from eagle.decode.tree_verification import Verdict, follow
+from eagle.device import Clock
 from eagle.drafts.network import DraftNetwork
 from eagle.target.features import HIDDEN_STATE
 
@@ -73,40 +73,37 @@ class SpeculativeDecoder:
     def generate(self, prompt: list[int], max_new_tokens: int, stop: Collection[int] = ()) -> Generation:
         """Continue the prompt's tokens by up to `max_new_tokens`, or to the first token in `stop`."""
         target, device, result = self.target, self.target.device, Generation()
-        started = last = time.perf_counter()
-
-        def elapsed() -> float:
-            nonlocal last
-            synchronize(device)
-            before, last = last, time.perf_counter()
-            return last - before
-
+        started, clock = time.perf_counter(), Clock(device)
         rows = len(prompt) + max_new_tokens
         cache = target.new_cache(rows + self.drafter.nodes + 1)
         draft = DraftRunner(self.draft, target.head, rows + self.drafter.nodes + self.drafter.rows + 1)
         ids = torch.tensor(prompt, device=device)
         features = target.features(ids, cache, names=self.names)
-        cache.keep(list(range(len(prompt))))
+        cache.keep(len(prompt))
         root = self._choose(target.logits(features[HIDDEN_STATE][-1:]))
         more = result.add(root.tolist(), max_new_tokens, stop)
-        result.prefill_seconds = elapsed()
+        clock.mark()
+        verdicts: list[Verdict] = []
         tokens = torch.cat((ids[1:], root))
         while more:
             predicted = draft.advance(tokens, features[self.draft.reads])
             proposal = self.drafter.propose(root, predicted, draft, self.generator)
-            draft_seconds = elapsed()
+            clock.mark()
             tree = proposal.tree
             features = target.features(proposal.tokens, cache, (tree.depths, tree.ancestors), self.names)
             choices = self.choices(target.logits(features[HIDDEN_STATE]), proposal)
             verdict = follow(proposal.tokens, tree, choices)
-            cache.keep(verdict.path)
+            nodes = verdict.nodes
+            cache.keep(len(verdict.path), None if verdict.is_prefix else nodes)
             more = result.add(verdict.tokens, max_new_tokens, stop)
-            nodes = torch.tensor(verdict.path, device=device)
             tokens, features = choices[nodes], {name: rows[nodes] for name, rows in features.items()}
             root = tokens[-1:]
-            accepted = len(verdict.order)
-            result.steps.append(Step(accepted, verdict.tried, verdict.order, draft_seconds, elapsed()))
+            verdicts.append(verdict)
+            clock.mark()
+        result.prefill_seconds, *seconds = clock.seconds()
         result.seconds = time.perf_counter() - started
+        for verdict, drafting, verifying in zip(verdicts, seconds[::2], seconds[1::2], strict=True):
+            result.steps.append(Step(len(verdict.order), verdict.tried, verdict.order, drafting, verifying))
         return result
 
     def choices(self, logits: torch.Tensor, proposal: Proposal) -> torch.Tensor:
@@ -135,7 +132,7 @@ def generate_alone(
     tokens, more = torch.tensor(prompt, device=target.device), True
     while more:
         hidden_state = target.features(tokens, cache)[HIDDEN_STATE]
-        cache.keep(list(range(len(tokens))))
+        cache.keep(len(tokens))
         logits = target.logits(hidden_state[-1:])
         tokens = logits.argmax(-1) if sampling.greedy else draw(sampling.distribution(logits), generator).squeeze(1)
         more = result.add(tokens.tolist(), max_new_tokens, stop)

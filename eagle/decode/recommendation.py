@@ -53,7 +53,7 @@ def estimate(
     cache, runner = target.new_cache(context + widest + 8), DraftRunner(draft, target.head, context + widest + 8)
     names = tuple(dict.fromkeys((HIDDEN_STATE, draft.reads)))
     features = target.features(ids, cache, names=names)[draft.reads]
-    cache.keep(list(range(context)))
+    cache.keep(context)
     runner.advance(ids, features)
     # As many true rows as a step usually brings are taken in before drafting.
     rows = min(context, max(1, round(acceptance.tau())))

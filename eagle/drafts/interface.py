@@ -94,3 +94,12 @@ class DraftFamily(ABC):
     @abstractmethod
     def start_phases(self, setting: Setting) -> list[Phase]:
         """What the start named in the setting holds."""
+
+    def start_host_bytes(self, setting: Setting) -> dict[str, int]:
+        """Host memory that the start takes where the device is a card, by name."""
+        return {}
+
+    def start_seconds(self, setting: Setting, device: torch.device) -> dict[str, float]:
+        """What the parts of the start will take besides reading records, by a probe of a second at most; empty where
+        there is nothing to wait for."""
+        return {}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from eagle.target.config import ModelConfig
 
-#: Bytes of a float32, which weights, gradients and AdamW's two averages are kept in, and of a float64.
-SINGLE, DOUBLE = 4, 8
+#: Bytes of a float32, which weights, gradients and AdamW's two averages are kept in.
+SINGLE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,9 @@ class Setting:
     computes in, 4 without. runtime: bytes before anything is loaded. processes: of the group; sharded: whether they
     share the draft's weights, gradients and optimizer state (FSDP). fused, fused_masked: whether attention without and
     with a mask keeps its ``[B, heads, T, T]`` scores out of memory. store: bytes of the store's files. trunk: bytes of
-    the base model's layers, where it runs in this process.
+    the base model's layers, where it runs in this process. init_positions: that the closed-form start will look at, of
+    all processes. prefetched: batches that wait in host memory while a step runs. stored: bytes per value of
+    features in the store, where they are not stored as they are read.
     """
 
     config: ModelConfig
@@ -46,6 +48,8 @@ class Setting:
     fused_masked: bool = True
     store: int = 0
     trunk: int = 0
+    prefetched: int = 0
+    stored: int | None = None
 
     @property
     def tied(self) -> bool:

@@ -16,15 +16,20 @@ class StartData:
     """What this process shows a start.
 
     examples: its share of the training examples, shuffled, without noise. positions: the supervised positions to look
-    at, at most. max_len: tokens that records were cut to, for messages. reduce: sums a tensor over all processes and
-    gives it back on the CPU.
+    at, at most. max_len: tokens that records were cut to, for messages.
+
+    What follows is done by all processes together. count: sums integers over them. reduce: sums a float64 tensor, which
+    it may overwrite, and gives it on the CPU of the main process, None on others. broadcast: gives a tensor the main
+    process's values, in place.
     """
 
     examples: Iterator[Example]
     positions: float
     max_len: int
     device: torch.device
-    reduce: Callable[[torch.Tensor], torch.Tensor]
+    count: Callable[..., list[int]]
+    reduce: Callable[[torch.Tensor], torch.Tensor | None]
+    broadcast: Callable[[torch.Tensor], None]
 
 
 #: Gives the network its first weights, the same on every process; what it did, for people (empty: nothing).

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -19,6 +21,7 @@ from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
+from eagle.train.loader import AHEAD
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, make_plan
 from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded
@@ -28,9 +31,10 @@ MIB = 1 << 20
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
     """Print the plan of this process (all are alike). Raises: FileNotFoundError, RequestError."""
-    plan = make_plan(setting_of(options, accelerator), options.family)
+    setting = setting_of(options, accelerator)
+    plan = make_plan(setting, options.family)
     if accelerator.is_main_process:
-        print("\n".join(lines(plan, options, accelerator)))
+        print("\n".join([*lines(plan, options, accelerator), *start_lines(setting, options, accelerator)]))
     return 0
 
 
@@ -38,7 +42,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     """What the run that was asked for would be."""
     target, family = planned_target(options), options.family
     kind = accelerator.device.type
-    store_bytes, base_dtype = _store(options.tmpdir, target)
+    store = _store(options.tmpdir, target, options.max_len)
     compute = device.compute_dtype(accelerator.mixed_precision).itemsize
     fused, fused_masked = (attention_is_fused(accelerator.device, compute, masked) for masked in (False, True))
     trunk = 0
@@ -55,17 +59,19 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         accumulation=options.gradient_accumulation_steps,
         token_loss=options.token_loss,
         init=options.init,
-        init_positions=options.init_positions,
+        init_positions=options.init_positions if store.tokens is None else min(options.init_positions, store.tokens),
         validates=options.val_ratio > 0,
-        base_dtype=base_dtype,
+        base_dtype=store.value,
+        stored=store.stored,
         compute=compute,
         runtime=runtime_bytes(target, kind),
         processes=accelerator.num_processes,
         sharded=is_sharded(),
         fused=fused,
         fused_masked=fused_masked,
-        store=store_bytes if kind == "cpu" else 0,
+        store=store.files if kind == "cpu" else 0,
         trunk=trunk,
+        prefetched=AHEAD * options.loader_threads(kind),
     )
 
 
@@ -87,11 +93,23 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     return load_config(options.configpath)
 
 
-def _store(tmpdir: Path | None, target: ModelConfig) -> tuple[int, int]:
-    """Bytes of the store's files, and of one value; without a store those of the base model's dtype."""
+@dataclass(frozen=True, slots=True)
+class StoreSizes:
+    """files: bytes of the store's files. value: bytes of a value as it is read; stored: as it lies there, where that
+    differs. tokens: within ``--max_len``; None where it is not known how many there will be.
+    """
+
+    files: int
+    value: int
+    stored: int | None = None
+    tokens: int | None = None
+
+
+def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes:
+    """Of a store; without one, by the base model's dtype."""
     if tmpdir is None:
         named = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return 0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2)
+        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2))
     store = FeatureStore(tmpdir)
     if store.hidden_size != target.hidden_size:
         raise RequestError(
@@ -100,7 +118,9 @@ def _store(tmpdir: Path | None, target: ModelConfig) -> tuple[int, int]:
         )
     files = {source.path for source in store.sources}
     size = sum(file.stat().st_size for path in files for file in ([path] if path.is_file() else path.iterdir()))
-    return size, store[0].hidden_state.element_size()
+    one_byte = any(source.stored_code != source.dtype_code for source in store.sources)
+    tokens = int(np.minimum(store.lengths, max_len).sum())
+    return StoreSizes(size, store[0].hidden_state.element_size(), 1 if one_byte else None, tokens)
 
 
 def runtime_bytes(config: ModelConfig, kind: str) -> int:
@@ -147,12 +167,30 @@ def lines(plan: MemoryPlan, options: TrainOptions, accelerator: Accelerator) -> 
             f"the store's pages may show as {plan.store / MIB:,.0f} MiB more; the system takes them back when it needs "
             "the room"
         )
+    for name, size in plan.host.items():
+        found.append(f"host memory, beside the card's: {size / MIB:,.0f} MiB, {name}")
     free = device.free_memory(place)
     share = free // accelerator.num_processes if place.type == "cpu" else free
     each = f", {share / MIB:,.0f} for each of the processes" if share != free else ""
     verdict = "it fits" if plan.peak <= share else "it does NOT fit; lower --bs, --max_len or --ttt_steps"
     found.append(f"free on this {place.type}: {free / MIB:,.0f} MiB{each}: {verdict}")
     return found
+
+
+def start_lines(setting: Setting, options: TrainOptions, accelerator: Accelerator) -> list[str]:
+    """How long the start will take here."""
+    parts = options.family.start_seconds(setting, accelerator.device)
+    if not parts:
+        return []
+    each = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items())
+    return [
+        f"{options.init.replace('_', '-')} start: about {_seconds(sum(parts.values()))} besides reading at most "
+        f"{setting.init_positions:,} positions ({each})"
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _line(name: str, size: int) -> str:

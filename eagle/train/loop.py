@@ -21,6 +21,7 @@ from eagle.train import checkpoint
 from eagle.train.checkpoint import Position
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, validation_order
 from eagle.train.divergence import LossGrowth, check_finite
+from eagle.train.exchange import Exchange
 from eagle.train.loader import Key, Loader
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
@@ -83,6 +84,7 @@ class Trainer:
         """Give the draft its first weights, each process looking at its share of the records."""
         order = np.random.RandomState(self.options.seed).permutation(len(self.train_set))
         own = order[self.accelerator.process_index :: self.processes]
+        exchange = Exchange(self.accelerator)
         said = start(
             self.draft,
             StartData(
@@ -90,18 +92,13 @@ class Trainer:
                 positions=self.options.init_positions / self.processes,
                 max_len=self.options.max_len,
                 device=self.accelerator.device,
-                reduce=self._reduce,
+                count=exchange.count,
+                reduce=exchange.sum_on_main,
+                broadcast=exchange.from_main,
             ),
         )
         if said:
             self.log.say(said)
-
-    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of a float64 tensor, on the CPU."""
-        # NPUs have no float64 sums.
-        dtype = torch.float32 if self.accelerator.device.type == "npu" else torch.float64
-        total = self.accelerator.reduce(tensor.to(self.accelerator.device, dtype))
-        return total.cpu().double()
 
     def resume(self, folder: Path, state: dict[str, Any]) -> None:
         """Take the run up where `folder` left it."""

@@ -29,11 +29,13 @@ CONTEXT_BYTES = 600 << 20
 
 @dataclass(slots=True)
 class MemoryPlan:
-    """held: bytes by name, throughout. phases: on top of it, one after another. store: mapped, given back freely."""
+    """held: bytes by name, throughout. phases: on top of it, one after another. store: mapped, given back freely.
+    host: what else the process holds in host memory where the plan is a card's, by name; not all at once."""
 
     held: dict[str, int]
     phases: list[Phase]
     store: int
+    host: dict[str, int]
 
     def total(self, phase: Phase) -> int:
         return sum(self.held.values()) + phase.bytes
@@ -75,7 +77,11 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     whole_gradient = {"gradient before it is shared out": SINGLE * trained} if setting.shards > 1 else {}
     # Autocast keeps a copy of every weight for the backward pass.
     casts = {"weights in the dtype computed in": setting.compute * trained} if setting.compute < SINGLE else {}
-    batch = {"batch": batch_bytes(setting)}
+    batch, waiting = {"batch": batch_bytes(setting)}, {}
+    if setting.prefetched:
+        waiting = {f"{setting.prefetched} batches waiting": setting.prefetched * stored_batch_bytes(setting)}
+    if on_cpu:
+        batch |= waiting
     workspace = {"head-loss workspace": workspace_bytes(setting, setting.ttt_steps)}
     saved = [family.saved_bytes(setting, step) for step in range(1, setting.ttt_steps + 1)]
     steps = {f"activations, draft step {step}": size for step, size in enumerate(saved, 1)}
@@ -111,19 +117,30 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     gathered = {"gathered draft and AdamW state": SINGLE * (3 * trained if on_cpu else largest)}
     gathered = gathered if setting.shards > 1 else {}
     phases.append(Phase("saving", {**adam, **workspace, **gathered}))
-    return MemoryPlan(held, phases, setting.store)
+    host = {} if on_cpu else family.start_host_bytes(setting) | waiting
+    return MemoryPlan(held, phases, setting.store, host)
+
+
+def stored_batch_bytes(setting: Setting) -> int:
+    """A micro-batch as it is read and sent: features as they are stored, tokens, what is supervised and where.
+
+    Stores with a byte a value keep a scale for every token.
+    """
+    names = {HIDDEN_STATE, setting.reads}
+    scale = SINGLE * len(names) if setting.stored else 0
+    features = sum(setting.widths[name] for name in names) * (setting.stored or setting.base_dtype)
+    return setting.positions * (features + scale + 13)
 
 
 def batch_bytes(setting: Setting) -> int:
-    """A global batch's share of this process: tokens, features and targets, and the features in the dtype computed in.
+    """Batches as they are sent, and what the draft reads of one, with its noise and in the dtype computed in.
 
-    A CPU holds the micro-batches of a whole step at once, a card the one it works on.
+    A CPU holds the micro-batches of a whole step at once, a card the one it works on and the next.
     """
     read = setting.positions * setting.widths[setting.reads]
-    targets = setting.positions * setting.widths[HIDDEN_STATE]
-    waiting = setting.accumulation if setting.kind == "cpu" else 1
-    copied = 0 if setting.kind == "cpu" and setting.base_dtype == setting.compute else read * setting.compute
-    return waiting * ((read + targets) * setting.base_dtype + 9 * setting.positions) + copied
+    sent = setting.accumulation if setting.kind == "cpu" else 2
+    prepared = read * (setting.base_dtype + (setting.compute if setting.compute != setting.base_dtype else 0))
+    return sent * stored_batch_bytes(setting) + prepared
 
 
 def prediction_bytes(setting: Setting, steps: int, *, slope: bool = True) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_a_config_is_enough(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     by_folder = ask(training.main, capsys, "--dry_run", "--basepath", folder, "--cpdir", tmp_path / "run", "--bs", 1)
     assert table(by_folder.out) == table(answer.out)
     assert "peak" in answer.out
+    assert re.search(r"closed-form start: about .* \(sums .* s, solution .* s\)", answer.out)
+    answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--bs", 1, "--init", "random")
+    assert "start" not in answer.out
     assert not (tmp_path / "run").exists()
 
 

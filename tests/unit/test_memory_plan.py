@@ -16,7 +16,7 @@ from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.target.config import ModelConfig, parse_config
 from eagle.train.dry_run import attention_is_fused
-from eagle.train.memory_plan import make_plan, workspace_bytes
+from eagle.train.memory_plan import MemoryPlan, make_plan, workspace_bytes
 
 EAGLE1 = DRAFT_FAMILIES["eagle1"]
 
@@ -135,6 +135,36 @@ def test_shards_are_divided_and_put_together_again():
     assert phases["training: optimizer step"]["AdamW state"] == 2 * (trained // 4)
     assert phases["training: forward and head loss"]["gathered weights"] == trained
     assert phases["saving"]["gathered draft and AdamW state"] == 3 * trained
+
+
+@pytest.mark.parametrize("kind", ["cpu", "npu"])
+def test_what_the_start_holds(kind):
+    shape = config(hidden=512)
+    plan = make_plan(setting_of(shape, bs=1, max_len=16, kind=kind, init_positions=100), EAGLE1)
+    sums = 6 * 512 * 512 * 8
+    starting = {phase.name: phase.items for phase in plan.phases if phase.name.startswith("start")}
+    assert all(items["sums"] == sums for items in starting.values())
+    assert ("start: their solution" in starting) == (kind == "cpu")
+    assert plan.host.get("closed-form start, on the main process") == (None if kind == "cpu" else sums)
+    shared = make_plan(setting_of(shape, bs=1, max_len=16, kind=kind, init_positions=100, processes=8), EAGLE1)
+    exchange = next(phase.items for phase in shared.phases if phase.name == "start: their exchange")
+    assert exchange["parts of other processes' sums"] == (2 if kind == "cpu" else 9) * sums
+    random = make_plan(setting_of(shape, bs=1, max_len=16, kind=kind, init="random"), EAGLE1)
+    assert not random.host and not any(phase.name.startswith("start") for phase in random.phases)
+
+
+def test_batches_that_wait():
+    """As they are stored: once, tokens, mask and places beside them; on a card in host memory only."""
+    shape = config()
+
+    def plan(**more: object) -> MemoryPlan:
+        return make_plan(setting_of(shape, bs=2, max_len=128, init="random", **more), EAGLE1)
+
+    batch = 2 * 127 * (64 * 2 + 13)
+    assert plan(kind="npu", prefetched=3).host == {"3 batches waiting": 3 * batch}
+    assert plan(kind="npu", prefetched=3).peak == plan(kind="npu").peak
+    assert plan(kind="npu", prefetched=1, stored=1).host == {"1 batches waiting": 2 * 127 * (64 + 4 + 13)}
+    assert plan(prefetched=3).peak == plan().peak + 3 * batch and not plan(prefetched=3).host
 
 
 def test_the_draft_is_counted_as_it_is():

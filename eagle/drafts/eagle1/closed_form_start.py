@@ -7,103 +7,122 @@ output through and training starts from that linear draft instead of from noise.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from eagle.drafts.alignment import Example
+from eagle.device import synchronize
 from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.eagle1.normal_equations import NormalEquations, products_dtype, solve
+from eagle.drafts.memory import Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.starts import StartData
 from eagle.errors import RequestError, WorkError
 
-#: Supervised positions are gathered until this many are together, then multiplied at once.
-CHUNK = 4096
-#: Relative to the mean diagonal of the normal equations: enough to make them well-posed, too little to bias.
-RIDGE = 1e-4
-
-
-class NormalEquations:
-    """``XᵀX [2H, 2H]`` and ``XᵀY [2H, H]`` over supervised positions, summed in float64 on the CPU.
-
-    The products of a chunk run in float32 on `device`; sums over chunks do not lose what float32 would.
-    """
-
-    def __init__(self, model: Eagle1Network, device: torch.device) -> None:
-        size = model.config.hidden_size
-        self.model, self.device = model, device
-        self.xx = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
-        self.xy = torch.zeros(2 * size, size, dtype=torch.float64)
-        self.positions = 0
-        self._inputs: list[torch.Tensor] = []
-        self._outputs: list[torch.Tensor] = []
-
-    @torch.no_grad()
-    def add(self, example: Example) -> None:
-        """Take in the supervised positions of `example`; in the sums they are after `flush` at the latest.
-
-        Raises: WorkError for features that are not finite.
-        """
-        chosen = example.supervised
-        features, targets = example.features[chosen], example.targets[chosen]
-        if not (features.isfinite().all() and targets.isfinite().all()):
-            raise WorkError(
-                f"The features of conversation {example.conversation} are not finite. Compute them again (float16 "
-                "overflows on some models: use --dtype bfloat16), or leave that record out."
-            )
-        features = features.to(self.device).float()
-        self._inputs.append(self.model.inputs(example.tokens[chosen].to(self.device), features))
-        self._outputs.append(targets.to(self.device).float())
-        self.positions += len(features)
-        if sum(map(len, self._inputs)) >= CHUNK:
-            self.flush()
-
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Add what was gathered to the sums."""
-        if not self._inputs:
-            return
-        x, y = torch.cat(self._inputs), torch.cat(self._outputs)
-        self._inputs, self._outputs = [], []
-        self.xx += (x.T @ x).cpu().double()
-        self.xy += (x.T @ y).cpu().double()
-
-    def solve(self) -> torch.Tensor:
-        """The ridge solution as ``fc.weight`` ``[H, 2H]`` float32."""
-        self.flush()
-        ridge = RIDGE * self.xx.diagonal().mean()
-        left = self.xx + ridge * torch.eye(len(self.xx), dtype=torch.float64)
-        return torch.cholesky_solve(self.xy, torch.linalg.cholesky(left)).T.float().contiguous()
+#: Rows of the matrices that are multiplied and solved to see how quick this machine is.
+PROBE = 1024
+#: Share of different tokens among the positions that are gathered, about as in text.
+DIFFERENT = 0.3
 
 
 def closed_form(network: DraftNetwork, data: StartData) -> str:
     """Make `network` the best linear draft of all processes' examples, each taking its share of them.
 
-    Raises: RequestError where no position is supervised; WorkError for features that are not finite.
+    Solved on the main process, which all others wait for. What fails on one process ends all of them.
+
+    Raises: RequestError where no position is supervised; WorkError for features that are not finite, equations without
+    a solution, or another process that failed.
     """
     assert isinstance(network, Eagle1Network)
     started = time.monotonic()
+    equations, failure = None, None
+    try:
+        equations = own_sums(network, data)
+    except Exception as error:  # told to the others, who would wait for this process, and raised again
+        failure = error
+    positions, failed = data.count(equations.positions if equations else 0, int(failure is not None))
+    if equations is None:
+        assert failure is not None
+        raise failure
+    if failed:
+        raise WorkError(f"{failed} other process(es) failed in the closed-form start; their own messages say why.")
+    if not positions:
+        raise RequestError(
+            f"No position of the training records is supervised within --max_len {data.max_len} tokens: every reply "
+            "comes later. Raise --max_len."
+        )
+    summed = time.monotonic()
+    start_from(network)
+    sums = equations.collect(data.reduce)
+    weight = network.fc.weight.detach()
+    if sums is not None:
+        try:
+            weight.copy_(solve(*sums))
+        except Exception as error:
+            failure = error
+            weight.fill_(float("nan"))  # by which the others know
+    del sums
+    data.broadcast(weight)
+    if failure is not None:
+        raise failure
+    if not bool(weight.isfinite().all()):
+        raise WorkError("The main process found no solution for the closed-form start; its own message says why.")
+    ended = time.monotonic()
+    return (
+        f"closed-form start from {positions:,} positions in {ended - started:.1f} s (sums {summed - started:.1f} s, "
+        f"solution {ended - summed:.1f} s)"
+    )
+
+
+def own_sums(network: Eagle1Network, data: StartData) -> NormalEquations:
+    """This process's share of the sums. Raises: WorkError for features that are not finite."""
     equations = NormalEquations(network, data.device)
     for example in data.examples:
         equations.add(example)
         if equations.positions >= data.positions:
             break
     equations.flush()
-    equations.xx, equations.xy = data.reduce(equations.xx), data.reduce(equations.xy)
-    if not equations.xx.any():
-        raise RequestError(
-            f"No position of the training records is supervised within --max_len {data.max_len} tokens: every reply "
-            "comes later. Raise --max_len."
-        )
-    start_from(network, equations.solve())
-    seconds = time.monotonic() - started
-    return f"closed-form start from {equations.positions:,} positions per process in {seconds:.1f} s"
+    return equations
+
+
+def expected_seconds(setting: Setting, device: torch.device) -> dict[str, float]:
+    """What the start's parts will take here besides reading the records, by a short probe of the products and of a
+    small solution; empty where the draft starts otherwise."""
+    if setting.init != "closed_form":
+        return {}
+    size, side = setting.config.hidden_size, PROBE if device.type == "cpu" else 4 * PROBE
+    # On and above the diagonal of XᵀX, and XᵀY. A CPU multiplies the different tokens' embeddings only.
+    squares = 1.5 + 2.5 * DIFFERENT if device.type == "cpu" else 4
+    operations = 2 * squares * size**2 * setting.init_positions / setting.processes
+    one = torch.zeros(side, side, dtype=products_dtype(device), device=device)
+    sums = operations * least_seconds(lambda: one @ one, device) / (2 * side**3)
+    host = torch.device("cpu")
+
+    def solve_small() -> None:
+        solve(torch.eye(PROBE, dtype=torch.float64), torch.zeros(PROBE, PROBE // 2, dtype=torch.float64))
+
+    solution = least_seconds(solve_small, host) * (2 * size / PROBE) ** 3
+    return {"sums": sums, "solution": solution}
+
+
+def least_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes: the quickest of three times, after one to warm up."""
+    found = []
+    for _ in range(4):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        found.append(time.perf_counter() - started)
+    return min(found[1:])
 
 
 @torch.no_grad()
-def start_from(model: Eagle1Network, fc_weight: torch.Tensor) -> None:
+def start_from(model: Eagle1Network, fc_weight: torch.Tensor | None = None) -> None:
     """Make `model` the linear draft of `fc_weight`: its layer changes nothing until it is trained."""
-    model.fc.weight.copy_(fc_weight)
+    if fc_weight is not None:
+        model.fc.weight.copy_(fc_weight)
     layer = model.layer
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
         nn.init.zeros_(linear.weight)

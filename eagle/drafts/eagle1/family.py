@@ -10,7 +10,7 @@ import torch
 
 from eagle.drafts import starts
 from eagle.drafts.eagle1 import memory
-from eagle.drafts.eagle1.closed_form_start import closed_form
+from eagle.drafts.eagle1.closed_form_start import closed_form, expected_seconds
 from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.objective import Eagle1Objective
@@ -94,3 +94,9 @@ class Eagle1(DraftFamily):
 
     def start_phases(self, setting: Setting) -> list[Phase]:
         return memory.start_phases(setting)
+
+    def start_host_bytes(self, setting: Setting) -> dict[str, int]:
+        return memory.start_host_bytes(setting)
+
+    def start_seconds(self, setting: Setting, device: torch.device) -> dict[str, float]:
+        return expected_seconds(setting, device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eagle.drafts.eagle1.closed_form_start import CHUNK
-from eagle.drafts.memory import DOUBLE, SINGLE, Phase, Setting, attention_mask_bytes, score_bytes
+from eagle.drafts.eagle1.normal_equations import EXCHANGED, GATHERED, products_bytes, sums_bytes
+from eagle.drafts.memory import SINGLE, Phase, Setting, attention_mask_bytes, score_bytes
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
@@ -44,31 +44,32 @@ def validation_bytes(setting: Setting, depth: int) -> int:
 
 
 def start_phases(setting: Setting) -> list[Phase]:
-    """The closed-form start."""
+    """The closed-form start, on the device; the last phase on the main process alone."""
     if setting.init != "closed_form":
         return []
-    equations = Phase("start: normal equations", _equations(setting))
-    return [equations, Phase("start: their solution", _solution(setting))]
+    size, on_cpu = setting.config.hidden_size, setting.kind == "cpu"
+    positions = min(GATHERED, setting.init_positions) + setting.max_len
+    products = products_bytes(size, positions, setting.config.vocab_size, setting.base_dtype, on_cpu=on_cpu)
+    sums, exchanged = {"sums": sums_bytes(size)}, {}
+    if setting.processes > 1:  # NPUs receive what all have, having no float64 to add it in
+        parts = setting.processes + 1 if setting.kind == "npu" else 2
+        exchanged = {"parts of other processes' sums": parts * min(EXCHANGED, sums_bytes(size))}
+    phases = [
+        Phase("start: normal equations", {**sums, "products": products}),
+        Phase("start: their exchange", {**sums, **exchanged}),
+    ]
+    if on_cpu:
+        phases.append(Phase("start: their solution", {**sums, "solver's workspace": sums_bytes(size) // 8}))
+    return phases
 
 
-def _equations(setting: Setting) -> dict[str, int]:
-    """Sums in float64 on the CPU, one chunk's products in float32 on the device."""
-    size = setting.config.hidden_size
-    # Gathered one by one, then put together: twice.
-    rows = 2 * (min(CHUNK, setting.init_positions) + setting.max_len) * 3 * size * SINGLE
-    items = {"chunk of positions": rows, "its products": 4 * size * size * SINGLE}
-    if setting.kind == "cpu":
-        items |= {
-            "normal equations, float64": 6 * size * size * DOUBLE,
-            "products in float64": 4 * size * size * DOUBLE,
-        }
-    return items
-
-
-def _solution(setting: Setting) -> dict[str, int]:
-    """The matrix with its ridge, and its Cholesky factor; on the CPU, whatever the device."""
-    if setting.kind != "cpu":
+def start_host_bytes(setting: Setting) -> dict[str, int]:
+    """Where the device is not the host: the sums on the main process, and gathered positions on every one."""
+    if setting.init != "closed_form":
         return {}
-    square = 4 * setting.config.hidden_size**2 * DOUBLE
-    shared = {"sums over processes": square} if setting.processes > 1 else {}
-    return {"normal equations, float64": square * 3 // 2, "ridge and factor": 3 * square, **shared}
+    size = setting.config.hidden_size
+    positions = min(GATHERED, setting.init_positions) + setting.max_len
+    return {
+        "closed-form start, on the main process": sums_bytes(size),
+        "positions gathered for it": 4 * positions * size * setting.base_dtype,
+    }
