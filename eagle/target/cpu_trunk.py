@@ -38,9 +38,10 @@ class PackedTrunk:
 
     def __init__(self, trunk: Any, parts: TrunkParts) -> None:
         self.trunk, self.parts = trunk, parts
+        self.layers: list[Any] = list(parts.layers)
         config = trunk.config
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
-        self.width = parts.layers[0].self_attn.q_proj.out_features // self.heads
+        self.width = self.layers[0].self_attn.q_proj.out_features // self.heads
         self.epsilon = config.rms_norm_eps
         self.scratch = Scratch()
 
@@ -56,7 +57,7 @@ class PackedTrunk:
         cos, sin = (
             part[0, :, None] for part in self.trunk.rotary_emb(states, torch.from_numpy(packed.positions)[None])
         )
-        for layer in self.parts.layers:
+        for layer in self.layers:
             self._norm(states, layer.input_layernorm.weight, normed)
             self._attend(layer.self_attn, normed, cos, sin, groups, states)
             self._norm(states, layer.post_attention_layernorm.weight, normed)
@@ -111,8 +112,7 @@ class PackedTrunk:
         for some, result in zip(rows.split(_NORM_ROWS), out.split(_NORM_ROWS), strict=True):
             exact = self.scratch.take("exact", *some.shape, dtype=torch.float32).copy_(some)
             size = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-            result.copy_(exact.mul_(size.square_().div_(rows.shape[1]).add_(self.epsilon).rsqrt_()))
-        out.mul_(weight)
+            result.copy_(exact.mul_(size.square_().div_(rows.shape[1]).add_(self.epsilon).rsqrt_())).mul_(weight)
 
 
 class _Indices:
