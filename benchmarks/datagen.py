@@ -8,9 +8,10 @@ time through the whole model, logits of every position and their softmax, one pi
 Both read the same conversations, tokenise, compute and write; loading the model is left out. The bare forward runs our
 batches through the trunk and does nothing else, in the same process just before and just after. Every variant runs in a
 process of its own, which also gives its peak memory; the variants alternate, and the median run of each counts. The
-matrix-product rate is that of one large product in the same dtype. Sizes on disk are those of random features; the
-error of storing them in one byte a value is that of the model's own. Compiling takes minutes on a CPU and is left out
-of the time.
+matrix-product rate is that of one large product in the same dtype; what of it is reached counts the positions that are
+computed: padding too, and what conversations of a batch begin with alike once, where the trunk computes it once. Sizes
+on disk are those of random features; the error of storing them in one byte a value is that of the model's own. Loading,
+compiling included, is left out of the time and told beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from eagle.errors import WorkError
 from eagle.files import existing_path, write_json
 from eagle.generate.collector import Item
 from eagle.generate.job import GenerationRequest, Job, claim_outdir, encode_job, finish, node_share, resolve
+from eagle.generate.sources import TrunkSource
 from eagle.generate.worker import Share, Worker, source_for
 from eagle.provenance import provenance
 from eagle.store.dtypes import STORE_DTYPES, pack
@@ -46,7 +48,7 @@ from eagle.store.writer import ShardWriter
 from eagle.target.config import load_config
 from eagle.target.trunk import from_pretrained_dtype
 
-#: Where the time of `ours` goes besides the forward pass, as shares.
+#: Of `ours`: the shares of its time besides the forward pass, the positions computed a token, the seconds of loading.
 PARTS: dict[str, float] = {}
 #: What storing the features of `ours` in one byte a value costs, see `relative_errors`.
 ERRORS: dict[str, float] = {}
@@ -86,7 +88,7 @@ def request_for(args: argparse.Namespace, outdir: Path) -> GenerationRequest:
         device=args.device,
         batch_tokens=args.batch_tokens,
         allow_truncated=args.allow_truncated,
-        compile="on" if args.compiled else "off",
+        compile="on" if args.compiled else "auto",
     )
 
 
@@ -142,9 +144,13 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     tokenised = time.perf_counter()
     (folder / "0").mkdir()
     share = Share(folder, 0)
-    worker = Worker(share, source_for(share, job.kind, 1, "on" if args.compiled else "off"))
+    loading = time.perf_counter()
+    source = source_for(share, job.kind, 1, job.request.compile)
+    assert isinstance(source, TrunkSource)
+    worker = Worker(share, source)
     batches = [share.items(batch) for stretch in share.missing for batch in share.batches(stretch)]
     worker.compute(batches[0])  # warm
+    loading = time.perf_counter() - loading
     bare = [bare_forward(worker, batches)]
     loaded = time.perf_counter()
     for _ in worker.work(job.request.shard_mb << 20):
@@ -154,9 +160,9 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     manifest = finish(job)
     size = sum(path.stat().st_size for path in (folder / "0").glob("*.safetensors"))
     seconds = tokenised - started + computed - loaded
-    padded = sum(max(len(item.encoded.input_ids) for item in batch) * len(batch) for batch in batches)
+    positions = sum(source.positions([item.encoded.input_ids for item in batch]) for batch in batches)
     ERRORS.update(relative_errors(FeatureStore(folder)))
-    PARTS.update(tokenising=(tokenised - started) / seconds, padding=1 - manifest["tokens"] / padded)
+    PARTS.update(tokenising=(tokenised - started) / seconds, positions=positions / manifest["tokens"], loading=loading)
     PARTS["bare forward"] = sum(bare) / 2 / seconds
     return manifest["tokens"], seconds, size
 
@@ -287,19 +293,20 @@ def _row(args: argparse.Namespace, length: int, typical: dict[tuple[str, bool], 
     flops, product = flops_per_token(args.model_name), typical["matrix product", False]["rate"]
     ours = typical["ours", False]
     row: dict = {"length": length, "tokens": ours["tokens"], "matrix_product_gflops": product / 1e9}
-    row |= {f"share_of_{name}": ours["parts"][name] for name in ("tokenising", "padding")}
+    row["share_of_tokenising"] = ours["parts"]["tokenising"]
     for (name, compiled), result in typical.items():
         if name == "matrix product":
             continue
         found = {
             "tokens_per_second": result["rate"],
             "ratio": result["rate"] / typical["published", False]["rate"],
-            "of_matrix_product": result["rate"] * flops / product,
+            "of_matrix_product": result["rate"] * result["parts"].get("positions", 1) * flops / product,
             "peak_memory": result["peak"],
             "bytes_per_token": result["bytes_per_token"],
         }
         if name == "ours":
             found["of_bare_forward"] = result["parts"]["bare forward"]
+            found |= {"positions_a_token": result["parts"]["positions"], "seconds_to_load": result["parts"]["loading"]}
         row[name + (", compiled" if compiled else "")] = found
     return row
 
@@ -317,9 +324,13 @@ def _table(row: dict) -> str:
                 f"  {name:24}{found['tokens_per_second']:10,.0f}{found['ratio']:8.2f}{of_bare:>9}"
                 f"{found['of_matrix_product']:12.0%}{found['peak_memory'] / 1e6:9,.0f}{found['bytes_per_token']:13,.0f}"
             )
-    lines.append(
-        f"  ours: {row['share_of_tokenising']:.0%} of the time tokenising, {row['share_of_padding']:.0%} padding"
-    )
+    lines += [
+        f"  {name}: {found['positions_a_token']:.2f} positions computed a token, "
+        f"{found['seconds_to_load']:.0f} s loading"
+        for name, found in row.items()
+        if isinstance(found, dict) and "positions_a_token" in found
+    ]
+    lines.append(f"  ours: {row['share_of_tokenising']:.0%} of the time tokenising")
     return "\n".join(lines)
 
 

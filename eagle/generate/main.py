@@ -97,8 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--compile",
         choices=COMPILE_MODES,
         default="auto",
-        help="torch.compile the model; auto: on GPUs, where the job is long enough to pay for it; on gains on a CPU "
-        "with short conversations only, and NPUs have no backend for it",
+        help="torch.compile the model; auto: on GPUs, where the job is long enough to pay for it; on takes the place "
+        "of a CPU's own pass, which is mostly faster, and NPUs have no backend for it",
     )
     parser.add_argument("--num_nodes", type=int, default=1, help="machines that share the job; each runs this command")
     parser.add_argument("--node_rank", type=int, default=0, help="which of them this is; it writes OUTDIR/node-<rank>/")

@@ -16,9 +16,12 @@ import numpy as np
 import torch
 
 from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
+from eagle.target.config import load_config
 from eagle.target.cpu_attention import attention_for
+from eagle.target.cpu_trunk import packed_trunk
 from eagle.target.features import HIDDEN_STATE, check_features, features_of
-from eagle.target.trunk import load_trunk
+from eagle.target.packing import pack
+from eagle.target.trunk import load_trunk, parts_of
 
 
 class FeatureSource(Protocol):
@@ -69,15 +72,27 @@ class TrunkSource:
         compiled = compile_trunk(self.trunk, options.device) if compiling else None
         if compiled is not None:
             self.trunk, self.step = compiled, LENGTH_STEP
+        packs = kind == "cpu" and compiled is None and options.features == (HIDDEN_STATE,)
+        self.packed = packed_trunk(self.trunk, parts_of(self.trunk, load_config(options.model))) if packs else None
 
     @torch.inference_mode()
     def features(self, sequences: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         """Padding stands on the right, where a causal model never looks, so no mask is needed."""
-        longest = -(-max(map(len, sequences)) // self.step) * self.step
-        ids = np.zeros((len(sequences), longest), dtype=np.int64)
+        if self.packed is not None:
+            return {HIDDEN_STATE: self.packed.features(sequences)}
+        ids = np.zeros((len(sequences), self._padded(sequences)), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
         return features_of(self.trunk, self.names, input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
+
+    def positions(self, sequences: Sequence[np.ndarray]) -> int:
+        """How many positions a batch makes it compute: padding counts, what is computed for several counts once."""
+        if self.packed is not None:
+            return len(pack(sequences).ids)
+        return len(sequences) * self._padded(sequences)
+
+    def _padded(self, sequences: Sequence[np.ndarray]) -> int:
+        return -(-max(map(len, sequences)) // self.step) * self.step
 
 
 FEATURE_SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {"trunk": TrunkSource}

@@ -7,5 +7,7 @@ trunk          the model without its ``lm_head``, which computes features; the t
 identity       the fingerprint that stores and checkpoints name
 check          all of it asked at once, before anything is claimed
 tokenizer      its tokenizer, whose tokens must have rows in the embedding
-cpu_attention, compiled    the same faster, on a CPU and through torch.compile
+packing        sequences in one row, what they begin with alike once
+cpu_trunk, cpu_attention    the forward pass on a CPU, faster
+compiled       the same through torch.compile
 """

@@ -7,6 +7,7 @@ the block is never computed. Scores are rounded to bfloat16, as the eager attent
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,30 +19,54 @@ BLOCKED = "eagle_blocked"
 BLOCK = 64
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+class Scratch:
+    """Memory for intermediate results by name, kept from call to call: fresh memory costs a page fault every page."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized tensor, which the next one of that name overwrites."""
+        size, held = math.prod(shape), self._held.get(name)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            held = self._held[name] = torch.empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, scratch: Scratch | None = None
+) -> torch.Tensor:
     """Every position of ``[B, heads, T, D]`` attends to itself and what lies before; key and value may have fewer
-    heads. Returns ``[B, T, heads, D]``.
+    heads. Where there are fewer queries than keys, theirs are the last positions. Returns ``[B, queries, heads, D]``,
+    which lies in `scratch` if that is given.
     """
-    batch, heads, length, width = query.shape
-    key_heads = key.shape[1]
-    shared = heads // key_heads  # query heads to a key head
-    query = query.reshape(batch * key_heads, shared, length, width)
-    key = key.transpose(-1, -2).reshape(batch * key_heads, width, length)
-    value = value.reshape(batch * key_heads, length, width)
-    out = query.new_empty(batch, length, key_heads, shared, width)
+    take = functools.partial((scratch or Scratch()).take, dtype=query.dtype)
+    batch, heads, queries, width = query.shape
+    key_heads, length = key.shape[1:3]
+    shared, before = heads // key_heads, length - queries  # query heads to a key head; keys before the first query
+    query = query.unflatten(1, (key_heads, shared))
+    keys = take("keys", batch * key_heads, width, length)
+    keys.view(batch, key_heads, width, length).copy_(key.transpose(-1, -2))
+    values = take("values", batch * key_heads, length, width)
+    values.view(batch, key_heads, length, width).copy_(value)
+    out = take("mixed", batch, queries, key_heads, shared, width)
     by_head = out.permute(0, 2, 3, 1, 4)
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu(1)
+    future = torch.full((BLOCK, BLOCK), -math.inf, dtype=query.dtype).triu(1)
     unused = query.new_empty(1)
-    for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
-        size = end - start
-        rows = query[:, :, start:end].reshape(batch * key_heads, shared * size, width)
-        scores = torch.baddbmm(unused, rows, key[:, :, :end], beta=0, alpha=scaling)
-        on_diagonal = scores.view(batch * key_heads, shared, size, end)[..., start:]
-        on_diagonal.masked_fill_(future[:size, :size], -math.inf)
-        mixed = torch.bmm(scores.softmax(-1), value[:, :end])
-        by_head[:, :, :, start:end] = mixed.view(batch, key_heads, shared, size, width)
-    return out.view(batch, length, heads, width)
+    start = before
+    while start < length:
+        end = min((start // BLOCK + 1) * BLOCK, length)  # the keys of most blocks end at a multiple
+        size, here = end - start, slice(start - before, end - before)
+        rows = take("rows", batch * key_heads, shared * size, width)
+        rows.view(batch, key_heads, shared, size, width).copy_(query[:, :, :, here])
+        scores = take("scores", batch * key_heads, shared * size, end)
+        torch.baddbmm(unused, rows, keys[:, :, :end], beta=0, alpha=scaling, out=scores)
+        scores.view(batch * key_heads, shared, size, end)[..., start:].add_(future[:size, :size])
+        weights = torch.softmax(scores, -1, out=take("weights", *scores.shape))
+        mixed = torch.bmm(weights, values[:, :end], out=rows)  # whose queries have done their work
+        by_head[:, :, :, here] = mixed.view(batch, key_heads, shared, size, width)
+        start = end
+    return out.view(batch, queries, heads, width)
 
 
 def attention_for(device: torch.device, dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from eagle.target import cpu_attention
-from eagle.target.cpu_attention import BLOCKED, attention_for, causal_attention
+from eagle.target.cpu_attention import BLOCKED, Scratch, attention_for, causal_attention
 from eagle.target.trunk import load_trunk
 from tests.tiny import make_target
 
@@ -24,6 +24,15 @@ def test_equals_torchs_attention(length: int, heads: int, key_heads: int, width:
     whole = [part.repeat_interleave(heads // key_heads, dim=1) for part in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *whole, is_causal=True, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("queries", "length"), [(1, 70), (64, 96), (40, 64), (100, 131)])
+def test_later_queries_see_all_keys_before_them(queries: int, length: int) -> None:
+    query, key, value = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    whole, scratch = causal_attention(query, key, value, 0.3), Scratch()
+    for _ in range(2):  # the second time in memory that is no longer zero
+        found = causal_attention(query[:, :, -queries:], key, value, 0.3, scratch)
+        torch.testing.assert_close(found, whole[:, -queries:])
 
 
 def test_only_for_bfloat16_on_a_cpu() -> None:
