@@ -40,6 +40,38 @@ def _backend(kind: str) -> Any:
     return getattr(torch, kind)
 
 
+def backend_of(kind: str) -> Any:
+    """What has the streams and events of that kind of card."""
+    return _backend(kind)
+
+
+def make_current(device: torch.device) -> None:
+    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU."""
+    if device.type in VISIBILITY_VARIABLE:
+        _backend(device.type).set_device(device)
+
+
+def page_locked(size: int, kind: str) -> torch.Tensor:
+    """So many bytes of host memory ``[size]`` that a card of that kind copies to and from by itself.
+
+    Ordinary memory where there is none of that: copies are then right, and slower.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if kind in VISIBILITY_VARIABLE:
+        with contextlib.suppress(RuntimeError):  # torch_npu before it had any; the system's limit is reached
+            return memory.pin_memory()
+    return memory
+
+
+def to_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what that is doing."""
+    if device.type not in VISIBILITY_VARIABLE:
+        return tensor.to(device)
+    with contextlib.suppress(RuntimeError):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def available(kind: str) -> bool:
     """Whether this process could use a device of that kind."""
     if kind == "npu":
