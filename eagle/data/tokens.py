@@ -1,8 +1,8 @@
 """The conversations of a job as tokens, encoded once for everybody: the plan counts them, the workers compute them.
 
 Encoding runs in all CPU cores before the workers start, so the job's size is known to the token and workers need no
-tokenizer. That takes ten bytes a token of memory at most, in one process: all rows in the order of the file, and in the
-job's. It is kept in the job's folder (``.tokens.safetensors``, five bytes a token), mapped by all, until the job is done:
+tokenizer. That takes ten bytes a token of one process's memory at most: all rows in the order of the file, and in the
+job's. Until the job is done they are kept in its folder (``.tokens.safetensors``, five bytes a token) and mapped:
 
     input_ids    [N]   int32   all rows back to back, N their tokens
     loss_mask    [N]   uint8   unshifted

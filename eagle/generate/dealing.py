@@ -48,7 +48,9 @@ def worker_folders(store: Path) -> list[Path]:
     """The folders of all workers that a job ever had."""
     if not store.is_dir():
         return []
-    return sorted((path for path in store.iterdir() if path.name.isdecimal() and path.is_dir()), key=lambda p: int(p.name))
+    return sorted(
+        (path for path in store.iterdir() if path.name.isdecimal() and path.is_dir()), key=lambda p: int(p.name)
+    )
 
 
 def has_shards(store: Path) -> bool:

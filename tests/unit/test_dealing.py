@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eagle.errors import WorkError
+from eagle.generate import dealing, worker
 from eagle.generate.dealing import LEFT, begin, is_done, left_by_worker, worker_folders
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.plan import make_plan
@@ -16,17 +17,27 @@ from eagle.store.manifest import DONE, MANIFEST
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import Shard, shard_paths
 from eagle.store.verify import check_store
+from eagle.store.writer import ShardWriter
 from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
 from tests.unit.test_job import request
 
 COUNT, SHARD_BYTES = 60, 30_000
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground(monkeypatch):
+    """A worker that is killed writes no more; one that a test leaves alone would."""
+    monkeypatch.setattr(
+        worker, "ShardWriter", lambda *args, **kwargs: ShardWriter(*args, **{**kwargs, "background": False})
+    )
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Of the conversations one cannot be used, and one takes a mend."""
     folder = tmp_path_factory.mktemp("dealing")
-    dirty = [{"conversations": []}, {"conversations": [{"from": "gpt", "value": "hi"}, *conversations(1)[0]["conversations"]]}]
+    late = [{"from": "gpt", "value": "hi"}, *conversations(1)[0]["conversations"]]
+    dirty = [{"conversations": []}, {"conversations": late}]
     data = write_sharegpt(folder / "data.json", [*conversations(COUNT, turns=1), *dirty])
     return make_target(folder / "model", hidden=16, layers=1), data
 
@@ -115,8 +126,6 @@ def test_what_is_left_is_planned_and_no_more(inputs, undisturbed, tmp_path):
 
 def test_killed_between_any_two_steps_of_beginning_again(inputs, undisturbed, tmp_path, monkeypatch):
     """The folder that each step leaves is begun from again, by the former workers and by others."""
-    from eagle.generate import dealing
-
     store = tmp_path / "store"
     whole(inputs, store, 2)
     shard_paths(store / "0")[0].unlink()
@@ -165,7 +174,7 @@ def test_a_shard_that_does_not_belong_there_is_named(inputs, undisturbed, tmp_pa
     if fault == "twice":
         shutil.copyfile(shard_paths(store / "1")[0], stray)
     else:
-        more = write_sharegpt(tmp_path / "more.json", conversations(200, turns=3))
+        more = write_sharegpt(tmp_path / "more.json", conversations(100, turns=2))
         other = tmp_path / "other"
         whole((inputs[0], more), other, 1)
         shutil.copyfile(shard_paths(other / "0")[0], stray)

@@ -130,7 +130,9 @@ def test_a_job_that_finished_no_shard_does_not_bind_another(tmp_path, inputs, ca
     outdir = tmp_path / "store"
     claim_outdir(resolve(request(inputs, outdir, npu_indices=(0, 1))))
     (outdir / "1").mkdir()
-    (outdir / "1" / DONE).write_text('{"records": 0, "tokens": 0, "supervised_tokens": 0, "dropped": {}, "repaired": {}}')
+    (outdir / "1" / DONE).write_text(
+        '{"records": 0, "tokens": 0, "supervised_tokens": 0, "dropped": {}, "repaired": {}}'
+    )
     claim_outdir(resolve(request(inputs, outdir, npu_indices=(0, 1), max_length=100)))
     assert "finished no shard; this one takes its place" in capsys.readouterr().out
     assert json.loads((outdir / MANIFEST).read_text())["options"]["max_length"] == 100
