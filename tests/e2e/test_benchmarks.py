@@ -97,3 +97,9 @@ def test_resharding_against_copying(tmp_path):
     command("benchmarks/reshard.py", *words, "--output", tmp_path / "reshard.json")
     assert json.loads((tmp_path / "reshard.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["reshard.json"], "its stores are gone"
+
+
+def test_batches_on_their_way_through_pretended_cards():
+    answer = command("benchmarks/pipeline.py", "--cards", 4, "--milliseconds", 10, "--batches", 20)
+    three, five = json.loads(answer.out)["in_flight"].values()
+    assert five["tokens_per_s"] > three["tokens_per_s"] > 0
