@@ -119,11 +119,12 @@ class Tokens:
     def tally(self, positions: slice = slice(None)) -> Tally:
         """What was dropped and mended among these rows' conversations; `first` is that of all of them."""
         total = Tally()
-        for number in self.dropped[positions].tolist():
-            if number:
-                total.dropped[_REASONS[number - 1]] += 1
-        for bits in self.repaired[positions].tolist():
-            total.repaired.update(name for i, name in enumerate(_REPAIRS) if bits >> i & 1)
+        for number, count in enumerate(np.bincount(self.dropped[positions]).tolist()):
+            if number and count:
+                total.dropped[_REASONS[number - 1]] = count
+        for i, name in enumerate(_REPAIRS):
+            if count := int((self.repaired[positions] >> i & 1).sum()):
+                total.repaired[name] = count
         total.first = {reason: self.first[reason] for reason in total.dropped if reason in self.first}
         return total
 
