@@ -67,7 +67,7 @@ def write_pieces(path: Path, tensors: dict[str, list[torch.Tensor]], metadata: d
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            for piece in tensors[name]:
+            for piece in filter(torch.numel, tensors[name]):  # an empty one has no other view
                 file.write(piece.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

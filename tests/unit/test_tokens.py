@@ -140,8 +140,10 @@ def test_what_is_kept_is_mapped_and_not_read_into_memory(inputs, tmp_path):
     assert not found[0].input_ids.flags.owndata, "a row is no copy either"
 
 
-def test_nothing_usable(inputs):
+def test_nothing_usable(inputs, tmp_path):
     records, encoder = inputs
     tokens = encode_all(records, encoder, [290, 291, 292], 4096)
     assert tokens.lengths.tolist() == [0, 0, 0]
+    save_tokens(tmp_path / "tokens", tokens, "key")
+    assert same(load_tokens(tmp_path / "tokens", "key"), tokens)
     assert sum(tokens.tally().dropped.values()) == 3
