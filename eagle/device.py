@@ -38,9 +38,34 @@ _UUID = re.compile(r"(GPU|MIG|MIG-GPU)-[0-9A-Za-z][0-9A-Za-z-]*(/[0-9]+/[0-9]+)?
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
-def _backend(kind: str) -> Any:
-    """``torch.npu`` or ``torch.cuda``."""
+def backend_of(kind: str) -> Any:
+    """``torch.npu`` or ``torch.cuda``: what has the streams, events and memory of that kind of card."""
     return getattr(torch, kind)
+
+
+def make_current(device: torch.device) -> None:
+    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU."""
+    if device.type in VISIBILITY_VARIABLE:
+        backend_of(device.type).set_device(device)
+
+
+def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    """A copy in page-locked memory, which a card of that kind copies to and from by itself.
+
+    The tensor itself where there is none of that: copies are then right, and slower.
+    """
+    if kind not in VISIBILITY_VARIABLE:
+        return tensor
+    # Before torch 2.8 another kind than CUDA has to be named; since then naming one is deprecated.
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    with contextlib.suppress(RuntimeError):  # torch_npu before it had any; the system's limit is reached
+        return tensor.pin_memory(kind) if kind != "cuda" and version < (2, 8) else tensor.pin_memory()
+    return tensor
+
+
+def to_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what that is doing."""
+    return pinned(tensor, device.type).to(device, non_blocking=True)
 
 
 def available(kind: str) -> bool:
@@ -50,7 +75,7 @@ def available(kind: str) -> bool:
             return False
         import torch_npu  # noqa: F401  (registers torch.npu)
 
-        return _backend("npu").is_available()
+        return backend_of("npu").is_available()
     return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
 
 
@@ -78,7 +103,7 @@ def count(kind: str) -> int | None:
     """How many cards this process sees; None for the CPU, where an index numbers a worker process."""
     if kind == "cpu":
         return None
-    return _backend(kind).device_count()
+    return backend_of(kind).device_count()
 
 
 def is_uuid(name: str) -> bool:
@@ -207,24 +232,24 @@ def weight_memory(kind: str) -> dict[int | str, int] | None:
     """
     if kind == "cpu":
         return None
-    backend = _backend(kind)
+    backend = backend_of(kind)
     return {index: backend.mem_get_info(index)[0] // 8 * 7 for index in range(backend.device_count())}
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to, so that a clock tells the truth."""
     if device.type != "cpu":
-        _backend(device.type).synchronize(device)
+        backend_of(device.type).synchronize(device)
 
 
 def new_stream(device: torch.device) -> Any:
     """A stream beside the one that computes, for copies; None on a CPU."""
-    return None if device.type == "cpu" else _backend(device.type).Stream(device)
+    return None if device.type == "cpu" else backend_of(device.type).Stream(device)
 
 
 def wait_for(event: Any, tensors: Sequence[torch.Tensor]) -> None:
     """Have this thread's stream of their device wait for an event of another stream, which made these tensors."""
-    stream = _backend(tensors[0].device.type).current_stream(tensors[0].device)
+    stream = backend_of(tensors[0].device.type).current_stream(tensors[0].device)
     stream.wait_event(event)
     for tensor in tensors:  # their memory is the other stream's, which must not take it back while this one reads
         tensor.record_stream(stream)
@@ -232,14 +257,7 @@ def wait_for(event: Any, tensors: Sequence[torch.Tensor]) -> None:
 
 def on_stream(stream: Any) -> AbstractContextManager[Any]:
     """Have what is asked of the device in this thread run on that stream."""
-    return _backend(stream.device.type).stream(stream)
-
-
-def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
-    """A copy in page-locked memory, from which an accelerator of that kind copies by itself."""
-    # Before torch 2.8 another accelerator than CUDA has to be named; since then naming one is deprecated.
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return tensor.pin_memory(kind) if kind != "cuda" and version < (2, 8) else tensor.pin_memory()
+    return backend_of(stream.device.type).stream(stream)
 
 
 def has_float8(kind: str) -> bool:
@@ -259,7 +277,7 @@ class Clock:
         if self.device.type == "cpu":
             self._marks.append(time.perf_counter())
             return
-        backend = _backend(self.device.type)
+        backend = backend_of(self.device.type)
         event = backend.Event(enable_timing=True)
         event.record(backend.current_stream(self.device))
         self._marks.append(event)
@@ -276,7 +294,7 @@ class Clock:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors on the card took so far, or on the CPU the process."""
     if device.type != "cpu":
-        return _backend(device.type).max_memory_allocated(device)
+        return backend_of(device.type).max_memory_allocated(device)
     return process_peak()
 
 
@@ -298,7 +316,7 @@ def process_peak(pid: int | None = None) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the card, or on the CPU what the system could give a new process."""
     if device.type != "cpu":
-        return _backend(device.type).mem_get_info(device)[0]
+        return backend_of(device.type).mem_get_info(device)[0]
     import psutil  # accelerate needs it too
 
     return psutil.virtual_memory().available
@@ -307,7 +325,7 @@ def free_memory(device: torch.device) -> int:
 def describe(device: torch.device) -> str:
     """The hardware's name, for reports."""
     if device.type != "cpu":
-        return f"{device.type} {_backend(device.type).get_device_name(device)}"
+        return f"{device.type} {backend_of(device.type).get_device_name(device)}"
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

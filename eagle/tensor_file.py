@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 #: How safetensors calls the dtypes that a store holds.
 DTYPE_CODES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 if hasattr(torch, "float8_e4m3fn"):
     DTYPE_CODES[torch.float8_e4m3fn] = "F8_E4M3"
@@ -66,7 +67,27 @@ def write_pieces(path: Path, tensors: dict[str, list[torch.Tensor]], metadata: d
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            for piece in tensors[name]:
+            for piece in filter(torch.numel, tensors[name]):  # an empty one has no other view
                 file.write(piece.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as read-only arrays over a map of it: what is not touched takes no memory.
+
+    The header is trusted: open the file with safetensors first, which compares it with the file's size.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + size :]
+    arrays = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        arrays[name] = mapped[start:end].view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+_NUMPY = {"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}

@@ -1,7 +1,8 @@
 """The conversations of a job as tokens, encoded once for everybody: the plan counts them, the workers compute them.
 
 Encoding runs in all CPU cores before the workers start, so the job's size is known to the token and workers need no
-tokenizer. It is kept in the job's folder (``.tokens.safetensors``, five bytes a token) until the job is done:
+tokenizer. That takes ten bytes a token of one process's memory at most: all rows in the order of the file, and in the
+job's. Until the job is done they are kept in its folder (``.tokens.safetensors``, five bytes a token) and mapped:
 
     input_ids    [N]   int32   all rows back to back, N their tokens
     loss_mask    [N]   uint8   unshifted
@@ -23,6 +24,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -40,7 +42,7 @@ from eagle.data.token_source import encode_record
 from eagle.device import cores
 from eagle.errors import WorkError
 from eagle.progress import progress_bar
-from eagle.tensor_file import write_tensors
+from eagle.tensor_file import map_arrays, write_pieces
 
 TOKENS = ".tokens.safetensors"
 #: Conversations that are computed in the order of their lengths. Enough of them that little is padding; few enough that
@@ -88,9 +90,13 @@ class Tokens:
         starts again behind any record goes on with the same ones.
         """
         own = np.flatnonzero(self.lengths)
-        own = own[own % workers == worker]
-        blocks = (own[at : at + LENGTH_BLOCK] for at in range(0, len(own), LENGTH_BLOCK))
-        return [int(place) for block in blocks for place in block[np.argsort(-self.lengths[block], kind="stable")]]
+        return self.in_order(own[own % workers == worker])
+
+    def in_order(self, places: np.ndarray) -> list[int]:
+        """These rows, ascending, in the order in which one worker computes them."""
+        lengths = self.lengths
+        blocks = (places[at : at + LENGTH_BLOCK] for at in range(0, len(places), LENGTH_BLOCK))
+        return [int(place) for block in blocks for place in block[np.argsort(-lengths[block], kind="stable")]]
 
     def ids(self, places: Sequence[int], conversations: Sequence[int], records: int) -> list[int]:
         """What a store calls these rows: a number that no other row of the data file has.
@@ -113,11 +119,12 @@ class Tokens:
     def tally(self, positions: slice = slice(None)) -> Tally:
         """What was dropped and mended among these rows' conversations; `first` is that of all of them."""
         total = Tally()
-        for number in self.dropped[positions].tolist():
-            if number:
-                total.dropped[_REASONS[number - 1]] += 1
-        for bits in self.repaired[positions].tolist():
-            total.repaired.update(name for i, name in enumerate(_REPAIRS) if bits >> i & 1)
+        for number, count in enumerate(np.bincount(self.dropped[positions]).tolist()):
+            if number and count:
+                total.dropped[_REASONS[number - 1]] = count
+        for i, name in enumerate(_REPAIRS):
+            if count := int((self.repaired[positions] >> i & 1).sum()):
+                total.repaired[name] = count
         total.first = {reason: self.first[reason] for reason in total.dropped if reason in self.first}
         return total
 
@@ -262,26 +269,31 @@ def key_of(manifest: dict) -> str:
 
 
 def save_tokens(path: Path, tokens: Tokens, key: str) -> None:
-    """Raises: OSError, safetensors.SafetensorError (disk full)."""
+    """Raises: OSError (disk full)."""
     temporary = path.with_name(f"{path.name}.tmp")
-    tensors = {name: torch.from_numpy(getattr(tokens, name)) for name in _ARRAYS}
-    write_tensors(temporary, tensors, {"key": key, "first": json.dumps(tokens.first)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # mapped arrays cannot be written to, which nobody does
+        tensors = {name: [torch.from_numpy(getattr(tokens, name))] for name in _ARRAYS}
+    write_pieces(temporary, tensors, {"key": key, "first": json.dumps(tokens.first)})
     temporary.replace(path)
 
 
 def load_tokens(path: Path, key: str) -> Tokens | None:
-    """The saved tokens of the job with that key; None where there are none, or they are damaged or another job's."""
+    """The saved tokens of the job with that key; None where there are none, or they are damaged or another job's.
+
+    Its arrays are mapped: a worker reads the rows it computes, and several share what they have read.
+    """
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="np") as file:
             if file.metadata().get("key") != key:
                 return None
-            there = file.keys()
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in there}
             first = json.loads(file.metadata().get("first", "{}"))
+        mapped = map_arrays(path)
     except (SafetensorError, OSError, ValueError):
         return None
+    arrays = {name: mapped[name] for name in _ARRAYS if name in mapped}
     if "part" not in arrays:  # of a job that version 0.1 began: one row a conversation
         count = len(arrays["dropped"])
         arrays |= {"conversation": np.arange(count), "part": np.zeros(count, np.int32)}

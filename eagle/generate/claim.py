@@ -9,9 +9,9 @@ from pathlib import Path
 
 from eagle.data.tokens import TOKENS
 from eagle.files import LOCK, locked, output_folder
+from eagle.generate.dealing import LEFT, forget_done, has_shards, worker_folders
 from eagle.generate.job import Job, claim_outdir
-from eagle.store.manifest import DONE, LOG, MANIFEST
-from eagle.store.shard import shard_paths
+from eagle.store.manifest import LOG, MANIFEST
 
 FLAG = "--outdir"
 
@@ -34,8 +34,8 @@ def claimed(job: Job) -> Iterator[None]:
             try:
                 yield
             except BaseException:
-                if not made_something(job):
-                    _forget(job, keep_lock=is_locked)
+                if not has_shards(folder):
+                    _forget(folder, keep_lock=is_locked)
                 raise
     except BaseException:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
@@ -44,23 +44,14 @@ def claimed(job: Job) -> Iterator[None]:
         raise
 
 
-def made_something(job: Job) -> bool:
-    """Whether the job has a finished shard."""
-    return any(shard_paths(_part(job, number)) for number in range(len(job.groups)))
-
-
-def _part(job: Job, number: int) -> Path:
-    return job.request.folder / str(number)
-
-
-def _forget(job: Job, *, keep_lock: bool) -> None:
+def _forget(folder: Path, *, keep_lock: bool) -> None:
     """Take away what a job without a shard has in its folder."""
-    folder = job.request.folder
-    for number in range(len(job.groups)):
-        part = _part(job, number)
-        for file in (part / DONE, part / f".{DONE}.tmp", part / LOG, *part.glob(".shard-*.tmp")):
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it was never made, or holds something of somebody else's
+    forget_done(folder)
+    for part in worker_folders(folder):
+        (part / LOG).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something of somebody else's
             part.rmdir()
-    for name in (TOKENS, f"{TOKENS}.tmp", MANIFEST, f".{MANIFEST}.tmp", *([] if keep_lock else [LOCK])):
-        (folder / name).unlink(missing_ok=True)
+    for name in (TOKENS, LEFT, MANIFEST, LOCK):
+        if name != LOCK or not keep_lock:
+            for file in (folder / name, folder / f"{name}.tmp", folder / f".{name}.tmp"):
+                file.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """From the device to the disk while the device goes on: what a worker does with the features it has computed.
 
-The computing thread only starts forward passes. A second thread fetches their results, checks and scales them; a third
+The computing thread only starts forward passes, and copies of their results (`eagle.generate.fetch`). A second thread
+waits for these, checks and scales them; a third
 (the `ShardWriter`'s) sums up, writes and syncs. Each is ahead of the next by a little, so that an error ends the work
 soon and memory stays bounded: a shard that is gathered, the one before while it is written, and a few batches. On a
 CPU, whose results need no fetching, the first two are one.
@@ -18,13 +19,19 @@ import torch
 
 from eagle.data.loss_mask import Encoded
 from eagle.errors import WorkError
+from eagle.generate.fetch import HostCopies, HostCopy, all_finite
 from eagle.generate.progress import Progress
 from eagle.store.record import Record
 from eagle.store.writer import ShardWriter
 from eagle.target.features import HIDDEN_STATE
 
-#: Batches that may wait to be fetched. One is enough to keep the device busy.
-_AHEAD = 2
+
+def ahead_of(cards: int) -> int:
+    """Batches that may be on their way while the next one is started, so that all cards of a worker have one.
+
+    One card is busy while a second batch waits; it has a third, for the time that a batch takes to be started.
+    """
+    return max(2, cards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +59,42 @@ def check_finite(finite: torch.Tensor, items: list[Item], dtype: str) -> None:
             )
 
 
-def all_finite(features: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``[B, T]`` bool, on the CPU: whether all features at a position are finite."""
-    return torch.stack([tensor.isfinite().all(-1).cpu() for tensor in features.values()]).all(0)
-
-
 class Collector:
     """Takes one batch after the other and closes a shard behind any; one thread only touches `progress`.
 
-    batches, shards: how many batches come and how many shards they have to become; None: as many as they fill.
+    batches, shards: how many batches come and how many shards they have to become; None: as many as they fill. cards:
+    that compute them, one after the other. in_sequence: whether a shard's records follow those of the shard before it
+    in the worker's share, so that it may say how far that share is.
 
     Its methods raise what went wrong with the batches before: WorkError, OSError.
     """
 
     def __init__(
-        self, writer: ShardWriter, progress: Progress, dtype: str, batches: int = 0, shards: int | None = None
+        self,
+        writer: ShardWriter,
+        progress: Progress,
+        dtype: str,
+        batches: int = 0,
+        shards: int | None = None,
+        *,
+        cards: int = 1,
+        in_sequence: bool = True,
     ) -> None:
         self.writer, self.progress, self.dtype = writer, progress, dtype
-        self._batches, self._shards = batches, shards
+        self._batches, self._shards, self._in_sequence = batches, shards, in_sequence
+        self._ahead = ahead_of(cards)
+        # One more than may wait, for the batch that is being handed over.
+        self._copies = HostCopies(self._ahead + 1)
         self._pool = ThreadPoolExecutor(1, "collector")
         self._pending: deque[Future[None]] = deque()
 
     def add(self, features: dict[str, torch.Tensor], items: list[Item]) -> None:
         """Features of a batch by name, ``[B, T, W]`` each, on the device and perhaps still being computed."""
         if all(tensor.device.type == "cpu" for tensor in features.values()):  # nothing to wait for
-            self._store(features, items)
+            self._store(features, all_finite(features), items)
         else:
-            self._submit(lambda: self._store(features, items))
+            copy = self._copies.start(features)
+            self._submit(lambda: self._fetch(copy, items))
 
     def close(self) -> None:
         """Write what is left and wait for it."""
@@ -90,16 +106,24 @@ class Collector:
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._pending.append(self._pool.submit(work))
-        while len(self._pending) > _AHEAD:
+        while len(self._pending) > self._ahead:
             self._pending.popleft().result()
 
-    def _store(self, features: dict[str, torch.Tensor], items: list[Item]) -> None:
-        check_finite(all_finite(features), items, self.dtype)
-        features = {name: tensor.cpu() for name, tensor in features.items()}
+    def _fetch(self, copy: HostCopy, items: list[Item]) -> None:
+        with copy as (features, finite):
+            self._store(features, finite, items, is_lent=True)
+
+    def _store(
+        self, features: dict[str, torch.Tensor], finite: torch.Tensor, items: list[Item], *, is_lent: bool = False
+    ) -> None:
+        """is_lent: whether the features' memory is another batch's as soon as this returns."""
+        check_finite(finite, items, self.dtype)
         for row, item in enumerate(items):
             length = len(item.encoded.input_ids)
             ids, mask = torch.from_numpy(item.encoded.input_ids), torch.from_numpy(item.encoded.loss_mask)
             own = {name: tensor[row, :length] for name, tensor in features.items()}
+            if is_lent:
+                own = {name: tensor.clone() for name, tensor in own.items()}
             self.writer.add(Record(item.conversation, ids, mask, own.pop(HIDDEN_STATE), own))
             self.progress.records += 1
             self.progress.tokens += length
@@ -118,4 +142,4 @@ class Collector:
         return True
 
     def _close_shard(self) -> None:
-        self.writer.close_shard(json.dumps(self.progress.to_json()))
+        self.writer.close_shard(json.dumps(self.progress.to_json() if self._in_sequence else {}))

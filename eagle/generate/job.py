@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from eagle import device
 from eagle.data.cleaning import Tally
@@ -25,6 +22,7 @@ from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
+from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
 from eagle.generate.progress import finished
 from eagle.provenance import provenance
 from eagle.store.dtypes import SAME, check_store_dtype
@@ -252,7 +250,7 @@ def _notes(request: GenerationRequest, records: Records, encoder: Encoder, longe
     return notes
 
 
-#: What has to be the same for a rerun to continue a store, and how to say it.
+#: What has to be the same for a rerun to continue a store, and how to say it; of the options all but `FREE_OPTIONS`.
 _IDENTITY = (
     ("target", "fingerprint"),
     ("tokenizer", "digest"),
@@ -268,13 +266,19 @@ def claim_outdir(job: Job) -> None:
 
     Raises: RequestError as `check_outdir` does.
     """
+    folder = job.request.folder
     if not check_outdir(job):
-        job.request.folder.mkdir(parents=True, exist_ok=True)
-        write_json(job.request.folder / MANIFEST, job.manifest)
+        if (folder / MANIFEST).is_file():
+            print(f"  {folder} was another job's, which finished no shard; this one takes its place")
+            forget_done(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MANIFEST, job.manifest)
 
 
 def check_outdir(job: Job) -> bool:
     """Whether the folder holds this job already, so that it can go on. Changes nothing.
+
+    A job without a finished shard, which was killed before its first, holds nothing and does not bind another.
 
     Raises: RequestError for a folder that holds something else, or a job with other options.
     """
@@ -299,12 +303,12 @@ def check_outdir(job: Job) -> bool:
         named = job.identity.as_in(existing["target"].get("fingerprint"))
         own = {**job.manifest, "target": {**job.manifest["target"], "fingerprint": named}}
         differences = _differences(existing, own)
-        if differences:
+        if differences and has_shards(outdir):
             raise RequestError(
                 f"--outdir {outdir} holds a store made with other options: {'; '.join(differences)}. Repeat that "
                 "command to continue it, or name another folder."
             )
-        return True
+        return not differences
     if outdir.is_dir() and any(not entry.name.startswith(".") for entry in outdir.iterdir()):
         found = sorted(entry.name for entry in outdir.iterdir())[:3]
         raise RequestError(
@@ -320,7 +324,7 @@ def _differences(old: dict, new: dict) -> list[str]:
         for key in keys:
             before, after = before[key], after[key]
         if isinstance(after, dict):
-            names = sorted(set(before) | set(after))
+            names = sorted((set(before) | set(after)).difference(FREE_OPTIONS))
             found += [
                 f"{n} was {before.get(n)!r}, now {after.get(n)!r}" for n in names if before.get(n) != after.get(n)
             ]
@@ -328,16 +332,6 @@ def _differences(old: dict, new: dict) -> list[str]:
             shown = [str(value)[:12] if keys[-1] in ("digest", "fingerprint") else value for value in (before, after)]
             found.append(f"{' '.join(keys)} was {shown[0]}, now {shown[1]}")
     return found
-
-
-def node_share(manifest: dict) -> Sequence[int]:
-    """The conversations one node computes, as indices into the data file: the seed's permutation of the whole file,
-    cut to the number asked for and dealt out to the nodes in turn.
-    """
-    options = manifest["options"]
-    # RandomState's streams are frozen for good, unlike the newer generators'.
-    order = np.random.RandomState(options["seed"]).permutation(manifest["data"]["records"])
-    return order[: options["conversations"]][options["node_rank"] :: options["num_nodes"]].tolist()
 
 
 def encode_job(job: Job, *, save: bool = True) -> Tokens:
@@ -352,20 +346,32 @@ def encode_job(job: Job, *, save: bool = True) -> Tokens:
         assert tokens.input_ids.max(initial=0) < job.encoder.vocab_size, "the embedding would end the job"
         if save:
             save_tokens(path, tokens, key)
+            tokens = load_tokens(path, key) or tokens  # mapped: the workers need the memory
     return tokens
 
 
 def finish(job: Job) -> dict:
-    """Add up what the workers did, all of them finished, into the manifest and mark it complete. Returns it."""
-    path = job.request.folder / MANIFEST
-    manifest = read_manifest(path)
-    total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
-    for worker in range(len(job.groups)):
-        done = finished(job.request.folder / str(worker))
-        assert done
-        total = {key: value + getattr(done, key) for key, value in total.items()}
-        tally.add(done.tally)
+    """Add up what the workers did, all of them finished, into the manifest and mark it complete. Returns it.
+
+    Raises: WorkError where shards lack something that is counted on.
+    """
+    folder = job.request.folder
+    manifest = read_manifest(folder / MANIFEST)
+    if not manifest.get("redealt"):
+        total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
+        for worker in range(manifest["options"]["workers"]):
+            done = finished(folder / str(worker))
+            assert done
+            total = {key: value + getattr(done, key) for key, value in total.items()}
+            tally.add(done.tally)
+    elif not manifest["complete"]:
+        tokens = load_tokens(folder / TOKENS, key_of(manifest))
+        assert tokens is not None
+        total, tally = count_redealt(tokens, manifest, folder), tokens.tally()
+    else:
+        total, tally = {}, Tally.from_json(manifest)
     manifest |= total | tally.to_json() | {"complete": True}
-    write_json(path, manifest)
-    (job.request.folder / TOKENS).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, manifest)
+    for name in (TOKENS, LEFT):
+        (folder / name).unlink(missing_ok=True)
     return manifest

@@ -14,10 +14,10 @@ from typing import IO
 from eagle import device
 from eagle.entry import child_environment
 from eagle.errors import WorkError
+from eagle.generate.dealing import has_shards
 from eagle.generate.job import Job
 from eagle.progress import progress_bar
 from eagle.store.manifest import LOG
-from eagle.store.shard import shard_paths
 
 #: How long a worker may take to end by itself before it is killed.
 GRACE_SECONDS = 10
@@ -109,9 +109,7 @@ def run_workers(job: Job, tokens: int) -> None:
         _end(workers)
         signal.signal(signal.SIGTERM, previous)
     if failed is not None:
-        raise WorkError(
-            _how_it_ended(failed, keeps_something=any(shard_paths(worker.log.parent) for worker in workers))
-        )
+        raise WorkError(_how_it_ended(failed, keeps_something=has_shards(job.request.folder)))
 
 
 def _raise_interrupt(*_: object) -> None:

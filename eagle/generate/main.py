@@ -12,6 +12,7 @@ from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter
 from eagle.errors import WorkError
 from eagle.generate.claim import claimed
+from eagle.generate.dealing import begin, is_done
 from eagle.generate.job import (
     COMPILE_MODES,
     GenerationRequest,
@@ -24,7 +25,6 @@ from eagle.generate.job import (
 )
 from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan
-from eagle.generate.progress import finished
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.target.families import TARGET_FAMILIES
 from eagle.text import visible
@@ -129,12 +129,13 @@ def main(argv: list[str] | None = None) -> int:
         plan.check_space(request.folder)
         return 0
     with claimed(job):
-        if not all(finished(request.folder / str(number)) for number in range(len(job.groups))):
+        if not is_done(request.folder):
             tokens = encode_job(job)
             check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
             plan = make_plan(job, tokens)
             print("\n".join(f"  {line}" for line in plan.lines()))
             plan.check_space(request.folder)
+            begin(tokens, job.manifest, request.folder)
             run_workers(job, plan.tokens)
         manifest = finish(job)
         check_usable(job, Tally.from_json(manifest), manifest["tokens"])

@@ -16,9 +16,9 @@ from eagle.dtypes import parse_dtype
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import write_json
+from eagle.generate.dealing import left_by_worker
 from eagle.generate.job import Job
 from eagle.generate.launch import worker_command, worker_variables
-from eagle.generate.progress import missing
 from eagle.store.dtypes import STORE_DTYPES, bytes_per_value
 from eagle.store.manifest import MANIFEST
 
@@ -91,10 +91,7 @@ def store_bytes(tokens: int, records: int, widths: Iterable[int], dtype: str, st
 def make_plan(job: Job, tokens: Tokens) -> Plan:
     """What every worker has left to do."""
     folder, lengths, widths = job.request.folder, tokens.lengths, job.widths.values()
-    shares = []
-    for number in range(len(job.groups)):
-        share = tokens.share(number, len(job.groups))
-        shares.append([place for stretch in missing(folder / str(number)) for place in stretch.of(share)])
+    shares = left_by_worker(tokens, job.manifest, folder, len(job.groups))
     counts = [int(lengths[share].sum()) for share in shares]
 
     def sizes(store_dtype: str) -> list[int]:

@@ -15,12 +15,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from eagle.device import to_card
 from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.target.config import load_config
 from eagle.target.cpu_attention import attention_for
 from eagle.target.cpu_trunk import packed_trunk
 from eagle.target.features import HIDDEN_STATE, check_features, features_of
 from eagle.target.packing import pack
+from eagle.target.pipeline import overlap_batches
 from eagle.target.trunk import load_trunk, parts_of
 
 
@@ -69,6 +71,7 @@ class TrunkSource:
             attention="sdpa" if compiling else attention_for(options.device, dtype),
             spread=options.cards > 1 and kind != "cpu",
         )
+        overlap_batches(self.trunk)
         compiled = compile_trunk(self.trunk, options.device) if compiling else None
         if compiled is not None:
             self.trunk, self.step = compiled, LENGTH_STEP
@@ -83,7 +86,8 @@ class TrunkSource:
         ids = np.zeros((len(sequences), self._padded(sequences)), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
-        return features_of(self.trunk, self.names, input_ids=torch.from_numpy(ids).to(self.device), use_cache=False)
+        input_ids = to_card(torch.from_numpy(ids), self.device)
+        return features_of(self.trunk, self.names, input_ids=input_ids, use_cache=False)
 
     def positions(self, sequences: Sequence[np.ndarray]) -> int:
         """How many positions a batch makes it compute: padding counts, what is computed for several counts once."""

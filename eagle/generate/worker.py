@@ -22,20 +22,25 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from eagle import device
 from eagle.data.cleaning import Tally
+from eagle.data.loss_mask import Encoded
 from eagle.data.tokens import TOKENS, key_of, load_tokens
 from eagle.dtypes import parse_dtype
 from eagle.entry import run
 from eagle.errors import RequestError, WorkError
 from eagle.files import write_json
-from eagle.generate.collector import Collector, Item, NotFinite, all_finite, check_finite
-from eagle.generate.job import COMPILE_MODES, node_share
+from eagle.generate.collector import Collector, Item, NotFinite, check_finite
+from eagle.generate.dealing import dealt, node_share, read_left
+from eagle.generate.fetch import all_finite
+from eagle.generate.job import COMPILE_MODES
 from eagle.generate.progress import Progress, Stretch, finished, missing
 from eagle.generate.sources import FeatureSource, SourceOptions, open_source
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
+from eagle.store.shard import shard_number, shard_paths
 from eagle.store.writer import ShardWriter
 
 #: What a worker says on stdout before it ends by an error that the same command would end by again.
@@ -58,10 +63,11 @@ def batches(lengths: Sequence[int], batch_tokens: int, start: int = 0) -> Iterat
 
 
 class Share:
-    """One worker's share of a job, and what of it is not done yet.
+    """What one worker computes of a job, and what of it is not done yet.
 
-    places: its conversations in its order, by their place in the tokens; lengths: theirs. missing: the stretches that
-    its shards do not hold. held: what they do.
+    places: its conversations in its order, by their place in the tokens; lengths: theirs. missing: the stretches of
+    them that its shards do not hold. held: what they do, for whoever watches; of a job that was dealt again
+    (`redealt`), where shards are nobody's, worker 0 speaks for all of them.
 
     Raises: RequestError, WorkError (the job's tokens are missing, a shard is damaged).
     """
@@ -72,25 +78,41 @@ class Share:
         tokens = load_tokens(outdir / TOKENS, key_of(self.manifest))
         if tokens is None:
             raise WorkError(f"{outdir / TOKENS} is missing or damaged; run the same allocation.py command again.")
-        self.tokens, self.missing = tokens, missing(self.folder)
-        self.workers = self.manifest["options"]["workers"]
-        self.places = tokens.share(number, self.workers)
-        self.lengths = tokens.lengths[self.places].tolist()
+        self.tokens, self.workers = tokens, self.manifest["options"]["workers"]
         self.conversations = node_share(self.manifest)
-        left = [length for stretch in self.missing for length in stretch.of(self.lengths)]
-        self.tokens_left = sum(left)
-        self.held = Progress(len(self.lengths) - len(left), sum(self.lengths) - sum(left))
+        self.redealt = self.manifest.get("redealt", False)
+        lengths = tokens.lengths
+        if self.redealt:
+            left = read_left(outdir)
+            self.places = dealt(tokens, left, number, self.workers)
+            behind = max((shard_number(path) + 1 for path in shard_paths(self.folder)), default=0)
+            self.missing = [Stretch(Progress(), None, behind, None)]
+        else:
+            self.places, self.missing = tokens.share(number, self.workers), missing(self.folder)
+        self.lengths = lengths[self.places].tolist()
+        todo = [length for stretch in self.missing for length in stretch.of(self.lengths)]
+        self.tokens_left = sum(todo)
+        self.held = Progress(len(self.lengths) - len(todo), sum(self.lengths) - sum(todo))
+        if self.redealt and number == 0:
+            self.held = Progress(int((lengths > 0).sum()) - len(left), int(lengths.sum() - lengths[left].sum()))
 
     def batches(self, stretch: Stretch) -> list[range]:
-        """The batches of a stretch, as indices into the share."""
+        """The batches of a stretch, as indices into the share; as many as it has to become shards, or more."""
         size = self.manifest["options"]["batch_tokens"]
-        return list(batches(self.lengths[: stretch.end], size, stretch.begin.records))
+        found = list(batches(self.lengths[: stretch.end], size, stretch.begin.records))
+        while stretch.shards and len(found) < stretch.shards:  # they were made with smaller batches
+            at = max(range(len(found)), key=lambda number: len(found[number]))
+            start, stop = found[at].start, found[at].stop
+            found[at : at + 1] = [range(start, (start + stop) // 2), range((start + stop) // 2, stop)]
+        return found
 
     def items(self, batch: range) -> list[Item]:
-        """The conversations of a batch."""
+        """The conversations of a batch, copied out of the mapped tokens."""
         places = [self.places[index] for index in batch]
         ids = self.tokens.ids(places, self.conversations, self.manifest["data"]["records"])
-        return [Item(number, self.tokens[place]) for number, place in zip(ids, places, strict=True)]
+        rows = map(self.tokens.__getitem__, places)
+        copies = [Encoded(np.array(row.input_ids), np.array(row.loss_mask)) for row in rows]
+        return [Item(number, row) for number, row in zip(ids, copies, strict=True)]
 
     def tally(self) -> Tally:
         """What could not be used, and what was mended."""
@@ -98,13 +120,15 @@ class Share:
 
 
 class Worker:
-    """Computes a share with the source it is given."""
+    """Computes a share with the source it is given, on so many cards."""
 
-    def __init__(self, share: Share, source: FeatureSource) -> None:
-        self.share, self.source = share, source
+    def __init__(self, share: Share, source: FeatureSource, cards: int = 1) -> None:
+        self.share, self.source, self.cards = share, source, cards
 
     def work(self, shard_bytes: int) -> Iterator[Progress]:
         """Compute what is missing of the share, then write ``done.json``. Yields how much of it there is.
+
+        Where the job was dealt again, whoever started the worker counts what is there when all have ended.
 
         Raises: WorkError (features that are not finite, disk full), OSError.
         """
@@ -120,13 +144,23 @@ class Worker:
             )
             todo = share.batches(stretch)
             done = dataclasses.replace(stretch.begin)
-            collector = Collector(writer, done, share.manifest["dtype"], len(todo), stretch.shards)
+            collector = Collector(
+                writer,
+                done,
+                share.manifest["dtype"],
+                len(todo),
+                stretch.shards,
+                cards=self.cards,
+                in_sequence=not share.redealt,
+            )
             for batch in map(share.items, todo):
                 collector.add(self.compute(batch), batch)
                 records += len(batch)
                 tokens += sum(len(item.encoded.input_ids) for item in batch)
                 yield Progress(records, tokens)
             collector.close()
+        if share.redealt:
+            return
         # The last stretch reaches the end of the share.
         done.tally = share.tally()
         write_json(share.folder / DONE, done.to_json())
@@ -211,7 +245,10 @@ def _main(args: argparse.Namespace) -> int:
         _report(progress)
         return 0
     share = Share(args.outdir, args.worker)
-    worker = Worker(share, source_for(share, kind, args.cards, args.compile))
+    if share.redealt and not share.tokens_left:
+        _report(share.held)
+        return 0
+    worker = Worker(share, source_for(share, kind, args.cards, args.compile), args.cards)
     if args.probe:
         tokens, seconds = worker.probe(args.probe)
         print(json.dumps({"tokens": tokens, "seconds": seconds}))

@@ -37,7 +37,8 @@ def load_trunk(
     """The target without its ``lm_head``: ``trunk(ids).last_hidden_state`` is the feature ``[B, T, H]``.
 
     attention: `attn_implementation` of transformers. spread: place the layers over every card this process sees
-    (70B-class targets) instead of on `device`. memory: bytes that weights may take, by card (default: what leaves room
+    (70B-class targets) instead of on `device`, whose memory each tensor is read into: the host never holds the whole
+    model, however many workers load it. memory: bytes that weights may take, by card (default: what leaves room
     for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
     batch would read them from disk.
 
@@ -51,6 +52,8 @@ def load_trunk(
     placement: dict[str, Any] = {}
     if spread:
         placement = {"device_map": "auto", "max_memory": memory or weight_memory(device.type)}
+    elif device.type != "cpu":
+        placement = {"device_map": {"": device}}
     if offload_folder:
         placement["offload_folder"] = str(offload_folder)
     try:
@@ -66,7 +69,7 @@ def load_trunk(
         raise _too_small(folder, placement["max_memory"])
     trunk.requires_grad_(False)
     trunk.eval()
-    return trunk if spread else trunk.to(device)
+    return trunk
 
 
 def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError:

@@ -44,7 +44,9 @@ class Loader:
         self, data: FeatureDataset, keys: Sequence[Key], where: torch.device, dtype: torch.dtype, threads: int
     ) -> None:
         self.data, self.keys, self.where, self.dtype = data, keys, where, dtype
-        self._pool = ThreadPoolExecutor(threads, "loader") if threads else None
+        self._pool = None
+        if threads:
+            self._pool = ThreadPoolExecutor(threads, "loader", device.make_current, (where,))
         self._ahead = AHEAD * threads
         self._next = 0
         self._waiting: deque[Future[StoredBatch]] = deque()

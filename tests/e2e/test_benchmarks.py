@@ -110,3 +110,9 @@ def test_the_input_of_training(tmp_path):
     assert all(min(row["step_seconds"].values()) > 0 for row in rows.values())
     assert rows["same"]["bytes_per_token"] < 0.55 * rows["same"]["plain_bytes_per_token"]
     assert rows["int8"]["bytes_per_token"] < 0.3 * rows["int8"]["plain_bytes_per_token"]
+
+
+def test_batches_on_their_way_through_pretended_cards():
+    answer = command("benchmarks/pipeline.py", "--cards", 4, "--milliseconds", 10, "--batches", 20)
+    three, five = json.loads(answer.out)["in_flight"].values()
+    assert five["tokens_per_s"] > three["tokens_per_s"] > 0

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle.generate import main as allocation
+from eagle.store.reader import FeatureStore
 from eagle.store.shard import shard_paths
+from eagle.store.verify import check_store
 from tests.e2e.commands import ask, command, start
 from tests.e2e.conftest import CONVERSATIONS, WORKERS, contents
 from tests.tiny import make_target
@@ -136,3 +138,29 @@ def test_a_deleted_shard_is_made_again(job: list[object], undisturbed: Path, tmp
     shard_paths(outdir / "1")[2].unlink()
     command(*job, "--outdir", outdir)
     assert contents(outdir) == contents(undisturbed)
+
+
+def test_a_killed_job_goes_on_with_other_workers(
+    job: list[object], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers, then one with larger batches, then three: every conversation once, equal to float32's noise."""
+    outdir = tmp_path / "store"
+    for reached, changes in ((1, []), (3, ["--npu_indices", "0", "--batch_tokens", 300])):
+        process = start(*job, *changes, "--outdir", outdir)
+        wait_until(lambda reached=reached: shards(outdir) >= reached, process)
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not workers_of(outdir))
+    kept = contents(outdir)
+    assert 0 < len(kept) < CONVERSATIONS, "the kills came too soon or too late to matter"
+    refused = ask(allocation.main, capsys, *job[1:], "--npu_indices", "0,1,2", "--max_length", 99, "--outdir", outdir)
+    assert refused.code == 2
+    assert "max_length was 2048, now 99" in refused.error
+    answer = command(*job, "--npu_indices", "0,1,2", "--outdir", outdir)
+    assert f"{CONVERSATIONS - len(kept):,} records" in answer.out, "it computes what is missing and no more"
+    assert set(kept) < set(contents(outdir))
+    found, expected = check_store(outdir), check_store(undisturbed)
+    assert found.damage == [] and found.complete
+    assert found.token_digest == expected.token_digest
+    for a, b in zip(FeatureStore(outdir), FeatureStore(undisturbed), strict=True):
+        torch.testing.assert_close(a.hidden_state, b.hidden_state, rtol=1e-4, atol=1e-5)

@@ -40,11 +40,12 @@ def test_a_store_is_read_to_the_bit() -> None:
     assert not found["damage"] and found["complete"]
 
 
-def test_an_interrupted_store_is_continued(made: Path) -> None:
+@pytest.mark.parametrize("indices", ["0,1", "0"], ids=["same workers", "others"])
+def test_an_interrupted_store_is_continued(made: Path, indices: str) -> None:
     first = (made / "store_int8" / "0" / "shard-00000.safetensors").read_bytes()
     command(
         "allocation.py", "--model_name", made / "target", "--data_path", made / "conversations.json",
-        "--npu_indices", "0,1", "--dtype", "float32", "--outdir", made / "store_int8", "--store_dtype", "int8",
+        "--npu_indices", indices, "--dtype", "float32", "--outdir", made / "store_int8", "--store_dtype", "int8",
     )  # fmt: skip
     summary, whole = check_store(made / "store_int8"), json.loads((MADE / "store_verified.json").read_text())
     assert summary.complete and not summary.damage

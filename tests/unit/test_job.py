@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from eagle.errors import RequestError
 from eagle.generate.job import GenerationRequest, claim_outdir, node_share, parse_indices, resolve
-from eagle.store.manifest import MANIFEST
+from eagle.store.manifest import DONE, MANIFEST
+from eagle.store.record import Record
+from eagle.store.shard import shard_name, write_shard
 from tests.tiny import conversations, make_target, write_sharegpt
 
 
@@ -96,22 +99,44 @@ def test_end_num_beyond_the_file_uses_all(tmp_path, inputs):
     assert any("all are used" in note for note in job.notes)
 
 
+def finish_a_shard(outdir: Path) -> None:
+    (outdir / "0").mkdir()
+    nothing = torch.zeros(1, 32)
+    ids = torch.zeros(1, dtype=torch.int32)
+    write_shard(outdir / "0" / shard_name(0), [Record(0, ids, ids.to(torch.uint8), nothing)])
+
+
 def test_same_job_continues_and_another_is_refused(tmp_path, inputs):
     outdir = tmp_path / "store"
     claim_outdir(resolve(request(inputs, outdir)))
+    finish_a_shard(outdir)
     before = (outdir / MANIFEST).read_bytes()
-    claim_outdir(resolve(request(inputs, outdir)))
-    assert (outdir / MANIFEST).read_bytes() == before
+    for changes in ({}, {"npu_indices": (0, 1)}, {"batch_tokens": 7, "shard_mb": 1, "compile": "off"}):
+        claim_outdir(resolve(request(inputs, outdir, **changes)))
+        assert (outdir / MANIFEST).read_bytes() == before
     for changes, says in (
         ({"seed": 7}, "seed was 42, now 7"),
         ({"max_length": 100}, "max_length was 2048, now 100"),
         ({"dtype": "float32"}, "dtype was bfloat16, now float32"),
-        ({"npu_indices": (0, 1)}, "workers was 1, now 2"),
         ({"chat_template": "vicuna"}, "tokenizer digest was"),
     ):
         with pytest.raises(RequestError, match=says):
             claim_outdir(resolve(request(inputs, outdir, **changes)))
     assert (outdir / MANIFEST).read_bytes() == before
+
+
+def test_a_job_that_finished_no_shard_does_not_bind_another(tmp_path, inputs, capsys):
+    """What a kill -9 before the first shard leaves: its claim, and a worker's word that it had nothing to do."""
+    outdir = tmp_path / "store"
+    claim_outdir(resolve(request(inputs, outdir, npu_indices=(0, 1))))
+    (outdir / "1").mkdir()
+    (outdir / "1" / DONE).write_text(
+        '{"records": 0, "tokens": 0, "supervised_tokens": 0, "dropped": {}, "repaired": {}}'
+    )
+    claim_outdir(resolve(request(inputs, outdir, npu_indices=(0, 1), max_length=100)))
+    assert "finished no shard; this one takes its place" in capsys.readouterr().out
+    assert json.loads((outdir / MANIFEST).read_text())["options"]["max_length"] == 100
+    assert not (outdir / "1" / DONE).exists()
 
 
 def test_foreign_folder_is_left_alone(tmp_path, inputs):

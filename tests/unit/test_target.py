@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -121,3 +121,25 @@ def test_a_target_too_large_for_its_cards_is_refused(tmp_path):
     folder = make_target(tmp_path / "model", layers=4)
     with pytest.raises(RequestError, match=r"does not fit on the cards of one worker.*--used_npus 4 or 8"):
         load_trunk(folder, torch.float32, torch.device("cpu"), spread=True, memory={"cpu": 90_000})
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_target_is_read_into_the_card_and_never_moved_there_whole(tmp_path, monkeypatch, layout, tied):
+    """The meta device plays the card: what is read into it is never all in host memory."""
+    asked, moved = [], []
+    from_pretrained = AutoModel.from_pretrained
+
+    def watched(folder, **options):
+        asked.append(options.get("device_map"))
+        return from_pretrained(folder, **options)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", watched)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, *args, **_: moved.append(next(model.parameters()).device))
+    folder, card = make_target(tmp_path / "m", tied=tied, layout=layout, max_shard_size="40KB"), torch.device("meta")
+    trunk = load_trunk(folder, torch.float32, card)
+    assert asked == [{"": card}]
+    assert torch.device("cpu") not in moved, "built on the CPU, and then moved"
+    assert {parameter.device for parameter in trunk.parameters()} == {card}
+    load_trunk(folder, torch.float32, torch.device("cpu"))
+    assert asked[1] is None

@@ -1,6 +1,7 @@
 """A job's conversations as tokens: the same however they are encoded, kept, and what they count."""
 
 import contextlib
+import mmap
 import os
 import signal
 import time
@@ -127,8 +128,22 @@ def test_kept_for_the_same_job_alone(inputs, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
 
 
-def test_nothing_usable(inputs):
+def test_what_is_kept_is_mapped_and_not_read_into_memory(inputs, tmp_path):
+    records, encoder = inputs
+    save_tokens(tmp_path / "tokens", encode(records, encoder, range(20), 4096), "key")
+    found = load_tokens(tmp_path / "tokens", "key")
+    for name in ("input_ids", "loss_mask", "offsets"):
+        array = getattr(found, name)
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        assert isinstance(array.base, mmap.mmap), name
+    assert not found[0].input_ids.flags.owndata, "a row is no copy either"
+
+
+def test_nothing_usable(inputs, tmp_path):
     records, encoder = inputs
     tokens = encode_all(records, encoder, [290, 291, 292], 4096)
     assert tokens.lengths.tolist() == [0, 0, 0]
+    save_tokens(tmp_path / "tokens", tokens, "key")
+    assert same(load_tokens(tmp_path / "tokens", "key"), tokens)
     assert sum(tokens.tally().dropped.values()) == 3

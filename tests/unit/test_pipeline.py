@@ -1,0 +1,93 @@
+"""A target spread over cards as a pipeline: nothing goes from one card to another that is not its neighbour."""
+
+import pytest
+import torch
+
+from eagle.target import pipeline
+from eagle.target.pipeline import HandOver, overlap_batches
+from eagle.target.trunk import load_trunk
+from tests.tiny import make_target
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Placed(torch.Tensor):
+    """A tensor with a card's number."""
+
+    card: int
+
+
+def placed(value, card):
+    made = torch.tensor(float(value)).as_subclass(Placed)
+    made.card = card
+    return made
+
+
+def test_what_layers_share_is_handed_on_from_card_to_card():
+    sent = []
+
+    def send(tensor, card):
+        sent.append((tensor.card, card, float(tensor)))
+        return placed(float(tensor), card)
+
+    hand_over = HandOver(send, lambda tensor: tensor.card)
+    for batch in range(2):
+        hand_over.forget()
+        hidden, cosines, sines = placed(0, 0), placed(1 + batch, 0), placed(11 + batch, 0)
+        for layer in range(6):
+            card = layer // 2
+            args = hand_over.bring((hidden,), card)
+            given = hand_over.bring({"position_embeddings": (cosines, sines), "mask": None, "use_cache": False}, card)
+            assert [t.card for t in (*args, *given["position_embeddings"])] == [card] * 3
+            assert [float(t) for t in given["position_embeddings"]] == [1 + batch, 11 + batch]
+            assert given["mask"] is None and given["use_cache"] is False
+            hidden = placed(float(args[0]) + 1, card)
+        assert float(hidden) == 6
+    assert {(source, target) for source, target, _ in sent} == {(0, 1), (1, 2)}
+    assert len(sent) == 2 * 2 * 3, "once a card, and not once a layer"
+
+
+def spread(trunk):
+    """A trunk as accelerate leaves it: half of it on another card, which the meta device plays, and a hook each."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    names = ["embed_tokens", *(f"layers.{number}" for number in range(len(trunk.layers))), "norm"]
+    half = len(names) // 2
+    trunk.hf_device_map = dict.fromkeys(names[:half], 0) | dict.fromkeys([*names[half:], "rotary_emb"], 1)
+    for number, name in enumerate(names):
+        module = trunk.get_submodule(name).to(META if number >= half else CPU)
+        add_hook_to_module(module, AlignDevicesHook(META if number >= half else CPU))
+    add_hook_to_module(trunk, AlignDevicesHook(io_same_device=True), append=True)
+    return trunk
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_spread_trunk_moves_little_and_leaves_its_features_on_its_last_card(tmp_path, family, monkeypatch):
+    sent = []
+
+    def send(tensor, place):
+        sent.append((tensor.device, place))
+        return tensor.to(place)
+
+    monkeypatch.setattr(pipeline, "HandOver", lambda: HandOver(send))
+    trunk = spread(load_trunk(make_target(tmp_path / "m", family, layers=6), torch.float32, CPU))
+    overlap_batches(trunk)
+    assert not any(hasattr(module, "_hf_hook") for module in trunk.modules())
+    for _ in range(2):
+        with torch.inference_mode():
+            found = trunk(input_ids=torch.arange(1, 13)[None], use_cache=False).last_hidden_state
+        assert found.device == META and found.shape == (1, 12, 32)
+    assert set(sent) == {(CPU, META)}
+    assert len(sent) <= 2 * 5, "hidden states, cosines, sines and perhaps positions: once a card"
+
+
+def test_a_trunk_with_layers_on_no_card_keeps_its_hooks(tmp_path):
+    folder = make_target(tmp_path / "model", layers=4)
+    size = sum(parameter.nbytes for parameter in load_trunk(folder, torch.float32, CPU).parameters())
+    trunk = load_trunk(
+        folder, torch.float32, CPU, spread=True, memory={"cpu": size * 2 // 3}, offload_folder=tmp_path / "offload"
+    )
+    overlap_batches(trunk)
+    assert hasattr(trunk, "_hf_hook")
+    with torch.inference_mode():
+        assert trunk(input_ids=torch.arange(1, 13)[None], use_cache=False).last_hidden_state.device == CPU
