@@ -108,10 +108,14 @@ def disagreement(said: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return "; ".join(
-        f"{name} is {theirs.get(name)} there and {value} on rank 0"
+        f"{name} is {_said(theirs.get(name))} there and {_said(value)} on rank 0"
         for name, value in ours.items()
         if theirs.get(name) != value
     )
+
+
+def _said(value: object) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _is_different(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

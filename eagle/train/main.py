@@ -318,6 +318,8 @@ def claimed(trainer: Trainer, saved: checkpoint.Saved | None) -> Iterator[None]:
     cpdir = trainer.options.run_folder
     output_folder(cpdir, "--cpdir")
     with locked(cpdir, "--cpdir") if trainer.accelerator.is_main_process else nullcontext():
+        if checkpoint.states(cpdir)[-1:] != ([saved[0]] if saved else []):
+            raise RequestError(f"--cpdir {cpdir} was written to by another job meanwhile. See that it has ended.")
         if saved:
             checkpoint.check_same_run(cpdir, saved[1]["run"], trainer.run)
         yield
