@@ -187,7 +187,7 @@ def _where() -> str:
 
 @contextmanager
 def _in_time(size: int) -> Iterator[None]:
-    """End the process where its group does not come together within `TIME_TO_MEET` seconds."""
+    """End the process where its group of so many does not come together within `TIME_TO_MEET` seconds."""
     met = threading.Event()
     cure = (
         "Start the others, with the same number of machines and processes and the same address and port; one that has "
@@ -195,12 +195,13 @@ def _in_time(size: int) -> Iterator[None]:
     )
 
     def wait() -> None:
-        for seconds in (TIME_TO_MEET / 10, TIME_TO_MEET * 9 / 10):
-            if met.wait(seconds):
-                return
-            print(f"note: {_where()} still waits for the group of {size} to come together.", file=sys.stderr)
+        if met.wait(TIME_TO_MEET / 10):
+            return
+        print(f"note: {_where()} still waits for the group of {size} to come together.", file=sys.stderr, flush=True)
+        if met.wait(TIME_TO_MEET * 9 / 10):
+            return
         with contextlib.suppress(OSError):
-            text = f"error: {_where()} has met no group of {size} in {TIME_TO_MEET / 60:.0f} minutes. {cure}\n"
+            text = f"error: {_where()} has met no group of {size} in {TIME_TO_MEET:.0f} seconds. {cure}\n"
             os.write(2, text.encode())
         os._exit(1)
 

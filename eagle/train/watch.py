@@ -68,6 +68,11 @@ LOST_WORDS = (
     "the last one."
 )
 
+SIGTERM_WORDS = (
+    "SIGTERM ended it. A launcher sends that to the processes of its machine when one of them has ended, and says "
+    "which; so does a scheduler."
+)
+
 
 def last_words(error: BaseException) -> tuple[int, str]:
     """The exit code of a process that ends by this, and what others are to know of it."""
@@ -156,7 +161,7 @@ class Watch:
             while time.monotonic() < until and not self.ended:
                 time.sleep(TICK / 10)
             if self.ended and self.ended.rank != self.rank:
-                self._threads[1].join()
+                self._threads[1].join(4 * GRACE)
         self._main_ends = True
         self.tell(*last_words(error))
         self._stop()
@@ -236,7 +241,7 @@ class Watch:
                 signalled = self._signals.recv(16)
             self._silence += 1
             if signal.SIGTERM in signalled:
-                self._end(Ending(self.rank, self.host, 128 + signal.SIGTERM, "it was ended by SIGTERM"))
+                self._end(Ending(self.rank, self.host, 128 + signal.SIGTERM, SIGTERM_WORDS))
             if signal.SIGINT in signalled:
                 self.tell(130, "interrupted")
                 self._wait_for_main(2 * GRACE)

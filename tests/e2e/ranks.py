@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -47,12 +46,6 @@ class Rank:
     def out(self) -> str:
         return (self.folder / "out").read_text()
 
-    def wait_for(self, text: str) -> None:
-        until = time.monotonic() + PATIENCE
-        while text not in self.out:
-            assert time.monotonic() < until and self.process.is_alive(), self.said
-            time.sleep(0.05)
-
 
 def start_ranks(
     folder: Path,
@@ -60,10 +53,12 @@ def start_ranks(
     dies: Mapping[int, int] | None = None,
     by: int = signal.SIGKILL,
     tick: float | None = None,
+    missing: int = 0,
 ) -> list[Rank]:
     """Start a rank with each of these options. dies: rank to step, behind which it sends itself the signal `by`.
 
-    tick: seconds between the ranks' beats, where that is not to be the real one.
+    tick: seconds between the ranks' beats, where that is not to be the real one. missing: further ranks of the group,
+    which do not come; the others then wait two seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,9 +68,22 @@ def start_ranks(
         own = folder / f"rank{number}"
         own.mkdir(parents=True)
         # One process of every "machine" says what is wrong, so all of these do.
-        place = {"RANK": number, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place: dict[str, object] = {
+            "RANK": number,
+            "WORLD_SIZE": len(commands) + missing,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         environment = {name: str(value) for name, value in {**place, "LOCAL_RANK": 0}.items()}
-        arguments = ([str(word) for word in words], environment, own, (dies or {}).get(number), by, tick)
+        arguments = (
+            [str(word) for word in words],
+            environment,
+            own,
+            (dies or {}).get(number),
+            by,
+            tick,
+            2.0 if missing else None,
+        )
         process = context.Process(target=_train, args=arguments)
         process.start()
         ranks.append(Rank(process, own))
@@ -83,10 +91,11 @@ def start_ranks(
 
 
 def _train(
-    words: list[str], environment: dict[str, str], folder: Path, dies_at: int | None, by: int, tick: float | None
-) -> None:
+    words: list[str], environment: dict[str, str], folder: Path, dies_at: int | None, by: int, tick: float | None,
+    time_to_meet: float | None,
+) -> None:  # fmt: skip
     from eagle.entry import run
-    from eagle.train import main, watch
+    from eagle.train import group, main, watch
     from eagle.train.run_log import RunLog
 
     for name, descriptor in (("out", 1), ("err", 2)):
@@ -94,7 +103,7 @@ def _train(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     os.environ.update(environment)
     torch.set_num_threads(1)
-    watch.TICK = tick or watch.TICK
+    watch.TICK, group.TIME_TO_MEET = tick or watch.TICK, time_to_meet or group.TIME_TO_MEET
     step = RunLog.step
 
     def last_step(self: RunLog, number: int, *rest: object) -> None:

@@ -111,6 +111,13 @@ def test_a_rank_that_cannot_begin(wrong: list[object], says: str, shards: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_never_comes(shards: Path, llama: Path, tmp_path: Path) -> None:
+    (rank,) = start_ranks(tmp_path, [options(shards, llama, tmp_path / "run")], missing=1)
+    assert rank.wait() == 1
+    assert "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1" in rank.said
+    assert "has met no group of 2 in 2 seconds. Start the others" in rank.said
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_is_killed(lost: int, shards: Path, llama: Path, tmp_path: Path) -> None:
     """Rank 0's store goes with it; a collective tells the others that somebody is gone, the beats who it is."""
@@ -138,7 +145,7 @@ def test_a_rank_that_is_ended_by_hand(number: int, code: int, shards: Path, llam
     run = options(shards, llama, tmp_path / "run")
     ranks = start_ranks(tmp_path, [run, run], dies={1: 3}, by=number)
     assert [rank.wait() for rank in ranks] == [1, code]
-    reason = "interrupted" if number == signal.SIGINT else "it was ended by SIGTERM"
+    reason = "interrupted" if number == signal.SIGINT else "SIGTERM ended it"
     assert f"error: rank 1 (host {HOST}) ended: {reason}" in ranks[0].said
 
 
