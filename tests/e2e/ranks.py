@@ -68,22 +68,11 @@ def start_ranks(
         own = folder / f"rank{number}"
         own.mkdir(parents=True)
         # One process of every "machine" says what is wrong, so all of these do.
-        place: dict[str, object] = {
-            "RANK": number,
-            "WORLD_SIZE": len(commands) + missing,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = {name: str(value) for name, value in {**place, "LOCAL_RANK": 0}.items()}
-        arguments = (
-            [str(word) for word in words],
-            environment,
-            own,
-            (dies or {}).get(number),
-            by,
-            tick,
-            2.0 if missing else None,
-        )
+        place: dict[str, object] = {"RANK": number, "WORLD_SIZE": len(commands) + missing, "LOCAL_RANK": 0}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in place.items()}
+        dies_at, time_to_meet = (dies or {}).get(number), 2.0 if missing else None
+        arguments = ([str(word) for word in words], environment, own, dies_at, by, tick, time_to_meet)
         process = context.Process(target=_train, args=arguments)
         process.start()
         ranks.append(Rank(process, own))
