@@ -94,25 +94,29 @@ def is_broken_collective(error: BaseException) -> bool:
 
 
 class Keys:
-    """One run's keys in a group's store, of which every thread has a client of its own. None of its calls waits."""
+    """One run's keys in a group's store, of which every thread has a client of its own. None of its calls waits.
+
+    Beside every value a counter says that it is there: torch's oldest stores cannot be asked, and `get` would wait.
+    """
 
     def __init__(self, store: Any, prefix: str) -> None:
         self._store, self._prefix = store, prefix
 
     def set(self, name: str, value: str) -> None:
         self._store.set(self._prefix + name, value)
-
-    def get(self, name: str) -> str | None:
-        key = self._prefix + name
-        return self._store.get(key).decode() if self._store.check([key]) else None
-
-    def add(self, name: str, number: int) -> int:
-        """To a counter, which begins at 0; its value then."""
-        return self._store.add(self._prefix + name, number)
+        self.add(f"{name}/is there", 1)
 
     def set_first(self, name: str, value: str) -> None:
         """Does nothing where the key is there."""
         self._store.compare_set(self._prefix + name, "", value)
+        self.add(f"{name}/is there", 1)
+
+    def get(self, name: str) -> str | None:
+        return self._store.get(self._prefix + name).decode() if self.add(f"{name}/is there", 0) else None
+
+    def add(self, name: str, number: int) -> int:
+        """To a counter, which begins at 0; its value then."""
+        return self._store.add(self._prefix + name, number)
 
 
 class Watch:
@@ -158,9 +162,9 @@ class Watch:
         if is_broken_collective(error):
             self._broken = True
             until = time.monotonic() + 2 * LOST_AFTER_BREAK * TICK
-            while time.monotonic() < until and not self.ended:
+            while time.monotonic() < until and not self._is_to_end():
                 time.sleep(TICK / 10)
-            if self.ended and self.ended.rank != self.rank:
+            if self._is_to_end():
                 self._threads[1].join(4 * GRACE)
         self._main_ends = True
         self.tell(*last_words(error))
@@ -248,11 +252,16 @@ class Watch:
                 self._exit(130)
             if self.ended is None and self._silence > LOST_AFTER:
                 self._lose_store("no answer")
-            if self.ended is not None and self.ended.rank != self.rank:
+            if self._is_to_end():
+                assert self.ended
                 self._heard.wait(GRACE)
                 self._wait_for_main(GRACE if self.raises_itself else GRACE / 2)
                 self._report(self.ended)
                 self._exit(self.ended.code_of_others)
+
+    def _is_to_end(self) -> bool:
+        """Whether another process has ended, or the others took this one for lost: they do not wait for it."""
+        return self.ended is not None and (self.ended.rank != self.rank or self.ended.lost)
 
     def _end(self, own: Ending) -> None:
         """By a signal. What ended another one first, and so this one, is the better reason."""

@@ -6,6 +6,7 @@ And a run goes on with another number of processes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -132,12 +133,17 @@ def test_a_rank_that_is_killed(lost: int, shards: Path, llama: Path, tmp_path: P
 
 
 def test_a_rank_that_stands_still(shards: Path, llama: Path, tmp_path: Path) -> None:
-    """Its connections stay open, as those of a machine that is down: the others wait in a collective and miss it."""
+    """Its connections stay open, as those of a machine that is down: the others wait in a collective and miss it.
+
+    Should it wake up again, it does not wait for them either.
+    """
     run = options(shards, llama, tmp_path / "run")
     ranks = start_ranks(tmp_path, [run, run], dies={1: 3}, by=signal.SIGSTOP, tick=0.1)
     assert ranks[0].wait() == 1
     assert f"error: rank 1 (host {HOST}) was killed or lost: nothing is heard of it" in ranks[0].said
-    ranks[1].process.kill()
+    os.kill(ranks[1].process.pid or 0, signal.SIGCONT)
+    assert ranks[1].wait() == 1
+    assert f"error: rank 0 (host {HOST}) was killed or lost" in ranks[1].said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
