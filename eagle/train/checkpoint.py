@@ -11,6 +11,7 @@ A pointer is a relative symbolic link, or a text file with the folder's name whe
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,13 @@ OPTIMIZER = "optimizer.pt"
 #: The checkpoint of a draft that was not trained yet.
 START = "state_0"
 _NAME = re.compile(r"state_(\d+)")
+
+
+#: A checkpoint's folder and its ``state.json``.
+Saved = tuple[Path, dict[str, Any]]
+
+#: What a global batch is dealt out by; their product is the run's, how it comes about is free.
+DEALT = ("processes", "bs", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +130,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def load_last(cpdir: Path) -> tuple[Path, dict] | None:
+def load_last(cpdir: Path) -> Saved | None:
     """The newest checkpoint of a run and its ``state.json``; None for a folder without one."""
     found = states(cpdir)
     return (found[-1], read_json(found[-1] / STATE, "a checkpoint's state")) if found else None
@@ -137,14 +145,42 @@ def restore(folder: Path, model: DraftNetwork) -> dict[str, Any]:
 
 
 def check_same_run(cpdir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises: RequestError where the checkpoint in `cpdir` belongs to a run with other data, base or options."""
+    """The global batch may be dealt out in another way: to other processes, in other micro-batches.
+
+    Raises: RequestError where the checkpoint in `cpdir` belongs to a run with other data, base or options.
+    """
     differences = [
         f"{key} was {saved.get(key)!r}, now {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
+        for key in sorted((saved.keys() | current.keys()) - set(DEALT))
         if saved.get(key) != current.get(key)
     ]
+    if _global_batch(saved) != _global_batch(current):
+        differences.append(_other_global_batch(saved, current))
     if differences:
         raise RequestError(
             f"--cpdir {cpdir} holds checkpoints of another run: {'; '.join(differences)}. Repeat that run's options to "
             "continue it, or name another folder."
         )
+
+
+def _global_batch(run: dict[str, Any]) -> int:
+    """Sequences an optimizer step."""
+    return math.prod(run.get(name, 1) for name in DEALT)
+
+
+def _other_global_batch(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """How the global batches of two runs came about, and what makes the old one with the processes of now."""
+    was, now = (
+        f"{_global_batch(run)} sequences ({run.get('processes', 1)} processes x --bs {run.get('bs', 1)} x "
+        f"--gradient_accumulation_steps {run.get('gradient_accumulation_steps', 1)})"
+        for run in (saved, current)
+    )
+    wanted, processes = _global_batch(saved), current.get("processes", 1)
+    if wanted % processes:
+        cure = f"{processes} processes cannot share that, a divisor of {wanted} can"
+    else:
+        each = wanted // processes
+        # The largest micro-batches that are no larger than before, which fitted.
+        bs = max(size for size in range(1, each + 1) if each % size == 0 and size <= saved.get("bs", 1))
+        cure = f"with {processes} processes --bs {bs} --gradient_accumulation_steps {each // bs} makes that"
+    return f"the global batch was {was}, now {now}; {cure}"

@@ -16,7 +16,8 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from eagle.target.check import check_target
 from eagle.target.identity import Identity
 from eagle.target.weights import read_embedding, read_head
 from eagle.train import checkpoint
+from eagle.train.agreement import describe
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store, usable_records
 from eagle.train.dry_run import dry_run
+from eagle.train.group import Group, meet
 from eagle.train.launch_check import check_launch, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
@@ -161,7 +164,6 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
     try:
-        # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
         on_cpu = device.choose_kind() == "cpu"
         accelerator = Accelerator(
             cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
@@ -192,8 +194,8 @@ def open_store(
     return store
 
 
-def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
-    """Everything the request names, loaded and checked against each other.
+def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Saved | None) -> Trainer:
+    """Everything the request names, loaded and checked against each other. saved: what the run goes on from.
 
     Raises: FileNotFoundError, RequestError.
     """
@@ -220,13 +222,12 @@ def build(options: TrainOptions, accelerator: Accelerator) -> Trainer:
     tied = target.tie_word_embeddings
     head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
-    if options.init not in family.starts and not checkpoint.states(options.run_folder):
+    if options.init not in family.starts and not saved:
         for note in warm_start(draft, Path(options.init), "--init"):
             if accelerator.is_main_process:
                 print(f"note: {note}")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
-    saved = checkpoint.load_last(options.run_folder)
     run_identity = {
         # A run that version 0.1 began goes on under the name it gave the target.
         "target": identity.as_in(saved[1].get("run", {}).get("target") if saved else None),
@@ -268,34 +269,64 @@ def check_widths(found: dict[str, int], expected: dict[str, int], options: Train
 
 
 def main(argv: list[str] | None = None) -> int:
+    with meet() as group:
+        return run_training(group.ready(lambda: read_options(argv)), group)
+
+
+def read_options(argv: list[str] | None) -> TrainOptions:
+    """Raises: RequestError; SystemExit as argparse does."""
     options = TrainOptions(**vars(parse_args(argv)))
     refuse_idle(given(make_parser(argv), argv), idle_flags(options))
-    return run_training(options)
+    return options
 
 
-def run_training(options: TrainOptions) -> int:
-    """Train as asked for, to the end.
+def run_training(options: TrainOptions, group: Group | None = None) -> int:
+    """Train as asked for, to the end. group: the processes that do (default: this one alone).
 
     Raises: FileNotFoundError, RequestError, WorkError.
     """
+    group = group or Group()
+    if options.dry_run:
+        return group.ready(lambda: plan_training(options))
+    accelerator, trainer, saved = group.ready(lambda: open_training(options))
+    trainer.notes = [*trainer.notes, *group.compare(describe(trainer, saved[1] if saved else None))]
+    with ExitStack() as held:
+        group.ready(lambda: held.enter_context(claimed(trainer, saved)))
+        return train(options, accelerator, trainer, saved)
+
+
+def plan_training(options: TrainOptions) -> int:
     if options.tmpdir:
         existing_path(options.tmpdir, "--tmpdir", "folder")
-    if options.dry_run:
-        return dry_run(options, make_accelerator(dataclasses.replace(options, report_to="none")))
+    return dry_run(options, make_accelerator(dataclasses.replace(options, report_to="none")))
+
+
+def open_training(options: TrainOptions) -> tuple[Accelerator, Trainer, checkpoint.Saved | None]:
+    """What the request names, opened; nothing is written."""
+    if options.tmpdir:
+        existing_path(options.tmpdir, "--tmpdir", "folder")
     check_cpdir(options)
     accelerator = make_accelerator(options)
     set_seed(options.seed)
-    trainer = build(options, accelerator)
-    output_folder(options.run_folder, "--cpdir")
-    with locked(options.run_folder, "--cpdir") if accelerator.is_main_process else nullcontext():
-        return train(options, accelerator, trainer)
-
-
-def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> int:
-    """Start or continue the run, and train it to its end."""
     saved = checkpoint.load_last(options.run_folder)
-    if saved:
-        checkpoint.check_same_run(options.run_folder, saved[1]["run"], trainer.run)
+    return accelerator, build(options, accelerator, saved), saved
+
+
+@contextmanager
+def claimed(trainer: Trainer, saved: checkpoint.Saved | None) -> Iterator[None]:
+    """The folder for checkpoints, there and this run's alone."""
+    cpdir = trainer.options.run_folder
+    output_folder(cpdir, "--cpdir")
+    with locked(cpdir, "--cpdir") if trainer.accelerator.is_main_process else nullcontext():
+        if checkpoint.states(cpdir)[-1:] != ([saved[0]] if saved else []):
+            raise RequestError(f"--cpdir {cpdir} was written to by another job meanwhile. See that it has ended.")
+        if saved:
+            checkpoint.check_same_run(cpdir, saved[1]["run"], trainer.run)
+        yield
+
+
+def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer, saved: checkpoint.Saved | None) -> int:
+    """Start or continue the run, and train it to its end."""
     if accelerator.is_main_process:
         write_json(options.run_folder / RUN, {"options": options.to_json(), "made_by": provenance()})
     if options.report_to != "none":  # only now: a tracker writes to the folder, which a refused run must not
@@ -329,11 +360,11 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer) -> 
 
 
 def leave(code: int) -> None:
-    """End this process. The gloo threads of a CPU run outlive their group and can abort a process that is done."""
-    if code == 0 and os.environ.get("WORLD_SIZE", "1") != "1":
+    """End this process. A backend's threads outlive their group: they can abort a process that is done, or hold it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
     sys.exit(code)
 
 

@@ -16,13 +16,14 @@ KILLED = 9
 _CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["reassign_data_num"])
+#: A process has one such server, which the tests share.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["reassign_data_num", "eagle.train.main"])
 
 
 def reshard(words: list[object], moment: int = 0) -> BaseProcess:
     """Start ``reassign_data_num.py``; it ends before its `moment`-th change to the file system (0: never)."""
-    process = _context.Process(target=_reshard, args=([str(word) for word in words], moment))
+    process = context.Process(target=_reshard, args=([str(word) for word in words], moment))
     process.start()
     return process
 

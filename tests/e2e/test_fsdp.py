@@ -94,6 +94,13 @@ def test_as_one_process_and_resumed(store: Path, llama: Path, tmp_path: Path) ->
     last, expected = weights(resolve_pointer(resumed / "last")), weights(resolve_pointer(shared / "last"))
     assert all(torch.equal(last[name], tensor) for name, tensor in expected.items())
 
+    # Without FSDP and on its own, one process goes on with what two shared.
+    shutil.rmtree(states(resumed)[-1])
+    assert "resuming from" in command("-m", "eagle.train.main", *options(store, llama, resumed), "--bs", 4).out
+    last, expected = weights(resolve_pointer(resumed / "last")), weights(resolve_pointer(alone / "last"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(last[name], tensor, **TOLERANCE, msg=name)
+
 
 def test_every_process_holds_its_share(llama: Path, tmp_path: Path) -> None:
     script = tmp_path / "shares.py"

@@ -90,6 +90,31 @@ def test_half_a_checkpoint_is_never_seen(model, tmp_path):
 
 
 def test_another_run_is_refused():
-    checkpoint.check_same_run(Path("c"), {"seed": 1, "bs": 4}, {"seed": 1, "bs": 4})
-    with pytest.raises(RequestError, match=r"bs was 4, now 8; seed was 1, now 2"):
-        checkpoint.check_same_run(Path("c"), {"seed": 1, "bs": 4}, {"seed": 2, "bs": 8})
+    checkpoint.check_same_run(Path("c"), {"seed": 1, "lr": 4}, {"seed": 1, "lr": 4})
+    with pytest.raises(RequestError, match=r"lr was 4, now 8; seed was 1, now 2"):
+        checkpoint.check_same_run(Path("c"), {"seed": 1, "lr": 4}, {"seed": 2, "lr": 8})
+
+
+def dealt(processes: int, bs: int, accumulation: int) -> dict[str, int]:
+    return {"processes": processes, "bs": bs, "gradient_accumulation_steps": accumulation, "seed": 1}
+
+
+@pytest.mark.parametrize("now", [(8, 4, 1), (4, 4, 2), (4, 8, 1), (1, 1, 32), (32, 1, 1)])
+def test_the_same_global_batch_in_other_pieces_is_the_same_run(now):
+    checkpoint.check_same_run(Path("c"), dealt(8, 4, 1), dealt(*now))
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        ((4, 4, 1), r"now 16 sequences \(4 processes x --bs 4 x .*\); with 4 processes --bs 4 "
+         r"--gradient_accumulation_steps 2 makes that"),
+        ((16, 4, 1), r"with 16 processes --bs 2 --gradient_accumulation_steps 1 makes that"),
+        ((3, 4, 1), r"3 processes cannot share that, a divisor of 32 can"),
+    ],
+)  # fmt: skip
+def test_another_global_batch_is_another_run(now, says):
+    with pytest.raises(RequestError, match=says) as refusal:
+        checkpoint.check_same_run(Path("c"), dealt(8, 4, 1), dealt(*now))
+    was = "the global batch was 32 sequences (8 processes x --bs 4 x --gradient_accumulation_steps 1), now "
+    assert was in str(refusal.value) and "seed" not in str(refusal.value)

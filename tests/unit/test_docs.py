@@ -20,6 +20,7 @@ TWINS = [(page, twin) for twin in DOCS if (page := twin.with_name(twin.name.repl
 FOREIGN_FLAGS = {
     "--help", "--check", "--multi_gpu", "--cpu", "--num_processes", "--num_cpu_threads_per_process", "--config_file",
     "--mixed_precision", "--standalone", "--nproc_per_node", "--speculative-config",
+    "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
 }  # fmt: skip
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
