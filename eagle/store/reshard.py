@@ -212,7 +212,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _store_files(store: FeatureStore) -> list[Path]:
     """Every file that belongs to the store; anything else in its folders is the user's and stays."""
-    files = [*store.manifests, *store.damaged_files]
+    files = [*store.manifests, *(store.folder / name for name in store.damage.files)]
     for manifest in store.manifests:
         files += [path for name in (DONE, LOG) for path in manifest.parent.glob(f"*/{name}")]
     for source in store.sources:
