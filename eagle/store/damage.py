@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -95,6 +96,7 @@ def _what_ran_out(code: int) -> str:
     )
 
 
+@cache
 def max_memory_maps() -> int:
     """How many memory maps a process may hold."""
     try:
