@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.progress import progress_bar
 from eagle.store.classic_dumps import ClassicFolder, Head, is_dump_name, read_head
 from eagle.store.damage import Damage, Damaged, exhausted
@@ -43,7 +43,7 @@ class FeatureStore:
     it.
 
     Raises: FileNotFoundError, RequestError (nothing in it, mixed hidden sizes or dtypes), Damaged (a WorkError: a file
-    is), Exhausted (another: the machine has no more open files, memory maps or memory).
+    is, or all are), Exhausted (another: the machine has no more open files, memory maps or memory).
     """
 
     def __init__(
@@ -62,6 +62,10 @@ class FeatureStore:
         self.damage = without or Damage()
         self._folder_digests: dict[Path, str] = {}
         groups = self._open(skip_damaged)
+        if not groups and self.damage.files:
+            first, *others = self.damage.messages or [""]
+            more = f" (and {len(others):,} more are not whole either)" if others else ""
+            raise WorkError(f"{flag} {folder}: none of its files is whole. {first}{more}")
         if not groups:
             raise RequestError(
                 f"{flag} {folder}: no finished records in it; expected the output folder of allocation.py "
