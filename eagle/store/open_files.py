@@ -91,7 +91,7 @@ class OpenFiles:
             if max(span.end for span in spans) > len(mapping):
                 raise EOFError
             tensors = [_tensor(mapping, span) for span in spans]
-            # As many again as are kept may live on in tensors.
+            # Twice as many as are kept may live on in tensors: three eighths of the files a process may have, in all.
             return [tensor.clone() for tensor in tensors] if self.alive > 2 * most_open() else tensors
         except EOFError as error:
             raise Damaged(f"{path} has become shorter than it was when it was opened.") from error
