@@ -19,8 +19,8 @@ ENOUGH_SHARDS, MOST_SHARD_BYTES = 2000, 1 << 30
 
 def shard_bytes_for(total: int) -> int:
     """The size of a folder's shards, in whole MiB, where it is to hold `total` bytes of features."""
-    mib = -(-total // ENOUGH_SHARDS) + (1 << 20) - 1 >> 20 << 20
-    return min(max(SHARD_BYTES, mib), MOST_SHARD_BYTES)
+    mib = -(-total // (ENOUGH_SHARDS << 20))  # rounded up
+    return min(max(SHARD_BYTES, mib << 20), MOST_SHARD_BYTES)
 
 
 class ShardWriter:

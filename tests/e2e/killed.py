@@ -17,7 +17,7 @@ _CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.r
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["reassign_data_num"])
+_context.set_forkserver_preload(["eagle.store.reshard"])
 
 
 def reshard(words: list[object], moment: int = 0) -> BaseProcess:
