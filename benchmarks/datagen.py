@@ -44,7 +44,7 @@ from eagle.generate.worker import Share, Worker, source_for
 from eagle.provenance import provenance
 from eagle.store.dtypes import STORE_DTYPES, pack
 from eagle.store.reader import FeatureStore
-from eagle.store.writer import ShardWriter
+from eagle.store.writer import SHARD_BYTES, ShardWriter
 from eagle.target.config import load_config
 from eagle.target.trunk import from_pretrained_dtype
 
@@ -153,7 +153,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float, int]:
     loading = time.perf_counter() - loading
     bare = [bare_forward(worker, batches)]
     loaded = time.perf_counter()
-    for _ in worker.work(job.request.shard_mb << 20):
+    for _ in worker.work(SHARD_BYTES):
         pass
     computed = time.perf_counter()
     bare.append(bare_forward(worker, batches))

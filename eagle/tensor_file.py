@@ -1,11 +1,18 @@
-"""Writing safetensors files that survive a power cut and that other users can read."""
+"""Safetensors files: writing them so that they survive a power cut and other users can read them, and their headers.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes of header length, a JSON header, then the
+tensors back to back.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +26,76 @@ DTYPE_CODES = {
 }  # fmt: skip
 if hasattr(torch, "float8_e4m3fn"):
     DTYPE_CODES[torch.float8_e4m3fn] = "F8_E4M3"
+
+
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+#: What safetensors' own reader allows a header to take.
+_LONGEST_HEADER = 100_000_000
+
+
+class NotWhole(ValueError):
+    """A file that is no whole safetensors file. Says what is wrong, not with which file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a file: start is its first byte there."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.code]
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata, checked as safetensors' own reader checks them.
+
+    Nothing is mapped, and of the file no more is read than the header.
+
+    Raises: NotWhole, also for tensors of a dtype that a store does not hold; OSError.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(size - 8, _LONGEST_HEADER):
+        raise NotWhole(f"it has {size:,} bytes, and its header should take {length:,}")
+    try:
+        header = json.loads(file.read(length).decode())
+        metadata = header.pop("__metadata__", {})
+        entries, sizes = {}, []
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
+            if any(type(number) is not int or number < 0 for number in (start, end, *entries[name].shape)):
+                raise NotWhole(f"its header places {name} at {entry}")
+            expected = math.prod(entries[name].shape) * entries[name].dtype.itemsize
+            if end - start != expected:
+                raise NotWhole(f"{name} should take {expected:,} bytes and has {end - start:,}")
+            sizes.append((start, end))
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise NotWhole("its metadata are not strings")
+    except NotWhole:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotWhole(f"its header is not one of safetensors ({type(error).__name__}: {error})") from error
+    at = 0
+    for start, end in sorted(sizes):
+        if start != at:
+            raise NotWhole("its header leaves a gap between tensors, or has them overlap")
+        at = end
+    if 8 + length + at != size:
+        raise NotWhole(f"it has {size:,} bytes and should have {8 + length + at:,}")
+    return entries, metadata
+
+
+def read_array(file: BinaryIO, entry: Entry) -> np.ndarray:
+    """A tensor of a file whose header was read, copied: nothing of the file stays mapped."""
+    file.seek(entry.start)
+    code = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F16": "<f2"}[entry.code]
+    content = file.read(math.prod(entry.shape) * entry.dtype.itemsize)
+    return np.frombuffer(content, dtype=code).reshape(entry.shape).copy()
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -49,8 +126,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def write_pieces(path: Path, tensors: dict[str, list[torch.Tensor]], metadata: dict[str, str]) -> None:
     """Write and sync a safetensors file of tensors that come in pieces along their first dimension.
 
-    What safetensors' own writer makes of the joined tensors, without joining them in memory first. The format: eight
-    bytes of header length, a JSON header, then the tensors back to back, the widest dtypes first: so all are aligned.
+    What safetensors' own writer makes of the joined tensors, without joining them in memory first: the widest dtypes
+    first, so that all are aligned.
 
     Raises: OSError (disk full, among others).
     """

@@ -54,7 +54,7 @@ class GenerationRequest:
     chat_template: str | None = None
     device: str = "auto"
     batch_tokens: int = 4096
-    shard_mb: int = 128
+    shard_mb: int | None = None
     allow_truncated: bool = False
     store_dtype: str = SAME
     num_nodes: int = 1
@@ -68,8 +68,9 @@ class GenerationRequest:
         if self.max_length < 3:
             raise RequestError(f"--max_length {self.max_length}: expected 3 tokens or more.")
         for name in ("batch_tokens", "shard_mb"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value}: expected 1 or more.")
         if self.model_type not in (None, *TARGET_FAMILIES):
             raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(TARGET_FAMILIES)}.")
         parse_dtype(self.dtype)

@@ -90,7 +90,9 @@ def worker_command(job: Job, number: int, folder: Path | None = None) -> list[st
     folder = (folder or job.request.folder).resolve()
     command = [sys.executable, "-m", "eagle.generate.worker", "--outdir", str(folder)]
     command += ["--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
-    return [*command, "--shard_mb", str(job.request.shard_mb), "--compile", job.request.compile]
+    if job.request.shard_mb is not None:
+        command += ["--shard_mb", str(job.request.shard_mb)]
+    return [*command, "--compile", job.request.compile]
 
 
 def run_workers(job: Job, tokens: int) -> None:

@@ -24,7 +24,7 @@ from eagle.generate.job import (
     resolve,
 )
 from eagle.generate.launch import run_workers
-from eagle.generate.plan import dry_run_lines, make_plan
+from eagle.generate.plan import dry_run_lines, make_plan, sized
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.target.families import TARGET_FAMILIES
 from eagle.text import visible
@@ -82,8 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard_mb",
         type=int,
-        default=128,
-        help="size of a store file, which is what a killed worker does again; a worker holds two of them in memory",
+        help="size of a store file, which is what a killed worker does again; a worker holds two of them in memory "
+        "(default: 128; more, up to 1024, where a worker would write more than 2,000 of them)",
     )
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     check_outdir(job)
     if args.dry_run:
         tokens = encode_job(job, save=False)
+        job = sized(job, tokens)
         plan = make_plan(job, tokens)
         print("\n".join([*plan.lines(), *dry_run_lines(job, plan, tokens)]))
         check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     with claimed(job):
         if not is_done(request.folder):
             tokens = encode_job(job)
+            job = sized(job, tokens)
             check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
             plan = make_plan(job, tokens)
             print("\n".join(f"  {line}" for line in plan.lines()))

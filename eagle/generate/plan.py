@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from eagle.generate.job import Job
 from eagle.generate.launch import worker_command, worker_variables
 from eagle.store.dtypes import STORE_DTYPES, bytes_per_value
 from eagle.store.manifest import MANIFEST
+from eagle.store.writer import SHARD_BYTES, shard_bytes_for
 
 #: Seconds of computing that a dry run judges the speed by.
 PROBE_SECONDS = 10
@@ -41,7 +43,8 @@ class WorkerPlan:
 class Plan:
     """What is left of this node's part of the job.
 
-    tokens: of all of it. free: bytes that the disk of the store has. nodes: that share the job.
+    tokens: of all of it. free: bytes that the disk of the store has. nodes: that share the job. shard_mb: size of a
+    store file.
     """
 
     workers: list[WorkerPlan]
@@ -49,6 +52,7 @@ class Plan:
     free: int
     shrinkable: dict[str, int]
     nodes: int = 1
+    shard_mb: int = SHARD_BYTES >> 20
 
     @property
     def bytes(self) -> int:
@@ -61,7 +65,7 @@ class Plan:
             f"{sum(worker.records for worker in self.workers):,} records, "
             f"{sum(worker.tokens for worker in self.workers):,} tokens to compute",
             f"{_size(self.bytes)} to write" + (f" (by worker: {each})" if len(self.workers) > 1 else "")
-            + f", {_size(self.free)} free{shared}",
+            + f", in files of {self.shard_mb:,} MB; {_size(self.free)} free{shared}",
         ]  # fmt: skip
 
     def check_space(self, folder: Path) -> None:
@@ -88,9 +92,25 @@ def store_bytes(tokens: int, records: int, widths: Iterable[int], dtype: str, st
     return tokens * per_token + records * 3 * 8
 
 
+def sized(job: Job, tokens: Tokens) -> Job:
+    """The job with its ``--shard_mb`` decided where it was not given: by what a worker has to write in all, done or
+    not, so that a job that goes on decides alike.
+    """
+    if job.request.shard_mb is not None:
+        return job
+    count = len(tokens.lengths)
+    total = store_bytes(
+        int(tokens.lengths.sum()), count, job.widths.values(), job.manifest["dtype"], job.request.store_dtype
+    )
+    shard_mb = shard_bytes_for(-(-total // len(job.groups))) >> 20
+    return dataclasses.replace(job, request=dataclasses.replace(job.request, shard_mb=shard_mb))
+
+
 def make_plan(job: Job, tokens: Tokens) -> Plan:
     """What every worker has left to do."""
     folder, lengths, widths = job.request.folder, tokens.lengths, job.widths.values()
+    shard_mb = sized(job, tokens).request.shard_mb
+    assert shard_mb
     shares = left_by_worker(tokens, job.manifest, folder, len(job.groups))
     counts = [int(lengths[share].sum()) for share in shares]
 
@@ -98,7 +118,7 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
         found = []
         for share, count in zip(shares, counts, strict=True):
             whole = store_bytes(count, len(share), widths, job.manifest["dtype"], store_dtype)
-            found.append(whole + _HEADER_BYTES * (1 + whole // (job.request.shard_mb << 20)) if share else 0)
+            found.append(whole + _HEADER_BYTES * (1 + whole // (shard_mb << 20)) if share else 0)
         return found
 
     chosen = sizes(job.request.store_dtype)
@@ -106,7 +126,8 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
     smaller = {name: sum(sizes(name)) for name in STORE_DTYPES[1:]}
     shrinkable = {name: total for name, total in smaller.items() if total < 0.9 * sum(chosen)}
     place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    return Plan(workers, int(lengths.sum()), shutil.disk_usage(place).free, shrinkable, job.request.num_nodes)
+    free = shutil.disk_usage(place).free
+    return Plan(workers, int(lengths.sum()), free, shrinkable, job.request.num_nodes, shard_mb)
 
 
 def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:

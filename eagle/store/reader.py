@@ -12,6 +12,7 @@ The classic layout of the public EAGLE scripts (``data_<n>.ckpt`` pickles) is re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.store.classic_dumps import find_classic_dumps
+from eagle.progress import progress_bar
+from eagle.store.classic_dumps import ClassicFolder, Head, is_dump_name, read_head
+from eagle.store.damage import Damage, Damaged, exhausted
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
 from eagle.store.record import Record, RecordSource, StoredRecord
 from eagle.store.shard import Shard, is_shard_name
@@ -33,33 +36,36 @@ class FeatureStore:
     folders: sorted by data file and conversation.
 
     manifests: one for every generation job below the folder (none for classic dumps). groups: ``[R]``, the same number
-    for the rows of one conversation. damage: with `skip_damaged`,
-    what is wrong with the files that cannot be opened and are left out, damaged_files which shards these are; records
-    are checked when they are read.
+    for the rows of one conversation.
 
-    Raises: FileNotFoundError, RequestError (nothing in it, mixed hidden sizes or dtypes), WorkError (a damaged file).
+    skip_damaged: leave out the files that cannot be opened; `damage` names them. Records are checked when they are
+    read: see `eagle.store.verify.skip_damaged`. without: leave out what was found to be damaged before, without reading
+    it.
+
+    Raises: FileNotFoundError, RequestError (nothing in it, mixed hidden sizes or dtypes), Damaged (a WorkError: a file
+    is, or all are), Exhausted (another: the machine has no more open files, memory maps or memory).
     """
 
-    def __init__(self, folder: str | Path, flag: str = "--tmpdir", *, skip_damaged: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        flag: str = "--tmpdir",
+        *,
+        skip_damaged: bool = False,
+        without: Damage | None = None,
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: no such folder; expected the output folder of allocation.py.")
         check_no_reshard(self.folder, flag)
         self.manifests: dict[Path, dict] = {}
-        self.damage: list[str] = []
-        self.damaged_files: list[Path] = []
-        groups: list[tuple[str, RecordSource]] = []
-        for path in sorted(self.folder.rglob("shard-*.safetensors")):
-            if not is_shard_name(path.name) or _hidden(path, self.folder):
-                continue
-            try:
-                groups.append((self._data_digest(path.parent), Shard(path)))
-            except WorkError as error:
-                if not skip_damaged:
-                    raise
-                self.damage.append(str(error))
-                self.damaged_files.append(path)
-        groups += [("", dump) for dump in find_classic_dumps(self.folder, self.damage if skip_damaged else None)]
+        self.damage = without or Damage()
+        self._folder_digests: dict[Path, str] = {}
+        groups = self._open(skip_damaged)
+        if not groups and self.damage.files:
+            first, *others = self.damage.messages or [""]
+            more = f" (and {len(others):,} more are not whole either)" if others else ""
+            raise WorkError(f"{flag} {folder}: none of its files is whole. {first}{more}")
         if not groups:
             raise RequestError(
                 f"{flag} {folder}: no finished records in it; expected the output folder of allocation.py "
@@ -68,56 +74,119 @@ class FeatureStore:
         self.sources = [source for _, source in groups]
         self._check_shapes(flag)
         self._digests = [digest for digest, _ in groups]
+        if without and without.records:
+            self._leave_out_places(without.records)
         self._arrange(flag)
 
+    def _open(self, skip_damaged: bool) -> list[tuple[str, RecordSource]]:
+        """Every file below the folder with the digest of its data: shards by path, then folders of dumps by path."""
+        shards, dumps = _find_files(self.folder)
+        known = set(self.damage.files)
+        groups: list[tuple[str, RecordSource]] = []
+        heads: dict[Path, dict[Path, Head]] = {}
+        with progress_bar(
+            len(shards) + len(dumps), "files", desc="opening", delay=2, disable=os.environ.get("LOCAL_RANK", "0") != "0"
+        ) as bar:
+            for path in [*shards, *dumps]:
+                bar.update()
+                if (name := path.relative_to(self.folder).as_posix()) in known:
+                    continue
+                try:
+                    if is_shard_name(path.name):
+                        groups.append((self._data_digest(path.parent), Shard(path)))
+                    else:
+                        heads.setdefault(path.parent, {})[path] = read_head(path)
+                except Damaged as error:
+                    if not skip_damaged:
+                        raise
+                    self.damage.messages.append(str(error))
+                    self.damage.files.append(name)
+        return groups + [("", ClassicFolder(folder, heads[folder])) for folder in sorted(heads)]
+
     def _arrange(self, flag: str) -> None:
-        """Put the records of all sources in their one order."""
-        entries = sorted(
-            (digest, int(conversation), number, position)
-            for number, (digest, source) in enumerate(zip(self._digests, self.sources, strict=True))
-            for position, conversation in enumerate(source.conversations)
-        )
-        keys = [(digest, conversation) for digest, conversation, _, _ in entries if digest]
-        if len(set(keys)) < len(keys):
+        """Put the records of all sources in their one order: by data file, conversation, file and place in it."""
+        sizes = [len(source) for source in self.sources]
+        names = sorted(set(self._digests))
+        rank_of = {name: rank for rank, name in enumerate(names)}
+        ranks = np.repeat([rank_of[digest] for digest in self._digests], sizes)
+        conversations = np.concatenate([source.conversations for source in self.sources])
+        order = np.lexsort((conversations, ranks))  # is stable: equal ones stay in the order of the sources
+        ranks, conversations = ranks[order], conversations[order]
+        is_known = np.array([bool(name) for name in names])[ranks]
+        repeated = (ranks[1:] == ranks[:-1]) & (conversations[1:] == conversations[:-1]) & is_known[1:]
+        if repeated.any():
             raise RequestError(
-                f"{flag} {self.folder}: {len(keys) - len(set(keys)):,} conversations are in it more than once (two "
+                f"{flag} {self.folder}: {int(repeated.sum()):,} conversations are in it more than once (two "
                 "copies of a store side by side?). Keep one copy."
             )
-        self._places = [(number, position) for _, _, number, position in entries]
-        self.lengths = np.array([self.sources[n].lengths[p] for n, p in self._places], dtype=np.int64)
-        self.groups = self._number_conversations(entries)
+        self._numbers = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
+        self._positions = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])[order]
+        self._order = order
+        self.lengths = np.concatenate([source.lengths for source in self.sources])[order]
+        self.groups = self._number_conversations(names, ranks, conversations)
 
-    def _number_conversations(self, entries: list[tuple[str, int, int, int]]) -> np.ndarray:
-        """Equal numbers for the rows of one conversation ``[R]``, from 0 on in the order of the records."""
+    def _number_conversations(self, names: list[str], ranks: np.ndarray, conversations: np.ndarray) -> np.ndarray:
+        """Equal numbers for the rows of one conversation ``[R]``, from 0 on in the order of the records.
+
+        names: of the data files; ranks, conversations: ``[R]``, of the records in their order.
+        """
         records = {
             manifest["data"].get("digest"): manifest["data"].get("records") for manifest in self.manifests.values()
         }
-        numbers: dict[object, int] = {}
-        groups = []
-        for index, (digest, conversation, _, _) in enumerate(entries):
-            count = records.get(digest) if digest else None
-            key = (digest, conversation % count if count else conversation) if digest else index
-            groups.append(numbers.setdefault(key, len(numbers)))
-        return np.array(groups, dtype=np.int64)
+        own = conversations.copy()
+        for rank, name in enumerate(names):
+            of_file = ranks == rank
+            if not name:  # where nothing is known of their data, no two records belong together
+                own[of_file] = np.flatnonzero(of_file)
+            elif count := records.get(name):
+                own[of_file] %= count
+        order = np.lexsort((own, ranks))
+        begins = np.ones(len(order), dtype=bool)
+        begins[1:] = (np.diff(ranks[order]) != 0) | (np.diff(own[order]) != 0)
+        # In that order the first record of a conversation comes first: the conversations are counted by theirs.
+        is_first = np.zeros(len(order), dtype=bool)
+        is_first[order[begins]] = True
+        number_of = np.cumsum(is_first) - 1
+        groups = np.empty(len(order), dtype=np.int64)
+        groups[order] = number_of[order[begins]][np.cumsum(begins) - 1]
+        return groups
 
-    def leave_out(self, indices: list[int]) -> None:
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of a record, relative to the folder, and its position in it."""
+        path, position = self.sources[self._numbers[index]].place(int(self._positions[index]))
+        return path.relative_to(self.folder).as_posix(), position
+
+    def leave_out(self, indices: Sequence[int]) -> None:
         """Forget these records, which are damaged; the ones behind them move up."""
-        positions: dict[int, list[int]] = {}
-        for number, position in (self._places[index] for index in indices):
-            positions.setdefault(number, []).append(position)
-        for number, own in positions.items():
-            self.sources[number].leave_out(own)
+        numbers, positions = self._numbers[list(indices)], self._positions[list(indices)]
+        for number in np.unique(numbers).tolist():
+            self.sources[number].leave_out(positions[numbers == number].tolist())
         self._arrange("")
+
+    def _leave_out_places(self, places: dict[str, list[int]]) -> None:
+        """Forget the records at these positions of these files."""
+        for source in self.sources:
+            gone: list[int] = []
+            for number, file in enumerate(source.files):
+                own = places.get(file.relative_to(self.folder).as_posix(), ())
+                gone += own if isinstance(source, Shard) else [number] * bool(own)
+            if gone:
+                source.leave_out(gone)
 
     def by_file(self) -> list[int]:
         """Every index, in the order in which the records lie on disk."""
-        return sorted(range(len(self)), key=self._places.__getitem__)
+        return np.argsort(self._order).tolist()
 
     def _data_digest(self, folder: Path) -> str:
         """The digest of the data file behind a folder of shards, from the manifest that describes it.
 
         Empty for what were classic dumps: every worker numbered its own from 0, so a number may come twice.
         """
+        if folder not in self._folder_digests:
+            self._folder_digests[folder] = self._find_digest(folder)
+        return self._folder_digests[folder]
+
+    def _find_digest(self, folder: Path) -> str:
         for holder in (folder, folder.parent):
             path = holder / MANIFEST
             if path in self.manifests or path.is_file():
@@ -149,35 +218,29 @@ class FeatureStore:
         return int(self.lengths.sum())
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> Record:
-        number, position = self._places[index]
-        return self.sources[number].read(position)
+        return self.sources[self._numbers[index]].read(int(self._positions[index]))
 
     def stored(self, indices: Sequence[int]) -> list[StoredRecord]:
         """These records as they lie on disk."""
-        places = [self._places[index] for index in indices]
-        return [self.sources[number].stored(position) for number, position in places]
+        return [self.sources[self._numbers[index]].stored(int(self._positions[index])) for index in indices]
 
     def loss_mask(self, index: int) -> torch.Tensor:
         """The loss mask ``[T]`` of a record, without reading its features."""
-        number, position = self._places[index]
-        return self.sources[number].read(position, features=False).loss_mask
+        return self.sources[self._numbers[index]].read(int(self._positions[index]), features=False).loss_mask
 
     def supervised(self, max_len: int | None = None) -> np.ndarray:
         """How many positions of every record ``[R]`` a draft is trained on, without reading its features."""
-        counts = [source.supervised(max_len) for source in self.sources]
-        return np.array([counts[number][position] for number, position in self._places], dtype=np.int64)
+        return np.concatenate([source.supervised(max_len) for source in self.sources])[self._order]
 
     def unsupervised(self) -> list[str]:
         """The records without a supervised position, in words."""
         found = []
         for index in np.flatnonzero(self.supervised() == 0).tolist():
-            number, position = self._places[index]
-            source = self.sources[number]
-            where = source.path if isinstance(source, Shard) else source.files[position]
-            found.append(f"conversation {int(source.conversations[position])} in {where}")
+            source, position = self.sources[self._numbers[index]], int(self._positions[index])
+            found.append(f"conversation {int(source.conversations[position])} in {source.place(position)[0]}")
         return found
 
     def __iter__(self) -> Iterator[Record]:
@@ -257,5 +320,19 @@ class FeatureStore:
                 )
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _find_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """The finished shards and the dumps below a folder, both sorted; shards in hidden folders are not finished."""
+    shards, dumps = [], []
+    for name, _, files in os.walk(root, onerror=_refuse):
+        folder = Path(name)
+        is_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
+        shards += [folder / file for file in files if is_shard_name(file) and not is_hidden]
+        dumps += [folder / file for file in files if is_dump_name(file)]
+    return sorted(shards), sorted(dumps)
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed must not go missing in silence, but for those of others (lost+found)."""
+    if isinstance(error, PermissionError):
+        return
+    raise exhausted(error, Path(error.filename)) or error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -130,19 +131,26 @@ class RecordSource(Protocol):
     """Something that holds records by position: a `Shard` or a folder of classic dumps."""
 
     path: Path
-    files: list[Path]
     conversations: np.ndarray
     lengths: np.ndarray
 
-    widths: dict[str, int]
-    dtype_code: str
-    stored_code: str
-
+    @property
+    def files(self) -> list[Path]: ...
+    @property
+    def widths(self) -> dict[str, int]: ...
+    @property
+    def dtype_code(self) -> str: ...
+    @property
+    def stored_code(self) -> str: ...
     def __len__(self) -> int: ...
+    def place(self, position: int) -> tuple[Path, int]:
+        """The file of a record, and its position in that file, whatever was left out."""
+        ...
+
     def read(self, position: int, *, features: bool = True) -> Record: ...
     def stored(self, position: int) -> StoredRecord: ...
     def supervised(self, max_len: int | None = None) -> np.ndarray:
         """See `supervised_counts`; of the records in their order."""
         ...
 
-    def leave_out(self, positions: list[int]) -> None: ...
+    def leave_out(self, positions: Sequence[int]) -> None: ...

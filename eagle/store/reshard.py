@@ -33,7 +33,7 @@ from eagle.store.reader import FeatureStore
 from eagle.store.record import RecordSource
 from eagle.store.shard import FORMAT_VERSION, Shard, is_shard_name
 from eagle.store.verify import skip_damaged
-from eagle.store.writer import ShardWriter
+from eagle.store.writer import ShardWriter, shard_bytes_for
 
 BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
 PLAN = "plan.json"
@@ -102,7 +102,7 @@ def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[
     layout = Partition(_open(old, parts, leave_out_damaged), parts)
     rewritten = 0
     for first, last in layout.stretches:
-        for source, start, end in _pieces(layout.sources, first, last):
+        for source, start, end in layout.pieces(first, last):
             if not _is_linked(source, start, end):
                 size = sum(file.stat().st_size for file in source.files)
                 rewritten += round(size * source.lengths[start:end].sum() / source.lengths.sum())
@@ -119,8 +119,24 @@ class Partition:
     def __init__(self, store: FeatureStore, parts: int) -> None:
         self.sources = sorted(store.sources, key=lambda source: _natural(source.path))
         lengths = np.concatenate([source.lengths for source in self.sources])
+        self._begins = np.cumsum([0, *map(len, self.sources)])
         self.stretches = list(pairwise(cut_evenly(lengths, parts)))
         self.summary = [Part(last - first, int(lengths[first:last].sum())) for first, last in self.stretches]
+
+    def pieces(self, first: int, last: int) -> Iterator[tuple[RecordSource, int, int]]:
+        """The stretches of the sources that make up records first..last of their concatenation."""
+        number = int(np.searchsorted(self._begins, first, side="right")) - 1
+        while number < len(self.sources) and (begin := int(self._begins[number])) < last:
+            source = self.sources[number]
+            start, end = max(first - begin, 0), min(last - begin, len(source))
+            if start < end:
+                yield source, start, end
+            number += 1
+
+    def dump_bytes(self) -> int:
+        """What the dumps among the sources take, which are all rewritten."""
+        dumps = (source for source in self.sources if not isinstance(source, Shard))
+        return sum(file.stat().st_size for source in dumps for file in source.files)
 
 
 def _open(old: Path, parts: int, leave_out_damaged: bool) -> FeatureStore:
@@ -148,11 +164,13 @@ def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]
     manifest = _merged_manifest(store)
     layout = Partition(store, parts)
     summary = layout.summary
+    dump_bytes, tokens = layout.dump_bytes(), max(sum(part.tokens for part in summary), 1)
     before = None
     for number, (part, (first, last)) in enumerate(zip(summary, layout.stretches, strict=True)):
         folder = staging / str(number)
-        writer = ShardWriter(folder, background=True)
-        for source, start, end in _pieces(layout.sources, first, last):
+        size = shard_bytes_for(dump_bytes * part.tokens // tokens)
+        writer = ShardWriter(folder, shard_bytes=size, background=True)
+        for source, start, end in layout.pieces(first, last):
             _place(source, start, end, writer)
         if before:  # one shard is written while the next is checked
             before.wait()
@@ -175,22 +193,15 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in path.parts]
 
 
-def _pieces(sources: list[RecordSource], first: int, last: int) -> Iterator[tuple[RecordSource, int, int]]:
-    """The stretches of the sources that make up records first..last of their concatenation."""
-    at = 0
-    for source in sources:
-        start, end = max(first - at, 0), min(last - at, len(source))
-        if start < end:
-            yield source, start, end
-        at += len(source)
-
-
 def _place(source: RecordSource, start: int, end: int, writer: ShardWriter) -> None:
     if _is_linked(source, start, end):
         _link(source.path, writer.next_path())
         return
     for position in range(start, end):
-        writer.add(source.stored(position) if isinstance(source, Shard) else source.read(position))
+        if isinstance(source, Shard):  # what is cut off a large file is one file again
+            writer.add(source.stored(position))
+            continue
+        writer.add(source.read(position))
         if writer.is_full:
             writer.close_shard()
     writer.close_shard()
@@ -212,7 +223,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _store_files(store: FeatureStore) -> list[Path]:
     """Every file that belongs to the store; anything else in its folders is the user's and stays."""
-    files = [*store.manifests, *store.damaged_files]
+    files = [*store.manifests, *(store.folder / name for name in store.damage.files)]
     for manifest in store.manifests:
         files += [path for name in (DONE, LOG) for path in manifest.parent.glob(f"*/{name}")]
     for source in store.sources:
@@ -265,10 +276,12 @@ def _finish_interrupted(new: Path) -> list[Part] | None:
         return None
     # The plan goes last: without it the parts could not be reported.
     summary = [Part(*part) for part in _read_plan(moving)["parts"]]
-    for path, target in _moves(moving, new):
+    moves = _moves(moving, new)
+    for path, target in moves:
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
-        fsync_folder(target.parent)
+    for folder in sorted({target.parent for _, target in moves}):
+        fsync_folder(folder)
     moving.rename(new / BUILDING)  # nothing in it is needed any more
     shutil.rmtree(new / BUILDING)
     return summary

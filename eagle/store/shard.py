@@ -15,28 +15,37 @@ A shard is written under a temporary name, synced and renamed, so a reader never
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder
+from eagle.store.damage import Damaged, exhausted
 from eagle.store.dtypes import Packed
+from eagle.store.open_files import OPEN, Span, stamp_of
 from eagle.store.record import Record, StoredRecord, checksum, supervised_counts
 from eagle.target.features import HIDDEN_STATE
-from eagle.tensor_file import DTYPE_CODES, write_pieces
+from eagle.tensor_file import DTYPE_CODES, Entry, NotWhole, read_array, read_header, write_pieces
 
 #: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features. Those with
 #: more features than the last hidden state say 3.
 FORMAT_VERSION, SCALED_VERSION, WIDER_VERSION = 1, 2, 3
 _SCALE = "scale"
-_INDEX = ("input_ids", "loss_mask", "offsets", "conversation", "crc32")
+_ARRAYS = ("offsets", "conversation", "crc32")
+_INDEX = {"input_ids": "I32", "loss_mask": "U8", **dict.fromkeys(_ARRAYS, "I64")}
+#: What scaled features are read in, by the name that metadata give it; without one they are not scaled.
+_NAMED = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
@@ -104,23 +113,60 @@ def _damaged(path: Path, what: str, left_out: str = "it") -> str:
     )
 
 
-def _open_shard(path: Path) -> Any:
+_UNREADABLE = "the disk cannot read it (input/output error)"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file open for reading. What is wrong in it becomes Damaged, what the machine lacks Exhausted."""
     try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise WorkError(_damaged(path, str(error))) from error
-    version = (file.metadata() or {}).get("format")
-    names = _feature_names(file)
-    scales = {_scale_of(name) for name in names}
-    expected = {*_INDEX, *names}
+        with path.open("rb") as file:
+            yield file
+    except NotWhole as error:
+        raise Damaged(_damaged(path, str(error))) from error
+    except (OSError, MemoryError) as error:
+        if found := exhausted(error, path):
+            raise found from error
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise Damaged(_damaged(path, _UNREADABLE)) from error
+        raise
+
+
+class _Layout(NamedTuple):
+    """What the tensors of a shard are, the same for most shards of a store.
+
+    dtypes: by name. widths: of the features, by name. scaled_from: what they are read in, where they are scaled.
+    """
+
+    dtypes: dict[str, torch.dtype]
+    widths: dict[str, int]
+    scaled_from: torch.dtype | None
+
+
+@cache
+def _layout(tensors: tuple[tuple[str, torch.dtype], ...], widths: tuple[tuple[str, int], ...], dtype: str) -> _Layout:
+    """One object for all shards that are alike: a store has tens of thousands of them."""
+    return _Layout(dict(tensors), dict(widths), _NAMED[dtype])
+
+
+def _check_header(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> tuple[str, ...]:
+    """The names of the features. Raises: NotWhole, RequestError for another format."""
+    version = metadata.get("format")
     known = version in (str(FORMAT_VERSION), str(SCALED_VERSION), str(WIDER_VERSION))
     if (version or "").isdigit() and not known:
         raise RequestError(
             f"{path} has store format {version!r}; this version reads the formats {FORMAT_VERSION} to {WIDER_VERSION}."
         )
-    if not known or set(file.keys()) not in (expected, expected | scales):
-        raise WorkError(_damaged(path, "its header names what no shard holds"))
-    return file
+    names = tuple(metadata.get("features", HIDDEN_STATE).split())
+    expected, scales = {*_INDEX, *names}, {_scale_of(name) for name in names}
+    if not known or HIDDEN_STATE not in names or set(entries) not in (expected, expected | scales):
+        raise NotWhole("its header names what no shard holds")
+    sound = all(len(entry.shape) == (2 if name in names else 1) for name, entry in entries.items())
+    sound &= all(entries[name].code == code for name, code in _INDEX.items())
+    sound &= metadata.get("dtype", "") in _NAMED and ("dtype" in metadata) == (_scale_of(HIDDEN_STATE) in entries)
+    if not sound:
+        raise NotWhole("its header gives tensors a shape or a dtype that no shard has")
+    return names
 
 
 def _scale_of(name: str) -> str:
@@ -128,47 +174,57 @@ def _scale_of(name: str) -> str:
     return _SCALE if name == HIDDEN_STATE else f"{name}.{_SCALE}"
 
 
-def _feature_names(file: Any) -> list[str]:
-    return (file.metadata() or {}).get("features", HIDDEN_STATE).split()
-
-
 class Shard:
-    """One finished shard, memory-mapped: a record is read when it is asked for, the index is kept.
+    """One finished shard: its index is read and kept, a record is read when it is asked for, nothing stays open.
 
-    stored_code, dtype_code: how safetensors calls the dtype its features are stored and read in. widths: of its
+    dtype_code, stored_code: how safetensors calls the dtype its features are read and stored in. widths: of its
     features, by name.
 
-    Raises: WorkError for a damaged file, RequestError for one of another format.
+    Raises: Damaged (a WorkError), Exhausted where the machine lacks something, RequestError for another format.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.files = path, [path]
-        self._file: Any = None
-        with _open_shard(path) as file:
-            metadata = file.metadata()
-            self.offsets = file.get_tensor("offsets").numpy()
-            self.conversations = file.get_tensor("conversation").numpy()
-            self._crc32 = file.get_tensor("crc32").numpy()
-            slices = {name: file.get_slice(name) for name in _feature_names(file)}
-            self.widths = {name: part.get_shape()[1] for name, part in slices.items()}
-            rows = {part.get_shape()[0] for part in slices.values()}
-            self.stored_code = slices[HIDDEN_STATE].get_dtype()
-        name, index_crc32 = metadata.get("dtype"), metadata.get("index_crc32")
-        self._progress, self._progress_crc32 = metadata.get("progress", ""), metadata.get("progress_crc32")
-        self.scaled_from = getattr(torch, name) if name else None
-        self.dtype_code = DTYPE_CODES[self.scaled_from] if self.scaled_from else self.stored_code
-        self.lengths = np.diff(self.offsets)
-        self._kept = np.arange(len(self.conversations))
-        whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1
-        whole &= rows == {int(self.offsets[-1])}
-        if index_crc32 is not None:  # shards of an earlier version have none
-            whole &= str(checksum(self.offsets, self.conversations, self._crc32)) == index_crc32
-        if not whole:
-            raise WorkError(_damaged(path, f"its index does not fit its {max(rows):,} rows"))
+    __slots__ = (
+        "_crc32", "_kept", "_layout", "_progress", "_progress_crc32", "_stamp", "_starts", "conversations", "lengths",
+        "offsets", "path",
+    )  # fmt: skip
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A data-loader worker opens its own mapping; handles do not travel between processes.
-        return {**self.__dict__, "_file": None}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _opened(path) as file:
+            entries, metadata = read_header(file)
+            names = _check_header(path, entries, metadata)
+            self._stamp = stamp_of(os.fstat(file.fileno()))
+            self.offsets, self.conversations, self._crc32 = (read_array(file, entries[name]) for name in _ARRAYS)
+        tensors = tuple((name, entry.dtype) for name, entry in sorted(entries.items()) if name not in _ARRAYS)
+        widths = tuple((name, entries[name].shape[1]) for name in names)
+        self._layout = _layout(tensors, widths, metadata.get("dtype", ""))
+        self._starts = {name: entry.start for name, entry in entries.items() if name not in _ARRAYS}
+        self._progress, self._progress_crc32 = metadata.get("progress", ""), metadata.get("progress_crc32")
+        self.lengths = np.diff(self.offsets)
+        self._kept: np.ndarray | None = None
+        rows = {entry.shape[0] for name, entry in entries.items() if name not in _ARRAYS}
+        whole = len({len(self.conversations), len(self._crc32), len(self.lengths)}) == 1
+        whole = whole and len(self.offsets) > 0 and rows == {int(self.offsets[-1])}
+        if "index_crc32" in metadata:  # shards of an earlier version have none
+            whole &= str(checksum(self.offsets, self.conversations, self._crc32)) == metadata["index_crc32"]
+        if not whole:
+            raise Damaged(_damaged(path, f"its index does not fit its {max(rows):,} rows"))
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self._layout.widths
+
+    @property
+    def stored_code(self) -> str:
+        return DTYPE_CODES[self._layout.dtypes[HIDDEN_STATE]]
+
+    @property
+    def dtype_code(self) -> str:
+        return DTYPE_CODES[self._layout.scaled_from or self._layout.dtypes[HIDDEN_STATE]]
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -180,51 +236,73 @@ class Shard:
     @property
     def is_whole(self) -> bool:
         """Whether it still has every record of its file."""
-        return len(self._kept) == len(self.offsets) - 1
+        return self._kept is None
 
     @property
     def progress(self) -> str:
-        """What its writer said of its work. Raises: WorkError where the checksum does not match."""
+        """What its writer said of its work. Raises: Damaged where the checksum does not match."""
         # Shards of an earlier version have none.
         if self._progress_crc32 not in (None, str(zlib.crc32(self._progress.encode()))):
-            raise WorkError(_damaged(self.path, "the checksum of its progress does not match"))
+            raise Damaged(_damaged(self.path, "the checksum of its progress does not match"))
         return self._progress
 
-    def leave_out(self, positions: list[int]) -> None:
+    def place(self, position: int) -> tuple[Path, int]:
+        """The file of that record, and its position in it, whatever was left out."""
+        return self.path, self._number(position)
+
+    def _number(self, position: int) -> int:
+        return position if self._kept is None else int(self._kept[position])
+
+    def leave_out(self, positions: Sequence[int]) -> None:
         """Forget these records; the ones behind them move up."""
+        kept = np.arange(len(self)) if self._kept is None else self._kept
         self._kept, self.conversations, self.lengths = (
-            np.delete(array, positions) for array in (self._kept, self.conversations, self.lengths)
+            np.delete(array, positions) for array in (kept, self.conversations, self.lengths)
         )
 
     def supervised(self, max_len: int | None = None) -> np.ndarray:
         """How many positions of every record are trained on: see `supervised_counts`."""
-        with _open_shard(self.path) as file:
-            mask = file.get_tensor("loss_mask").numpy()
-        return supervised_counts(mask, self.offsets, max_len)[self._kept]
+        (mask,) = self._read([self._span("loss_mask", 0, int(self.offsets[-1]))])
+        counts = supervised_counts(mask.numpy(), self.offsets, max_len)
+        return counts if self._kept is None else counts[self._kept]
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.
 
-        Raises: WorkError where the checksum does not match.
+        Raises: Damaged where the checksum does not match, Exhausted.
         """
         return self.stored(position, features=features).read()
 
     def stored(self, position: int, *, features: bool = True) -> StoredRecord:
         """The same record as it lies on disk."""
-        if self._file is None:
-            self._file = _open_shard(self.path)
-        number = int(self._kept[position])
+        number, scaled_from = self._number(position), self._layout.scaled_from
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         last = end if features else start
-        packed = {}
-        for name in self.widths:
-            values = self._file.get_slice(name)[start:last]
-            scale = self._file.get_slice(_scale_of(name))[start:last] if self.scaled_from else None
-            packed[name] = Packed(values, scale, self.scaled_from or values.dtype)
+        names = [*self.widths, *(map(_scale_of, self.widths) if scaled_from else ())]
+        tokens = [self._span(name, start, end) for name in ("input_ids", "loss_mask")]
+        ids, mask, *values = self._read([*tokens, *(self._span(name, start, last) for name in names)])
+        found = dict(zip(names, values, strict=True))
+        packed = {
+            name: Packed(found[name], found.get(_scale_of(name)), scaled_from or found[name].dtype)
+            for name in self.widths
+        }
         conversation, expected = int(self.conversations[position]), int(self._crc32[number])
-        ids, mask = (self._file.get_slice(name)[start:end] for name in ("input_ids", "loss_mask"))
         record = StoredRecord(conversation, ids, mask, packed, expected if features else None)
         if features and record.crc32() != expected:
             what = f"the checksum of record {number} (conversation {record.conversation}) does not match"
-            raise WorkError(_damaged(self.path, what, "that record"))
+            raise Damaged(_damaged(self.path, what, "that record"))
         return record
+
+    def _span(self, name: str, start: int, end: int) -> Span:
+        """Rows start..end of a tensor."""
+        dtype, width = self._layout.dtypes[name], self.widths.get(name)
+        at = self._starts[name] + start * dtype.itemsize * (1 if width is None else width)
+        return Span(at, dtype, (end - start,) if width is None else (end - start, width))
+
+    def _read(self, spans: list[Span]) -> list[torch.Tensor]:
+        try:
+            return OPEN.read(self.path, self._stamp, spans)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise Damaged(_damaged(self.path, _UNREADABLE)) from error

@@ -27,6 +27,7 @@ from eagle.entry import run
 from eagle.errors import WorkError
 from eagle.files import existing_path, read_json
 from eagle.progress import progress_bar
+from eagle.store.damage import Damaged
 from eagle.store.manifest import DONE
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
@@ -107,24 +108,24 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
     Raises: FileNotFoundError, RequestError (no store there, or one of another format).
     """
     store = FeatureStore(folder, flag, skip_damaged=True)
-    damage = list(store.damage)
-    digests: list[tuple[int, bytes, bytes]] = []
+    digests: list[bytes] = []
     tokens = supervised = 0
     lengths: Counter[int] = Counter()
-    for record in _whole_records(store, damage, []):
+    for record in _whole_records(store, []):
         tokens += len(record)
         supervised += int(record.loss_mask.sum())
         lengths[max(edge for edge in LENGTH_EDGES if edge <= len(record))] += 1
         tokens_alone = _digest(record.input_ids, record.loss_mask)
-        digests.append((record.conversation, tokens_alone, _digest(*record.features().values())))
-    tally = Tally()
+        digests.append(record.conversation.to_bytes(8, "big") + tokens_alone + _digest(*record.features().values()))
+    tally, damage = Tally(), list(store.damage.messages)
     for path, manifest in store.manifests.items():
         tally.add(Tally.from_json({"dropped": {}, "repaired": {}} | manifest))
         damage += _wrong_counts(path.parent, manifest, store)
     content, token_content = hashlib.sha256(), hashlib.sha256()
-    for conversation, tokens_alone, features in sorted(digests):
-        token_content.update(conversation.to_bytes(8, "little") + tokens_alone)
-        content.update(conversation.to_bytes(8, "little") + tokens_alone + features)
+    for digest in sorted(digests):
+        conversation, rest = digest[:8][::-1], digest[8:]
+        token_content.update(conversation + rest[: len(rest) // 2])
+        content.update(conversation + rest)
     files = [file for source in store.sources for file in source.files]
     missing_nodes = store.missing_nodes()
     return Summary(
@@ -149,36 +150,43 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
 
 
 def skip_damaged(folder: Path, flag: str) -> FeatureStore:
-    """The store without what is damaged in it, which is named in a warning and counted.
+    """The store without what is damaged in it, which is named in a warning and counted, and kept as its `damage`.
 
-    Every record is read once for that, so that what the store holds does not change while it is used.
+    Every record is read once for that, so that what the store holds does not change while it is used. Others who use
+    the same store open it `without` that damage.
 
-    Raises: FileNotFoundError, RequestError; WorkError where nothing is whole.
+    Raises: FileNotFoundError, RequestError; WorkError where nothing is whole, or the machine lacks something.
     """
     store = FeatureStore(folder, flag, skip_damaged=True)
-    files, damage = len(store.damage), list(store.damage)
     indices: list[int] = []
-    for _ in _whole_records(store, damage, indices):
+    for _ in _whole_records(store, indices):
         pass
-    for message in damage:
+    damage = store.damage
+    for message in damage.messages:
         print(visible(f"warning: left out: {message}"), file=sys.stderr)
     if damage:
-        print(f"warning: --skip_damaged: {files:,} files and {len(indices):,} records are left out", file=sys.stderr)
+        counts = f"{len(damage.files):,} files and {len(indices):,} records"
+        print(f"warning: --skip_damaged: {counts} are left out", file=sys.stderr)
     if len(indices) == len(store):
         raise WorkError(f"{flag} {folder}: no record in it is whole. Run data generation again.")
-    store.leave_out(indices)
+    if indices:
+        store.leave_out(indices)
     return store
 
 
-def _whole_records(store: FeatureStore, damage: list[str], damaged: list[int]) -> Iterator[Record]:
-    """The records that can be read, file by file; what is wrong with the others goes to `damage`, their indices too."""
+def _whole_records(store: FeatureStore, damaged: list[int]) -> Iterator[Record]:
+    """The records that can be read, file by file; the others go to the store's `damage`, their indices to `damaged`."""
     with progress_bar(store.tokens, "tokens", unit_scale=True, desc="checking") as bar:
         for index in store.by_file():
             try:
-                yield store[index]
-            except WorkError as error:
-                damage.append(str(error))
+                record = store[index]
+            except Damaged as error:
+                file, position = store.place(index)
+                store.damage.messages.append(str(error))
+                store.damage.records.setdefault(file, []).append(position)
                 damaged.append(index)
+            else:
+                yield record
             bar.update(int(store.lengths[index]))
 
 
@@ -194,11 +202,16 @@ def _wrong_counts(folder: Path, manifest: dict, store: FeatureStore) -> list[str
     promises = [(path.parent, read_json(path, "a worker's counts")) for path in folder.glob(f"*/{DONE}")]
     if manifest.get("complete"):
         promises.append((folder, manifest))
+    held: dict[Path, Counter[str]] = {}
+    for source in store.sources:
+        for place in source.path.parents:
+            held.setdefault(place, Counter()).update(records=len(source), tokens=int(source.lengths.sum()))
+            if place == store.folder:
+                break
     wrong = []
     for place, promised in promises:
-        lengths = [source.lengths for source in store.sources if place in source.path.parents]
-        found = {"records": sum(map(len, lengths)), "tokens": int(sum(part.sum() for part in lengths))}
-        for name, count in found.items():
+        for name in ("records", "tokens"):
+            count = held.get(place, Counter())[name]
             if promised.get(name) not in (None, count):
                 wrong.append(f"{place} should hold {promised[name]:,} {name}, but {count:,} are there.")
     return wrong

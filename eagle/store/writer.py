@@ -12,6 +12,15 @@ from eagle.store.shard import shard_name, shard_number, shard_paths, write_shard
 #: A shard is closed once it holds this much. Large enough that 68k conversations are a few thousand files,
 #: small enough that a killed worker loses minutes, not hours.
 SHARD_BYTES = 128 << 20
+#: As many shards are enough for one folder: where more would be written, they become larger, but not larger than this,
+#: for a writer holds two of them in memory.
+ENOUGH_SHARDS, MOST_SHARD_BYTES = 2000, 1 << 30
+
+
+def shard_bytes_for(total: int) -> int:
+    """The size of a folder's shards, in whole MiB, where it is to hold `total` bytes of features."""
+    mib = -(-total // (ENOUGH_SHARDS << 20))  # rounded up
+    return min(max(SHARD_BYTES, mib << 20), MOST_SHARD_BYTES)
 
 
 class ShardWriter:

@@ -4,6 +4,7 @@ main            the command line of ``eagle.train.main``
 options         what was asked for, checked once
 launch_check    what a launcher made of it
 dataset         records to examples: the split, the noise, the order
+whole_store     a store without what is damaged in it, found by one process for all
 live_features   features computed as training goes, instead of a store
 loop            accumulate, backward, clip, step, schedule, validate, save
 schedule        the learning rate's course

@@ -34,7 +34,6 @@ from eagle.files import existing_path, locked, output_folder, write_json
 from eagle.given import given, refuse_idle
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
-from eagle.store.verify import skip_damaged
 from eagle.target.check import check_target
 from eagle.target.identity import Identity
 from eagle.target.weights import read_embedding, read_head
@@ -49,6 +48,7 @@ from eagle.train.loop import Trainer
 from eagle.train.options import FREE_ON_RESUME, INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 from eagle.train.sharding import check_sharding
 from eagle.train.validation import DEPTH
+from eagle.train.whole_store import whole_store
 
 RUN = "train_options.json"
 
@@ -189,7 +189,8 @@ def open_store(
         )
         return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
     assert options.tmpdir
-    store = skip_damaged(options.tmpdir, "--tmpdir") if options.skip_damaged else FeatureStore(options.tmpdir)
+    folder = options.tmpdir
+    store = whole_store(folder, "--tmpdir", accelerator) if options.skip_damaged else FeatureStore(folder)
     store.check_target(identity.current, options.base, identity.as_in)
     return store
 

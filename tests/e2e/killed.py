@@ -18,7 +18,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 #: A process has one such server, which the tests share.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["reassign_data_num", "eagle.train.main"])
+context.set_forkserver_preload(["reassign_data_num", "eagle.store.reshard", "eagle.train.main"])
 
 
 def reshard(words: list[object], moment: int = 0) -> BaseProcess:

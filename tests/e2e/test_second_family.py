@@ -18,6 +18,7 @@ from eagle.generate.job import GenerationRequest, claim_outdir, encode_job, fini
 from eagle.generate.plan import make_plan
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import check_store
+from eagle.store.writer import SHARD_BYTES
 from eagle.target.features import TRUNK_FEATURES
 from eagle.train.checkpoint import states
 from eagle.train.main import run_training
@@ -48,7 +49,7 @@ def toy_store(toy: None, tmp_path_factory: pytest.TempPathFactory, llama: Path, 
     tokens = encode_job(job)
     planned = make_plan(job, tokens).bytes
     (outdir / "0").mkdir()
-    list(cpu_worker(outdir, 0).work(job.request.shard_mb << 20))
+    list(cpu_worker(outdir, 0).work(SHARD_BYTES))
     finish(job)
     written = sum(path.stat().st_size for path in outdir.glob("0/*.safetensors"))
     assert written <= planned < 1.02 * written

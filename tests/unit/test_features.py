@@ -230,3 +230,41 @@ def test_cut_evenly(parts):
     sums = [lengths[a:b].sum() for a, b in pairwise(cuts)]
     assert sum(sums) == lengths.sum()
     assert max(sums) - min(sums) <= 2 * lengths.max()
+
+
+def test_order_and_groups_of_any_store(tmp_path):
+    """Against the definition: sorted by data file, conversation, file and place; numbered as they come."""
+    random = np.random.RandomState(0)
+    counts = {"": None, "a": 5, "b": 100}
+    for name, count in counts.items():
+        folder = tmp_path / (name or "unknown")
+        used = random.permutation(30).tolist()
+        for number in range(4):
+            own = random.randint(0, 6, 7).tolist() if not name else [used.pop() for _ in range(7)]
+            (folder / str(number)).mkdir(parents=True)
+            write_shard(folder / str(number) / "shard-00000.safetensors", [record(c, 3 + c % 4) for c in own])
+        manifest(folder, digest=name)
+        content = json.loads((folder / MANIFEST).read_text())
+        write_json(folder / MANIFEST, content | {"data": {"digest": name, "records": count}})
+    store = FeatureStore(tmp_path)
+
+    entries = sorted(
+        (digest, int(conversation), number, position)
+        for number, (digest, source) in enumerate(zip(store._digests, store.sources, strict=True))
+        for position, conversation in enumerate(source.conversations)
+    )
+    numbers, groups = {}, []
+    for index, (digest, conversation, _, _) in enumerate(entries):
+        count = counts[digest]
+        key = (digest, conversation % count if count else conversation) if digest else index
+        groups.append(numbers.setdefault(key, len(numbers)))
+    assert store.groups.tolist() == groups and max(groups) < len(groups) - 5
+    for index, (_, conversation, number, position) in enumerate(entries):
+        assert equal(store[index], store.sources[number].read(position))
+        assert store[index].conversation == conversation and len(store[index]) == store.lengths[index]
+    assert store.by_file() == sorted(range(len(entries)), key=lambda index: entries[index][2:])
+    masks = [store.loss_mask(index).numpy() for index in range(len(store))]
+    assert store.supervised().tolist() == [int((mask[1:-1] & mask[2:]).sum()) for mask in masks]
+    left = [entry for index, entry in enumerate(entries) if index not in (0, 5, 6, 40)]
+    store.leave_out([40, 0, 6, 5])
+    assert [item.conversation for item in store] == [conversation for _, conversation, _, _ in left]

@@ -9,10 +9,12 @@ from eagle.entry import run
 from eagle.errors import WorkError
 from eagle.generate import main as allocation
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
-from eagle.generate.plan import dry_run_lines, make_plan
+from eagle.generate.launch import worker_command
+from eagle.generate.plan import dry_run_lines, make_plan, sized
 from eagle.generate.progress import missing
 from eagle.store.shard import shard_paths
 from eagle.store.verify import check_store
+from eagle.store.writer import shard_bytes_for
 from eagle.target.compiled import WORTH_TOKENS, should_compile
 from tests.tiny import cpu_worker, write_sharegpt
 from tests.unit.test_job import inputs, request  # noqa: F401
@@ -37,6 +39,31 @@ def test_bytes_are_what_the_store_takes(tmp_path, inputs, store_dtype):  # noqa:
     assert manifest["tokens"] == plan.tokens
     written = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
     assert 0 <= plan.bytes - written <= 2 * 2 * 2048, "room for the headers, no more"
+
+
+@pytest.mark.parametrize(
+    ("total", "mib"),
+    [(0, 128), (2000 * 128 << 20, 128), ((2000 * 128 << 20) + 1, 129), (2000 * 500 << 20, 500), (1 << 44, 1024)],
+)
+def test_shards_grow_with_what_a_worker_writes(total, mib):
+    assert shard_bytes_for(total) == mib << 20
+
+
+def test_the_size_of_shards_is_the_jobs(tmp_path, inputs, monkeypatch):  # noqa: F811
+    """The same when it goes on; what was asked for is left as it is; workers are told, and so is the user."""
+    monkeypatch.setattr("eagle.generate.plan.shard_bytes_for", lambda total: (total // 1000) << 20)
+    job = resolve(request(inputs, tmp_path / "store", npu_indices=(0, 1)))
+    claim_outdir(job)
+    tokens = encode_job(job)
+    before = sized(job, tokens).request.shard_mb
+    assert before == pytest.approx(make_plan(job, tokens).bytes / 2 / 1000, rel=0.1) and before > 10
+    run_worker(job, 0)
+    assert sized(job, tokens).request.shard_mb == before == make_plan(job, tokens).shard_mb
+    assert f", in files of {before} MB; " in " ".join(make_plan(job, tokens).lines())
+    command = worker_command(sized(job, tokens), 1)
+    assert command[command.index("--shard_mb") + 1] == str(before)
+    asked = resolve(request(inputs, tmp_path / "other", shard_mb=7))
+    assert sized(asked, tokens).request.shard_mb == make_plan(asked, tokens).shard_mb == 7
 
 
 def test_what_is_done_is_not_planned_again(tmp_path, inputs):  # noqa: F811

@@ -71,3 +71,12 @@ def test_an_unfinished_store_is_not_resharded_in_place(tmp_path):
         reshard(root, root, 2)
     assert sorted(root.rglob("*.safetensors")) == before
     assert sum(part.records for part in reshard(root, tmp_path / "new", 2)) == 12
+
+
+def test_what_is_cut_off_a_large_file_is_one_file(tmp_path, monkeypatch):
+    """However small shards are by default."""
+    root = make_store(tmp_path / "old", [50] * 200, workers=1, shard_bytes=1 << 30)
+    monkeypatch.setattr("eagle.store.writer.SHARD_BYTES", 1000)
+    reshard(root, tmp_path / "new", 3)
+    assert len(list((tmp_path / "new").rglob("shard-*.safetensors"))) == 3
+    assert len(FeatureStore(tmp_path / "new")) == 200
