@@ -116,3 +116,10 @@ def test_batches_on_their_way_through_pretended_cards():
     answer = command("benchmarks/pipeline.py", "--cards", 4, "--milliseconds", 10, "--batches", 20)
     three, five = json.loads(answer.out)["in_flight"].values()
     assert five["tokens_per_s"] > three["tokens_per_s"] > 0
+
+
+def test_where_the_time_goes(store, llama, tmp_path):
+    words = ["--basepath", llama, "--tmpdir", store, "--steps", 2, "--output", tmp_path / "found.json"]
+    assert command("benchmarks/shares.py", *words).out.count("of the time products of weights") == 2
+    for part in json.loads((tmp_path / "found.json").read_text())["shares"].values():
+        assert 0 < part["products"] < 1 and abs(part["products"] + sum(part["others"].values()) - 1) < 1e-6
