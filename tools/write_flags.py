@@ -25,7 +25,7 @@ import eagle.decode.evaluate
 import eagle.generate.main
 import eagle.store.reshard
 import eagle.store.verify
-import eagle.train.main
+import eagle.train.arguments
 import eagle.vllm.convert
 import eagle.vllm.verify
 from eagle.entry import run
@@ -77,7 +77,7 @@ COMMANDS = (
     ),
     Command(
         "eagle.train.main",
-        lambda: eagle.train.main.make_parser([]),
+        lambda: eagle.train.arguments.make_parser([]),
         {"en": "Step 4: train the draft", "zh": "步骤 4：训练草稿"},
         "accelerate launch -m --mixed_precision=bf16 eagle.train.main --tmpdir ./features --cpdir ./checkpoints \\\n"
         "    --configpath configs/llama_2_chat_7B_config.json --basepath ./llama-2-7b-chat --bs 4",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from dataclasses import dataclass
-from pathlib import Path
 
 from eagle import device
 from eagle.data.cleaning import Tally
@@ -17,115 +16,21 @@ from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.reader import Records, open_records
 from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
-from eagle.device import Card, is_mig, is_uuid
-from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.device import Card
+from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.dtypes import dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
 from eagle.generate.progress import finished
+from eagle.generate.request import GenerationRequest
 from eagle.provenance import provenance
-from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
 from eagle.target.check import check_target
 from eagle.target.compiled import should_compile
-from eagle.target.families import TARGET_FAMILIES
 from eagle.target.identity import Identity
 from eagle.target.tokenizer import tokens_without_row
-
-COMPILE_MODES = ("auto", "on", "off")
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """The options of ``allocation.py``, checked as far as they can be on their own."""
-
-    outdir: Path
-    model_name: str
-    data_path: Path
-    model_type: str | None = None
-    end_num: int | None = None
-    npu_indices: tuple[Card, ...] = (0,)
-    used_npus: int = 1
-    seed: int = 42
-    max_length: int = 2048
-    dtype: str = "bfloat16"
-    chat_template: str | None = None
-    device: str = "auto"
-    batch_tokens: int = 4096
-    shard_mb: int | None = None
-    allow_truncated: bool = False
-    store_dtype: str = SAME
-    num_nodes: int = 1
-    node_rank: int = 0
-    compile: str = "auto"
-    draft: str = DEFAULT_DRAFT
-
-    def __post_init__(self) -> None:
-        if self.end_num is not None and self.end_num < 1:
-            raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
-        if self.max_length < 3:
-            raise RequestError(f"--max_length {self.max_length}: expected 3 tokens or more.")
-        for name in ("batch_tokens", "shard_mb"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"--{name} {value}: expected 1 or more.")
-        if self.model_type not in (None, *TARGET_FAMILIES):
-            raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(TARGET_FAMILIES)}.")
-        parse_dtype(self.dtype)
-        check_store_dtype(self.store_dtype)
-        if self.num_nodes < 1:
-            raise RequestError(f"--num_nodes {self.num_nodes}: expected 1 or more.")
-        if not 0 <= self.node_rank < self.num_nodes:
-            raise RequestError(f"--node_rank {self.node_rank}: expected 0 to {self.num_nodes - 1}, one for every node.")
-        if self.compile not in COMPILE_MODES:
-            raise RequestError(f"--compile {self.compile}: expected one of {', '.join(COMPILE_MODES)}.")
-        if self.compile == "on" and self.used_npus > 1:
-            raise RequestError(
-                f"--compile on would do nothing with --used_npus {self.used_npus}: a model that is spread over several "
-                "cards is not compiled. Leave --compile out, or give each worker one card."
-            )
-        self.card_groups()
-
-    @property
-    def folder(self) -> Path:
-        """The store of this job: with several nodes each has its own, so that they may share a disk."""
-        return self.outdir / f"node-{self.node_rank}" if self.num_nodes > 1 else self.outdir
-
-    def card_groups(self) -> list[tuple[Card, ...]]:
-        """The cards of each worker process, `used_npus` to a worker."""
-        cards, per_worker = self.npu_indices, self.used_npus
-        if per_worker < 1 or len(cards) % per_worker:
-            raise RequestError(
-                f"--used_npus {per_worker} is how many cards each worker process gets; it does not divide the "
-                f"{len(cards)} cards of --npu_indices {','.join(map(str, cards))}. Use a divisor of {len(cards)}."
-            )
-        if per_worker > 1 and any(map(is_mig, cards)):
-            raise RequestError(
-                f"--used_npus {per_worker}: a process sees one MIG instance only, so a model cannot be spread over "
-                "several. Use --used_npus 1."
-            )
-        return [tuple(cards[at : at + per_worker]) for at in range(0, len(cards), per_worker)]
-
-
-def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[Card, ...]:
-    """'0,1,2' -> (0, 1, 2); UUIDs of CUDA cards stay as they are.
-
-    Raises: RequestError for anything that is not distinct cards.
-    """
-    entries = [entry.strip() for entry in text.split(",")]
-    wrong = [entry for entry in entries if not (entry.isascii() and (entry.isdigit() or is_uuid(entry)))]
-    if wrong:
-        raise RequestError(
-            f'{flag} "{text}": {wrong[0]!r} is not a card number; expected e.g. "0,1,2,3", or with CUDA the UUIDs that '
-            "nvidia-smi -L shows."
-        )
-    indices = tuple(int(entry) if entry.isdigit() else entry for entry in entries)
-    repeated = dict.fromkeys(index for index in indices if indices.count(index) > 1)
-    if repeated:
-        raise RequestError(f'{flag} "{text}" repeats {", ".join(map(str, repeated))}; name each card once.')
-    return indices
 
 
 @dataclass(frozen=True, slots=True)

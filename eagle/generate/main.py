@@ -13,18 +13,10 @@ from eagle.entry import HelpFormatter
 from eagle.errors import WorkError
 from eagle.generate.claim import claimed
 from eagle.generate.dealing import begin, is_done
-from eagle.generate.job import (
-    COMPILE_MODES,
-    GenerationRequest,
-    Job,
-    check_outdir,
-    encode_job,
-    finish,
-    parse_indices,
-    resolve,
-)
+from eagle.generate.job import Job, check_outdir, encode_job, finish, resolve
 from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan, sized
+from eagle.generate.request import COMPILE_MODES, GenerationRequest, parse_indices
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.target.families import TARGET_FAMILIES
 from eagle.text import visible

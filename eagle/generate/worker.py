@@ -36,8 +36,8 @@ from eagle.files import write_json
 from eagle.generate.collector import Collector, Item, NotFinite, check_finite
 from eagle.generate.dealing import dealt, node_share, read_left
 from eagle.generate.fetch import all_finite
-from eagle.generate.job import COMPILE_MODES
 from eagle.generate.progress import Progress, Stretch, finished, missing
+from eagle.generate.request import COMPILE_MODES
 from eagle.generate.sources import FeatureSource, SourceOptions, open_source
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
 from eagle.store.shard import shard_number, shard_paths

@@ -1,9 +1,15 @@
 """Step 4: features to a draft.
 
-main            the command line of ``eagle.train.main``
+main            opens what is named, and trains
+arguments       the command line of ``eagle.train.main``
 options         what was asked for, checked once
 launch_check    what a launcher made of it
+group           the processes of a run begin together or not at all
+agreement       what they have to see alike
+watch           and they end together: heartbeats and last words
+exchange        sums and weights between them
 dataset         records to examples: the split, the noise, the order
+loader          batches from the store to the device, read ahead
 whole_store     a store without what is damaged in it, found by one process for all
 live_features   features computed as training goes, instead of a store
 loop            accumulate, backward, clip, step, schedule, validate, save

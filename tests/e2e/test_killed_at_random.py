@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle.generate.job import GenerationRequest, claim_outdir, encode_job, finish, parse_indices, resolve
+from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.progress import finished
+from eagle.generate.request import GenerationRequest, parse_indices
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import check_store
 from tests.e2e.commands import command, start

@@ -14,8 +14,9 @@ from eagle.decode import evaluate
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.errors import RequestError
-from eagle.generate.job import GenerationRequest, claim_outdir, encode_job, finish, resolve
+from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.plan import make_plan
+from eagle.generate.request import GenerationRequest
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import check_store
 from eagle.store.writer import SHARD_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eagle.train.main import parse_args
+from eagle.train.arguments import parse_args
 from eagle.train.options import TrainOptions
 
 REQUIRED = ["--tmpdir", "features", "--cpdir", "checkpoints", "--basepath", "model"]

@@ -1,0 +1,108 @@
+"""The command line of ``eagle.train.main``: its flags, and the options they come to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from eagle.drafts.losses import TOKEN_LOSSES
+from eagle.entry import HelpFormatter
+from eagle.given import given, refuse_idle
+from eagle.train.options import INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
+
+
+def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of these arguments: a recipe among them changes its defaults, a dry run what it requires."""
+    defaults = {field: value.default for field, value in TrainOptions.__dataclass_fields__.items()}
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("--recipe", choices=RECIPES)
+    recipe.add_argument("--dry_run", action="store_true")
+    first = recipe.parse_known_args(argv)[0]
+    defaults |= RECIPES.get(first.recipe, {})
+    parser = argparse.ArgumentParser(
+        prog="eagle.train.main",
+        description="Step 4: train the draft on a store of features.",
+        formatter_class=HelpFormatter,
+    )
+
+    def add(name: str, kind: type, text: str, **more: Any) -> None:
+        # A dry run writes no checkpoints and takes its shapes from either config.
+        default: dict[str, Any] = (
+            {"required": not first.dry_run} if name in ("cpdir", "basepath") else {"default": defaults[name]}
+        )
+        parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
+
+    add("tmpdir", Path, "the store of step 3, or a folder of data_*.ckpt dumps; this or --data_path is needed")
+    add("data_path", Path, "instead of a store: conversations, .json, .jsonl or .parquet, whose features are computed "
+        "as training goes")  # fmt: skip
+    add("end_num", int, "with --data_path: how many conversations to use (default: all)")
+    add("data_seed", int, "with --data_path: seed of their choice, allocation.py's --seed")
+    add(
+        "chat_template",
+        str,
+        "with --data_path: a Jinja file or a built-in template (default: the tokenizer's own, else by family)",
+    )
+    add("dtype", str, "with --data_path: what the base model computes in")
+    parser.add_argument(
+        "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
+    )
+    add("cpdir", Path, "where checkpoints go; continued where it holds this run's")
+    add("basepath", Path, "folder of the base model")
+    add("configpath", Path, "the draft's config: the base model's with num_hidden_layers 1 (default: derived)")
+    add("bs", int, "sequences per device and micro-batch")
+    parser.add_argument(
+        "--gradient_accumulation_steps", "--gradient-accumulation-steps", type=int,
+        default=defaults["gradient_accumulation_steps"], help="micro-batches per optimizer step",
+    )  # fmt: skip
+    add("num_epochs", int, "passes over the training records")
+    add("max_steps", int, "end after so many optimizer steps")
+    add("max_len", int, "cut records to this many tokens")
+    add("lr", float, "peak learning rate (default: 5e-4 at hidden size 576, falling as 1/width)")
+    add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
+    add("weight_decay", float, "AdamW's weight decay")
+    add("beta1", float, "AdamW's first beta")
+    add("beta2", float, "AdamW's second beta")
+    add("grad_clip", float, "clip the gradient's norm to this; 0 does not clip")
+    add("vloss_weight", float, "weight of the feature loss (SmoothL1)")
+    add("ploss_weight", float, "weight of the token loss")
+    add(
+        "token_loss", str,
+        "soft_cross_entropy (over all tokens), top_k (over the base model's ten likeliest) or lk (maximises the "
+        "acceptance rate)",
+        choices=tuple(TOKEN_LOSSES),
+    )  # fmt: skip
+    add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")
+    add("noise", float, "half-width of the uniform noise on the features")
+    add("init", str, f"how the draft starts: {' (the best linear draft) or '.join(INITS)}, or the folder of any draft")
+    add("init_positions", int, "at most this many supervised positions for the closed-form start")
+    add("val_ratio", float, "share of the conversations held out for validation")
+    add("eval_freq", int, "validate every so many epochs, and at the end")
+    add("save_freq", int, "save every so many epochs, and at the end; a better τ is always saved")
+    add("save_every", str, "also save every so many steps ('500') or minutes ('30m')")
+    add("patience", int, "stop after so many validations without a better τ; 0 never does")
+    add("report_to", str, "also log to this tracker", choices=TRACKERS)
+    add("keep", int, "keep the newest so many checkpoints (best and last always)")
+    add("num_workers", int, "threads that read batches ahead (default: 2 on a card, else 0)")
+    add("seed", int, "seed of split, order, noise and random initialisation")
+    parser.add_argument("--skip_damaged", action="store_true", help="leave out what is damaged in the store")
+    parser.add_argument(
+        "--dry_run", action="store_true",
+        help="print how much memory the run will take, part by part, and end: nothing is loaded or written; of the "
+        "base model only config.json is needed, or --configpath alone",
+    )  # fmt: skip
+    parser.add_argument("--recipe", choices=RECIPES, help="eagle1: the published hyperparameters as defaults")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = make_parser(argv).parse_args(argv)
+    del args.recipe  # it has done its work
+    return args
+
+
+def read_options(argv: list[str] | None) -> TrainOptions:
+    """Raises: RequestError; SystemExit as argparse does."""
+    options = TrainOptions(**vars(parse_args(argv)))
+    refuse_idle(given(make_parser(argv), argv), idle_flags(options))
+    return options
