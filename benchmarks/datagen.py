@@ -38,7 +38,8 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import WorkError
 from eagle.files import existing_path, write_json
 from eagle.generate.collector import Item
-from eagle.generate.job import Job, claim_outdir, encode_job, finish, node_share, resolve
+from eagle.generate.dealing import node_share
+from eagle.generate.job import Job, claim_outdir, encode_job, finish, resolve
 from eagle.generate.request import GenerationRequest
 from eagle.generate.sources import TrunkSource
 from eagle.generate.worker import Share, Worker, source_for

@@ -59,7 +59,7 @@ class LiveFeatures:
         # A template that writes the date is told the data file's, so that a run goes on next week as it began.
         date = datetime.date.fromtimestamp(source.data_path.stat().st_mtime)
         encoder = load_encoder(basepath, config, source.chat_template, date)
-        # The same choice as `eagle.generate.job.node_share`'s, in a store's order.
+        # The same choice as `eagle.generate.dealing.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
         chosen = np.sort(order)
         refuse_other_formats(records, chosen.tolist(), source.data_path)

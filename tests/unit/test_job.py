@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from eagle.errors import RequestError
-from eagle.generate.job import claim_outdir, node_share, resolve
+from eagle.generate.dealing import node_share
+from eagle.generate.job import claim_outdir, resolve
 from eagle.generate.request import GenerationRequest, parse_indices
 from eagle.store.manifest import DONE, MANIFEST
 from eagle.store.record import Record
