@@ -11,4 +11,5 @@ reader          every record below a folder, whoever wrote it
 classic_dumps   the ``data_<n>.ckpt`` pickles of the public scripts
 verify          every checksum and count of a store
 reshard         the same records in other folders, whole shards at a time
+replacing       and how these take the old ones' place
 """

@@ -1,12 +1,8 @@
 """Reshard a store into folders of about equal tokens, without ever holding the only copy of anything in flight.
 
 A shard that falls whole into one new folder is hard-linked (copied where the file system has no links); only the
-shards at the cuts are rewritten. The new layout is built beside the old one and changes name as it advances, so
-that an interrupted run is picked up where it stopped:
-
-    .reshard-building   being built; the old data are untouched; a rerun starts over
-    .reshard-deleting   complete; the old files it names are being deleted (in place only)
-    .reshard-moving     the old files are gone; its files are being moved to where they belong
+shards at the cuts are rewritten. The new layout is built beside the old one and then takes its place
+(`eagle.store.replacing`), so that an interrupted run is picked up where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,24 +22,13 @@ import numpy as np
 from eagle.entry import run
 from eagle.errors import RequestError
 from eagle.files import existing_path, fsync_folder, locked, output_folder, read_json, write_json
-from eagle.store.classic_dumps import is_dump_name
-from eagle.store.manifest import DONE, INTERRUPTED_RESHARD, LOG, MANIFEST
+from eagle.store.manifest import DONE, LOG, MANIFEST
 from eagle.store.reader import FeatureStore
 from eagle.store.record import RecordSource
-from eagle.store.shard import FORMAT_VERSION, Shard, is_shard_name
+from eagle.store.replacing import BUILDING, DELETING, PLAN, Part, finish_replacing
+from eagle.store.shard import FORMAT_VERSION, Shard
 from eagle.store.verify import skip_damaged
 from eagle.store.writer import ShardWriter, shard_bytes_for
-
-BUILDING, DELETING, MOVING = (".reshard-building", *INTERRUPTED_RESHARD)
-PLAN = "plan.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one new folder got."""
-
-    records: int
-    tokens: int
 
 
 def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False) -> list[Part]:
@@ -67,7 +51,7 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
         store = _open(old, parts, leave_out_damaged)  # a wrong request makes no folder
     output_folder(new, "--new_folder")
     with locked(new, "--new_folder"):
-        finished = _finish_interrupted(new)
+        finished = finish_replacing(new)
         if in_place and finished and len(finished) == parts:
             return finished
         shutil.rmtree(new / BUILDING, ignore_errors=True)
@@ -90,7 +74,7 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
         summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
         (new / BUILDING).rename(new / DELETING)
         fsync_folder(new)
-        _finish_interrupted(new)
+        finish_replacing(new)
     return summary
 
 
@@ -255,90 +239,6 @@ def _merged_manifest(store: FeatureStore) -> dict:
     merged |= {"records": len(store), "tokens": store.tokens}
     merged["complete"] = all(manifest.get("complete") for manifest in manifests)
     return merged
-
-
-def _finish_interrupted(new: Path) -> list[Part] | None:
-    """Take a reshard that had finished building to its end. None where there is nothing to finish.
-
-    Raises: RequestError for a plan or a file that no reshard made; then nothing was deleted or moved.
-    """
-    deleting, moving = new / DELETING, new / MOVING
-    if deleting.is_dir():
-        plan = _read_plan(deleting)
-        _moves(deleting, new)  # what could not be moved later must not cost the old files
-        old_files = [_own_file(name, new, deleting / PLAN) for name in plan["old_files"]]
-        for file in old_files:
-            file.unlink(missing_ok=True)
-        _remove_emptied({file.parent for file in old_files}, new)
-        deleting.rename(moving)
-        fsync_folder(new)
-    if not moving.is_dir():
-        return None
-    # The plan goes last: without it the parts could not be reported.
-    summary = [Part(*part) for part in _read_plan(moving)["parts"]]
-    moves = _moves(moving, new)
-    for path, target in moves:
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-    for folder in sorted({target.parent for _, target in moves}):
-        fsync_folder(folder)
-    moving.rename(new / BUILDING)  # nothing in it is needed any more
-    shutil.rmtree(new / BUILDING)
-    return summary
-
-
-def _read_plan(work: Path) -> dict:
-    """Raises: RequestError for a plan that `_build` did not write."""
-    path = work / PLAN
-    plan = read_json(path, "a reshard plan")
-    names, parts = plan.get("old_files"), plan.get("parts")
-    if not (
-        isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and isinstance(parts, list)
-        and all(isinstance(part, list) and [type(count) for count in part] == [int, int] for part in parts)
-    ):
-        raise RequestError(_foreign(path, "it does not hold the lists that a plan holds"))
-    return plan
-
-
-def _moves(work: Path, new: Path) -> list[tuple[Path, Path]]:
-    """The files of a built layout, and where each belongs. Raises: RequestError for one that has no place there."""
-    if work.is_symlink():
-        raise RequestError(_foreign(work, "it is a link"))
-    files = [path for path in sorted(work.rglob("*")) if path.is_symlink() or path.is_file()]
-    return [(path, _own_file(str(path.relative_to(work)), new, path)) for path in files if path != work / PLAN]
-
-
-def _own_file(name: str, root: Path, named_by: Path) -> Path:
-    """The file of that relative name below a store. Plans and folders come with stores, which come from anywhere.
-
-    Raises: RequestError for a name that leads out of the store, or that no store's file has.
-    """
-    path = Path(name)
-    # A file of a store may be a link, which is then what is deleted or replaced; a folder on the way may lead nowhere
-    # else.
-    folder, whole = (root / path).parent.resolve(), root.resolve()
-    if path.is_absolute() or ".." in path.parts or not (folder == whole or whole in folder.parents):
-        raise RequestError(_foreign(named_by, f"{name!r} leads out of the folder"))
-    if not (path.name in (MANIFEST, DONE, LOG) or is_shard_name(path.name) or is_dump_name(path.name)):
-        raise RequestError(_foreign(named_by, f"{name!r} is no file of a store"))
-    return root / path
-
-
-def _foreign(path: Path, what: str) -> str:
-    rest = path.parent if path.name == PLAN else path
-    return (
-        f"{path} was not made by reassign_data_num.py: {what}. Nothing was deleted or moved. If the store is somebody "
-        f"else's, do not trust it; to go on with what it holds, delete {rest}."
-    )
-
-
-def _remove_emptied(folders: set[Path], root: Path) -> None:
-    for folder in folders:
-        while folder != root and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-            folder = folder.parent
 
 
 def cut_evenly(tokens: np.ndarray, parts: int) -> list[int]:
