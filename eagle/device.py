@@ -44,8 +44,11 @@ def backend_of(kind: str) -> Any:
 
 
 def make_current(device: torch.device) -> None:
-    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU."""
-    if device.type in VISIBILITY_VARIABLE:
+    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU.
+
+    A device without an index is the card that every thread begins with.
+    """
+    if device.type in VISIBILITY_VARIABLE and device.index is not None:
         backend_of(device.type).set_device(device)
 
 

@@ -87,7 +87,10 @@ def overlap_batches(trunk: torch.nn.Module) -> None:
         if place is None:  # the rope
             place = found[0]
             module.to(place)
-        module.register_forward_pre_hook(_hook(hand_over, place), with_kwargs=True)
+        # A list of layers that are all on one card is never called itself.
+        called = list(module) if isinstance(module, torch.nn.ModuleList) else [module]
+        for one in called:
+            one.register_forward_pre_hook(_hook(hand_over, place), with_kwargs=True)
 
 
 def _hook(hand_over: HandOver, place: torch.device) -> Callable[..., tuple[Any, Any]]:

@@ -18,6 +18,7 @@ import transformers
 
 from eagle import __version__
 from eagle.train.checkpoint import Position
+from eagle.train.live_features import LiveFeatures
 from eagle.train.loop import Trainer
 
 #: Options that may differ from machine to machine: where things are, and what a process does by itself.
@@ -58,6 +59,7 @@ def describe(trainer: Trainer, saved: Mapping[str, Any] | None) -> dict[str, Any
                 "tokens": store.tokens,
                 "features": ", ".join(store.identity()),
                 "lengths and conversations": _digest(*(array.astype("<i8").tobytes() for array in contents)),
+                **({"their tokens": store.token_digest()} if isinstance(store, LiveFeatures) else {}),
             },
             "checkpoint": {
                 "newest": f"state_{position.step} (epoch {position.epoch}, batch {position.batch})"

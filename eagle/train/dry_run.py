@@ -168,7 +168,8 @@ def lines(plan: MemoryPlan, options: TrainOptions, accelerator: Accelerator) -> 
             "the room"
         )
     for name, size in plan.host.items():
-        found.append(f"host memory, beside the card's: {size / MIB:,.0f} MiB, {name}")
+        each = " in each process" if accelerator.num_processes > 1 else ""
+        found.append(f"host memory, beside the card's: {size / MIB:,.0f} MiB{each}, {name}")
     free = device.free_memory(place)
     share = free // accelerator.num_processes if place.type == "cpu" else free
     each = f", {share / MIB:,.0f} for each of the processes" if share != free else ""

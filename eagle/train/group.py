@@ -100,6 +100,12 @@ class Group:
                 store.set(f"verdict/{number}", json.dumps(judge(found)))
             self._wait(lambda: store.get(f"verdict/{number}") is not None, own)
             return json.loads(store.get(f"verdict/{number}") or "{}")
+        except WorkError:
+            raise
+        except RuntimeError as error:  # the store is gone with rank 0, which may have ended by what this one said
+            raise own or WorkError(
+                f"rank 0 has ended, and with it the store by which the group met ({error}). Its own output says why."
+            ) from error
         finally:
             watch.raises_itself = False
 

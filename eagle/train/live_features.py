@@ -8,6 +8,7 @@ with the same options; the features agree to the noise of the dtype, which depen
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,13 @@ class LiveFeatures:
         """As `eagle.store.reader.FeatureStore.supervised`."""
         counts = supervised_counts(self.tokens_of.loss_mask, self.tokens_of.offsets, max_len)
         return counts[self._places]
+
+    def token_digest(self) -> str:
+        """Of all tokens and masks: templates that write a date write that of each machine's own copy of the data."""
+        digest = hashlib.sha256()
+        for array in (self.tokens_of.input_ids, self.tokens_of.loss_mask):
+            digest.update(np.ascontiguousarray(array).data)
+        return f"sha256 {digest.hexdigest()[:16]}"
 
     def notes(self) -> list[str]:
         return [*self._notes, *self.tokens_of.tally().lines()]

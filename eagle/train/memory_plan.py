@@ -77,11 +77,9 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     whole_gradient = {"gradient before it is shared out": SINGLE * trained} if setting.shards > 1 else {}
     # Autocast keeps a copy of every weight for the backward pass.
     casts = {"weights in the dtype computed in": setting.compute * trained} if setting.compute < SINGLE else {}
-    batch, waiting = {"batch": batch_bytes(setting)}, {}
-    if setting.prefetched:
-        waiting = {f"{setting.prefetched} batches waiting": setting.prefetched * stored_batch_bytes(setting)}
-    if on_cpu:
-        batch |= waiting
+    batch = {"batch": batch_bytes(setting)}
+    if on_cpu and setting.prefetched:
+        batch[f"{setting.prefetched} batches waiting"] = setting.prefetched * stored_batch_bytes(setting)
     workspace = {"head-loss workspace": workspace_bytes(setting, setting.ttt_steps)}
     saved = [family.saved_bytes(setting, step) for step in range(1, setting.ttt_steps + 1)]
     steps = {f"activations, draft step {step}": size for step, size in enumerate(saved, 1)}
@@ -117,8 +115,18 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     gathered = {"gathered draft and AdamW state": SINGLE * (3 * trained if on_cpu else largest)}
     gathered = gathered if setting.shards > 1 else {}
     phases.append(Phase("saving", {**adam, **workspace, **gathered}))
-    host = {} if on_cpu else family.start_host_bytes(setting) | waiting
+    host = {} if on_cpu else family.start_host_bytes(setting) | loader_bytes(setting)
     return MemoryPlan(held, phases, setting.store, host)
+
+
+def loader_bytes(setting: Setting) -> dict[str, int]:
+    """Page-locked host memory of a card's loader: batches that wait, and those of the step at hand and the one before.
+
+    torch takes such memory in powers of two.
+    """
+    count = setting.prefetched + 2 * setting.accumulation
+    each = 1 << (stored_batch_bytes(setting) - 1).bit_length()
+    return {f"{count} batches, read and waiting or in use": count * each}
 
 
 def stored_batch_bytes(setting: Setting) -> int:

@@ -196,7 +196,9 @@ class Watch:
                 self._wake.wait(TICK if self.ended is None else TICK / 10)
                 self._wake.clear()
         except Exception as error:  # whatever the store raises: it is gone
-            if not self._closed and self.ended is None:
+            if self._own is not None:  # who says why it ends is not waited for by others: they may be gone first
+                self._heard.set()
+            elif not self._closed and self.ended is None:
                 self._lose_store(str(error))
 
     def _look_after(self, store: Keys, watched: dict[int, tuple[int, int]]) -> None:

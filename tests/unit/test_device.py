@@ -137,3 +137,12 @@ def test_a_worker_on_a_cpu_takes_large_pages():
         for env in (os.environ | device.worker_environment("cpu", [0], 1), os.environ | {device.HUGE_PAGES: "0"})
     ]
     assert faults[0] < faults[1] / 4
+
+
+def test_a_thread_is_given_the_card_that_has_a_number(monkeypatch):
+    """accelerate's device is without one where it was not launched for several cards."""
+    given = []
+    monkeypatch.setattr(device, "backend_of", lambda kind: types.SimpleNamespace(set_device=given.append))
+    for name in ("cpu", "cuda", "cuda:1", "npu:3" if hasattr(torch, "npu") else "cuda:3"):
+        device.make_current(torch.device(name))
+    assert [place.index for place in given] == [1, 3]

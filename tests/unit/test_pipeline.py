@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eagle.target import pipeline
+from eagle.target.features import HIDDEN_STATE, TRUNK_FEATURES, TrunkFeature, features_of
 from eagle.target.pipeline import HandOver, overlap_batches
 from eagle.target.trunk import load_trunk
 from tests.tiny import make_target
@@ -79,6 +80,31 @@ def test_a_spread_trunk_moves_little_and_leaves_its_features_on_its_last_card(tm
         assert found.device == META and found.shape == (1, 12, 32)
     assert set(sent) == {(CPU, META)}
     assert len(sent) <= 2 * 5, "hidden states, cosines, sines and perhaps positions: once a card"
+
+
+def test_layers_that_are_one_entry_of_the_map_are_brought_their_inputs(tmp_path):
+    """accelerate names the whole list of layers where all are on one card; nobody calls the list."""
+    trunk = load_trunk(make_target(tmp_path / "m", "llama", layers=3), torch.float32, CPU)
+    trunk.hf_device_map = {"embed_tokens": 0, "layers": 1, "norm": 1, "rotary_emb": 1}
+    for name in ("layers", "norm"):
+        trunk.get_submodule(name).to(META)
+    overlap_batches(trunk)
+    with torch.inference_mode():
+        assert trunk(input_ids=torch.arange(1, 13)[None], use_cache=False).last_hidden_state.device == META
+
+
+def test_features_of_several_layers_come_to_one_card(tmp_path, monkeypatch):
+    """A family may put together what a spread trunk computed on several."""
+    both = TrunkFeature(
+        lambda output: torch.cat([output.hidden_states[1], *output.hidden_states[-2:]], -1),
+        {"output_hidden_states": True},
+    )
+    monkeypatch.setitem(TRUNK_FEATURES, "both", both)
+    trunk = spread(load_trunk(make_target(tmp_path / "m", "llama", layers=6), torch.float32, CPU))
+    overlap_batches(trunk)
+    with torch.inference_mode():
+        found = features_of(trunk, (HIDDEN_STATE, "both"), input_ids=torch.arange(1, 13)[None], use_cache=False)
+    assert found["both"].device == META and found["both"].shape == (1, 12, 96)
 
 
 def test_a_trunk_with_layers_on_no_card_keeps_its_hooks(tmp_path):
