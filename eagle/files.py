@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import stat
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,18 +61,38 @@ def output_folder(path: Path, flag: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Hold the folder for this process. Raises: RequestError while another process holds it."""
+def locked(folder: Path, flag: str, patience: float = 0) -> Iterator[int]:
+    """Hold the folder for this process, and for those to which it passes the file descriptor that this yields: the last
+    of them to end gives it up.
+
+    patience: how many seconds to wait, with a word on stderr, for processes that outlive the one that took it.
+
+    Raises: RequestError while another process holds it.
+    """
     import fcntl  # not on Windows, where the other steps do work
 
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(f"{flag} {folder} is in use by another running job; wait for it or end it.") from error
-        except OSError:
-            pass  # a file system without locks: two jobs at once are then the user's to avoid
-        yield
+    path, deadline, told = folder / LOCK, time.monotonic() + patience, False
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    killed = ", or by processes that one left when it was killed" if patience else ""
+                    raise RequestError(
+                        f"{flag} {folder} is in use by another running job{killed}; wait for it or end it."
+                    ) from error
+                if not told:
+                    print(f"note: {folder} is in use, waiting up to {patience:.0f} s for it", file=sys.stderr)
+                told = True
+                time.sleep(0.1)
+                continue
+            except OSError:
+                pass  # a file system without locks: two jobs at once are then the user's to avoid
+            if told and os.fstat(file.fileno()).st_nlink == 0 and time.monotonic() < deadline:
+                continue  # who held it took the file away, and the next one to come would lock another
+            yield file.fileno()
+            return
 
 
 def write_json(path: Path, content: object) -> None:

@@ -14,13 +14,16 @@ from eagle.generate.job import Job, claim_outdir
 from eagle.store.manifest import LOG, MANIFEST
 
 FLAG = "--outdir"
+#: Seconds that a killed job's workers get to end by themselves, which they do as soon as the disk lets them.
+PATIENCE = 15
 
 
 @contextmanager
-def claimed(job: Job) -> Iterator[None]:
-    """Hold the folder for this job. Where the job fails before its first shard, the folder is as it was before.
+def claimed(job: Job) -> Iterator[int]:
+    """Hold the folder for this job; yields the file descriptor by which its workers hold it too.
 
-    So a corrected command, whose options are others, can run in it at once.
+    Where the job fails before its first shard, the folder is as it was before, so that a corrected command, whose
+    options are others, can run in it at once.
 
     Raises: RequestError where the folder cannot be written to, is in use, or holds something else.
     """
@@ -29,10 +32,10 @@ def claimed(job: Job) -> Iterator[None]:
     is_locked = (folder / LOCK).exists()
     try:
         output_folder(folder, FLAG)
-        with locked(folder, FLAG):
+        with locked(folder, FLAG, PATIENCE) as lock:
             claim_outdir(job)
             try:
-                yield
+                yield lock
             except BaseException:
                 if not has_shards(folder):
                     _forget(folder, keep_lock=is_locked)

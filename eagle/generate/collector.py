@@ -87,11 +87,12 @@ class Collector:
         self._copies = HostCopies(self._ahead + 1)
         self._pool = ThreadPoolExecutor(1, "collector")
         self._pending: deque[Future[None]] = deque()
+        self._failure: BaseException | None = None
 
     def add(self, features: dict[str, torch.Tensor], items: list[Item]) -> None:
         """Features of a batch by name, ``[B, T, W]`` each, on the device and perhaps still being computed."""
         if all(tensor.device.type == "cpu" for tensor in features.values()):  # nothing to wait for
-            self._store(features, all_finite(features), items)
+            self._remembering(lambda: self._store(features, all_finite(features), items))
         else:
             copy = self._copies.start(features)
             self._submit(lambda: self._fetch(copy, items))
@@ -105,9 +106,25 @@ class Collector:
         self._pool.shutdown()
 
     def _submit(self, work: Callable[[], None]) -> None:
-        self._pending.append(self._pool.submit(work))
+        self._pending.append(self._pool.submit(self._remembering, work))
         while len(self._pending) > self._ahead:
             self._pending.popleft().result()
+
+    def _remembering(self, work: Callable[[], None]) -> None:
+        """Do it and remember the first failure, by which all that comes behind it fails too.
+
+        Batches that are queued by then are still fetched, also by the interpreter as it ends, and give their buffers
+        back; stored, they would make a shard that says the failed one is done.
+        """
+        try:
+            work()
+        except BaseException as error:
+            self._failure = self._failure or error
+            raise
+
+    def _check(self) -> None:
+        if self._failure:
+            raise self._failure
 
     def _fetch(self, copy: HostCopy, items: list[Item]) -> None:
         with copy as (features, finite):
@@ -117,6 +134,7 @@ class Collector:
         self, features: dict[str, torch.Tensor], finite: torch.Tensor, items: list[Item], *, is_lent: bool = False
     ) -> None:
         """is_lent: whether the features' memory is another batch's as soon as this returns."""
+        self._check()
         check_finite(finite, items, self.dtype)
         for row, item in enumerate(items):
             length = len(item.encoded.input_ids)
@@ -142,4 +160,5 @@ class Collector:
         return True
 
     def _close_shard(self) -> None:
+        self._check()
         self.writer.close_shard(json.dumps(self.progress.to_json() if self._in_sequence else {}))

@@ -26,7 +26,7 @@ GRACE_SECONDS = 10
 class WorkerProcess:
     """One running worker: its process, its log file, and the progress it last reported."""
 
-    def __init__(self, job: Job, number: int) -> None:
+    def __init__(self, job: Job, number: int, lock: int) -> None:
         self.number = number
         self.cards = job.groups[number]
         self.progress = {"records": 0, "tokens": 0}
@@ -52,6 +52,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
+                pass_fds=(lock,),  # what a worker of a killed job still writes, it writes before another job begins
                 start_new_session=True,  # Ctrl-C reaches the parent, which ends the workers in order
             )
         self._listener = threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True)
@@ -95,8 +96,9 @@ def worker_command(job: Job, number: int, folder: Path | None = None) -> list[st
     return [*command, "--compile", job.request.compile]
 
 
-def run_workers(job: Job, tokens: int) -> None:
-    """Start every worker, show their common progress to so many `tokens`, and wait.
+def run_workers(job: Job, tokens: int, lock: int) -> None:
+    """Start every worker, show their common progress to so many `tokens`, and wait. lock: the file descriptor by which
+    the job holds its folder.
 
     A worker that fails ends the others and raises WorkError with its last words; so does Ctrl-C end them all.
     What they had finished stays; the same command continues, where that can help.
@@ -105,7 +107,7 @@ def run_workers(job: Job, tokens: int) -> None:
     workers: list[WorkerProcess] = []
     try:
         for number in range(len(job.groups)):
-            workers.append(WorkerProcess(job, number))
+            workers.append(WorkerProcess(job, number, lock))
         failed = _watch(workers, tokens)
     finally:
         _end(workers)

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
         plan.check_space(request.folder)
         return 0
-    with claimed(job):
+    with claimed(job) as lock:
         if not is_done(request.folder):
             tokens = encode_job(job)
             job = sized(job, tokens)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"  {line}" for line in plan.lines()))
             plan.check_space(request.folder)
             begin(tokens, job.manifest, request.folder)
-            run_workers(job, plan.tokens)
+            run_workers(job, plan.tokens, lock)
         manifest = finish(job)
         check_usable(job, Tally.from_json(manifest), manifest["tokens"])
     print(

@@ -29,8 +29,12 @@ _MODULES = {
 }  # fmt: skip
 #: Positions whose norm is computed at a time: what they take in float32 stays in the cache.
 _NORM_ROWS = 512
-#: Lengths of the sequences by which the two forward passes are compared, and how many tokens they share.
-_LENGTHS, _SHARED = (70, 64, 33), 20
+#: Lengths of the sequences by which the two forward passes are compared, and how many tokens the first three share; the
+#: others share nothing. Some have more than a block of attention, some less.
+_LENGTHS, _SHARING, _SHARED = (70, 45, 33, 66, 40), 3, 20
+#: So many features may differ by so many times the noise. Rounding alone turns single ones over, anything up to wholly:
+#: of a trained model on random tokens 0.98 differ by 1.5 times the noise at most, and wrong ones by 6 times and more.
+_NEARLY_ALL, _NOISES = 0.98, 4
 
 
 class PackedTrunk:
@@ -132,8 +136,8 @@ def _add_linear(states: torch.Tensor, module: Any, rows: torch.Tensor) -> None:
 def packed_trunk(trunk: Any, parts: TrunkParts) -> PackedTrunk | None:
     """The trunk's forward pass in `PackedTrunk`'s way.
 
-    None where the trunk is another than that computes; and, with a word on stderr, where its features are not those of
-    transformers to the noise of the dtype.
+    None where the trunk is another than that computes; and, with a word on stderr, where that fails or its features are
+    not those of transformers to the noise of the dtype.
     """
     weight = parts.embedding
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(trunk, "rotary_emb"):
@@ -142,15 +146,24 @@ def packed_trunk(trunk: Any, parts: TrunkParts) -> PackedTrunk | None:
         modules = {name.rpartition(".")[0] for name, _ in layer.named_parameters()}
         if modules != _MODULES or getattr(layer.self_attn, "sliding_window", None):
             return None
-    packed = PackedTrunk(trunk, parts)
     ids = np.random.default_rng(0).integers(len(weight), size=(len(_LENGTHS), max(_LENGTHS)))
-    ids[:, :_SHARED] = ids[0, :_SHARED]
-    with torch.inference_mode():
-        expected = trunk(input_ids=torch.from_numpy(ids), use_cache=False).last_hidden_state
-        found = packed.features([row[:length] for row, length in zip(ids, _LENGTHS, strict=True)])
+    ids[:_SHARING, :_SHARED] = ids[0, :_SHARED]
     own = torch.arange(max(_LENGTHS)) < torch.tensor(_LENGTHS)[:, None]
-    off = difference(found[own], expected[own])
-    if not off < NOISE[weight.dtype]:
-        print(f"note: packed features differ by {off:.1%}, going on with transformers' own", file=sys.stderr)
+    try:
+        packed = PackedTrunk(trunk, parts)
+        with torch.inference_mode():
+            expected = trunk(input_ids=torch.from_numpy(ids), use_cache=False).last_hidden_state[own]
+            found = packed.features([row[:length] for row, length in zip(ids, _LENGTHS, strict=True)])[own]
+    except Exception as error:  # a trunk that looks like Llama's and is none fails somewhere
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"note: packed features failed, going on with transformers' own: {reason}", file=sys.stderr)
+        return None
+    noise = NOISE[weight.dtype]
+    most, nearly_all = difference(found, expected), difference(found, expected, _NEARLY_ALL)
+    if not (most < noise and nearly_all < _NOISES * noise):
+        print(
+            f"note: packed features differ by {most:.1%}, some by {nearly_all:.1%}, going on with transformers' own",
+            file=sys.stderr,
+        )
         return None
     return packed

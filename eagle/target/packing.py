@@ -21,9 +21,10 @@ _WORTH = 0.02
 class Group:
     """Sequences that attend alike: each to itself, from one position on.
 
-    keys: ``[B, T]``, where in the row position t of a sequence stands; T is a multiple of `KEY_STEP`, and beyond a
-    sequence's end stands anything. first: the first position that attends. rows: what of the row is the group's own.
-    own: for each of them its place among the group's queries ``[B * (T - first)]``.
+    keys: ``[B, T]``, where in the row position t of a sequence stands; T is a multiple of `KEY_STEP`. Beyond a
+    sequence's end stands its own last place: attention multiplies what it masks by 0, which a NaN of another sequence
+    would survive. first: the first position that attends. rows: what of the row is the group's own. own: for each of
+    them its place among the group's queries ``[B * (T - first)]``.
     """
 
     keys: np.ndarray
@@ -74,8 +75,7 @@ def pack(sequences: Sequence[np.ndarray]) -> Packed:
 
 def _group(places: np.ndarray, lengths: np.ndarray, first: int, rows: slice) -> Group:
     longest = -(-places.shape[1] // KEY_STEP) * KEY_STEP
-    keys = np.zeros((len(places), longest), dtype=np.int64)
-    keys[:, : places.shape[1]] = places
+    keys = np.take_along_axis(places, np.minimum(np.arange(longest), lengths[:, None] - 1), axis=1)
     own = np.concatenate([number * (longest - first) + np.arange(n - first) for number, n in enumerate(lengths)])
     return Group(keys, first, rows, own)
 

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eagle.generate import claim
 from eagle.generate import main as allocation
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import shard_paths
@@ -71,6 +73,37 @@ def test_a_killed_job_is_continued(job: list[object], undisturbed: Path, tmp_pat
     assert not list(outdir.rglob("*.tmp"))
 
 
+def test_a_killed_jobs_workers_hold_its_folder_until_they_end(
+    job: list[object],
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else one that still waits for the disk would put a shard in place behind the back of the job that goes on."""
+    outdir = tmp_path / "store"
+    process = start(*job, "--outdir", outdir)
+    wait_until(lambda: shards(outdir) > 0, process)
+    victim = workers_of(outdir)[0]
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        process.kill()
+        process.communicate()
+        with monkeypatch.context() as patch:
+            patch.setattr(claim, "PATIENCE", 0.2)
+            refused = ask(allocation.main, capsys, *job[1:], "--outdir", outdir)
+        assert refused.code == 2
+        assert "is in use by another running job, or by processes that one left when it was killed" in refused.error
+        threading.Timer(1, os.kill, (victim, signal.SIGCONT)).start()
+        again = ask(allocation.main, capsys, *job[1:], "--outdir", outdir)
+    finally:
+        if victim in workers_of(outdir):
+            os.kill(victim, signal.SIGKILL)
+    assert again.code == 0, again.error
+    assert "waiting up to 15 s for it" in again.error
+    assert contents(outdir) == contents(undisturbed)
+
+
 def test_a_worker_that_dies_ends_the_job(job: list[object], undisturbed: Path, tmp_path: Path) -> None:
     outdir = tmp_path / "store"
     shutil.copytree(undisturbed, outdir)
@@ -93,8 +126,9 @@ def test_a_worker_that_dies_ends_the_job(job: list[object], undisturbed: Path, t
 
 
 def test_ctrl_c_ends_every_worker_and_a_second_job_is_refused(
-    job: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(claim, "PATIENCE", 0.2)
     outdir = tmp_path / "store"
     process = start(*job, "--outdir", outdir)
     wait_until(lambda: len(workers_of(outdir)) == WORKERS, process)

@@ -25,6 +25,14 @@ def sequences(seed: int, lengths: list[int], shared: int, odd: tuple[int, ...] =
     return found
 
 
+def packed_llama(tmp_path):
+    folder = make_target(tmp_path / "target", "llama", kv_heads=2)
+    trunk = load_trunk(folder, torch.bfloat16, CPU)
+    if not hasattr(trunk, "rotary_emb"):
+        pytest.skip("this transformers has no rope of the whole model")
+    return packed_trunk(trunk, parts_of(trunk, load_config(folder)))
+
+
 @pytest.mark.parametrize(
     ("lengths", "shared", "odd", "saved"),
     [
@@ -81,6 +89,46 @@ def test_features_are_those_of_transformers(tmp_path, family, lengths, shared, o
     assert torch.equal(found[own], again[own])  # what was left in memory is not in the result
     errors = [float((features - exact).norm() / exact.norm()) for features in (found.float()[own], plain)]
     assert errors[0] < 1.3 * errors[1] + 1e-4
+
+
+def test_a_sequence_that_overflows_spoils_no_other(tmp_path) -> None:
+    """What is masked is multiplied by 0, and 0 * NaN is NaN: no place of another sequence is even masked."""
+    packed = packed_llama(tmp_path)
+    for shared, spoilt in ((0, [0]), (24, [0, 1, 3])):
+        some = sequences(3, [33, 90, 7 + shared, 26 + shared, 150], shared, odd=(2, 4))
+        some[0][0] = 2
+        for number in spoilt:
+            some[number][:shared] = some[0][:shared]
+        packed.parts.embedding.data[2] = torch.nan
+        with torch.inference_mode():
+            found = packed.features(some)
+        finite = [bool(row[: len(ids)].isfinite().all()) for row, ids in zip(found, some, strict=True)]
+        assert finite == [number not in spoilt for number in range(len(some))]
+
+
+@pytest.mark.parametrize("wrong", ["those that share nothing", "one in twenty"])
+def test_packed_features_are_compared_in_all_groups_and_nearly_all_places(tmp_path, monkeypatch, capsys, wrong) -> None:
+    def pack_wrongly(some):
+        packed = pack(some)
+        shared, *_, others = packed.groups
+        if wrong == "one in twenty":
+            packed.places[0, -13:] = packed.places[0, :13]
+        elif others.first == 0 and others is not shared:
+            others.keys[:] = np.roll(others.keys, 1, axis=0)
+        return packed
+
+    monkeypatch.setattr(cpu_trunk, "pack", pack_wrongly)
+    assert packed_llama(tmp_path) is None
+    assert "packed features differ by" in capsys.readouterr().err
+
+
+def test_where_packed_features_fail_transformers_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    def fail(*_):
+        raise RuntimeError("The size of tensor a (8) must match\nthe size of tensor b (4)")
+
+    monkeypatch.setattr(cpu_trunk, "causal_attention", fail)
+    assert packed_llama(tmp_path) is None
+    assert "going on with transformers' own: The size of tensor a (8) must match\n" in capsys.readouterr().err
 
 
 def test_other_trunks_are_left_to_transformers(tmp_path, monkeypatch, capsys) -> None:

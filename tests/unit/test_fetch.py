@@ -3,6 +3,7 @@
 The card is pretended: its tensors are the CPU's, and what is asked of its streams is written down.
 """
 
+import json
 import threading
 import time
 from contextlib import contextmanager
@@ -173,6 +174,42 @@ def test_not_finite_ends_the_work_whatever_comes_behind_it(backend, tmp_path):
         for number in range(20):
             broken = batch.clone().fill_(torch.nan) if number == 3 else batch
             collector.add({HIDDEN_STATE: on_card(backend, broken)}, items_of(batch, number))
+
+
+@pytest.mark.parametrize("error", [NotFinite, MemoryError])
+def test_what_is_queued_behind_a_failure_is_not_stored(backend, tmp_path, error):
+    """A rerun goes on where the last shard ends: one with later batches would leave out the one that failed."""
+    collector, hold = collector_of(tmp_path, backend), threading.Event()
+    batch, add_record = torch.randn(2, 40, 8), collector.writer.add  # each fills a shard
+
+    def add_where_memory_suffices(record):
+        if error is MemoryError and record.conversation == 102:
+            raise MemoryError("for the clone")
+        add_record(record)
+
+    collector.writer.add = add_where_memory_suffices
+
+    def add(start):
+        broken = batch.clone()
+        broken[0, 3] = torch.nan if error is NotFinite and start == 102 else 0
+        collector.add({HIDDEN_STATE: on_card(backend, broken)}, items_of(broken, start))
+
+    add(100)
+    collector._pending[0].result()
+    collector._pool.submit(hold.wait, 10)
+    add(102)
+    threading.Timer(0.1, hold.set).start()
+    with pytest.raises(error):
+        add(104)
+        add(106)
+    with pytest.raises(error):
+        collector.close()
+    collector._pool.shutdown()  # as the interpreter does at its end: what is queued is worked off
+    collector.writer.wait()
+    held = [Shard(path).conversations.tolist() for path in shard_paths(tmp_path)]
+    assert held == [[100, 101]]
+    assert Progress.from_json(json.loads(Shard(shard_paths(tmp_path)[-1]).progress)).records == 2
+    assert collector._copies._free.qsize() == ahead_of(1) + 1
 
 
 @pytest.mark.parametrize("cards", [1, 2, 8])
