@@ -146,12 +146,15 @@ class Watch:
             thread.start()
 
     def leave(self) -> None:
-        """This process is done. Rank 0 waits for the others: the store may be its own."""
+        """This process is done. Rank 0 waits for the others: the store may be its own.
+
+        One that left without having said so would be taken for lost, so it waits as long as it would be missed.
+        """
         if self.rank == 0:
             self._done.wait()
         self._leaving = True
         self._wake.set()
-        self._threads[0].join(GRACE)
+        self._threads[0].join(LOST_AFTER * TICK)
         self._stop()
 
     def fail(self, error: BaseException) -> None:
@@ -322,7 +325,7 @@ def _wait_for_the_watch(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_signals() -> None:
-    """A forked process, as a data loader's is, has no watch."""
+    """A forked process has no watch."""
     if signal.getsignal(signal.SIGTERM) is _wait_for_the_watch:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

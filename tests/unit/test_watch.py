@@ -83,3 +83,18 @@ def test_signals_are_no_silence(group, monkeypatch):
     assert watch.ended is None
     signalled(watch, 1.0)
     assert watch.ended and watch.ended.lost and watch.exits == [1]
+
+
+def test_a_process_is_done_when_it_has_said_so(group):
+    """Also where that takes its store longer than an ending process has."""
+    store = Store()
+    watches = group(2, store)
+    for watch in watches:
+        watch.start()
+    while not store.values.get("beat/1"):
+        time.sleep(0.01)
+    store.slow["beat/1"] = 0.25
+    watches[1].leave()
+    assert store.values["beat/1"] > watch_module._DONE
+    watches[0].leave()
+    assert [watch.exits for watch in watches] == [[], []]
