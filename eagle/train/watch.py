@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
-from eagle.errors import RequestError, WorkError
+from eagle.errors import FailedElsewhere, RequestError, WorkError
 from eagle.text import visible
 
 #: Seconds between two beats.
@@ -162,8 +162,8 @@ class Watch:
 
         Where it only met the end of another one, that is what ends it, and this does not return.
         """
-        if is_broken_collective(error):
-            self._broken = True
+        self._broken = is_broken_collective(error)
+        if self._broken or isinstance(error, FailedElsewhere):
             until = time.monotonic() + 2 * LOST_AFTER_BREAK * TICK
             while time.monotonic() < until and not self._is_to_end():
                 time.sleep(TICK / 10)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from eagle.errors import FailedElsewhere, RequestError
 from eagle.train import watch as watch_module
 from eagle.train.watch import Keys, Watch
 
@@ -98,3 +99,20 @@ def test_a_process_is_done_when_it_has_said_so(group):
     assert store.values["beat/1"] > watch_module._DONE
     watches[0].leave()
     assert [watch.exits for watch in watches] == [[], []]
+
+
+def test_who_knows_why_has_the_last_words(group):
+    """Not who only heard that another process failed, though it ends first."""
+    watches = group(3, Store())
+    for watch in watches:
+        watch.start()
+    elsewhere = [threading.Thread(target=watches[rank].fail, args=(FailedElsewhere("another one"),)) for rank in (0, 2)]
+    for thread in elsewhere:
+        thread.start()
+    time.sleep(0.1)  # several ticks
+    watches[1].fail(RequestError("the reason"))
+    for thread in elsewhere:
+        thread.join()
+    for watch in watches:
+        assert watch.ended and (watch.ended.rank, watch.ended.words) == (1, "the reason")
+    assert [watch.exits for watch in watches] == [[2], [], [2]]
