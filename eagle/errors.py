@@ -7,3 +7,7 @@ class RequestError(ValueError):
 
 class WorkError(RuntimeError):
     """Work had begun and failed: a worker died, the disk filled up, a file is damaged."""
+
+
+class FailedElsewhere(WorkError):
+    """Another process of the group failed, and its own message is the one that says why: it goes before this one."""

@@ -29,6 +29,8 @@ if hasattr(torch, "float8_e4m3fn"):
 
 
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+#: Those that numpy has as well.
+_NUMPY = {"U8": "<u1", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F16": "<f2"}
 #: What safetensors' own reader allows a header to take.
 _LONGEST_HEADER = 100_000_000
 
@@ -48,6 +50,10 @@ class Entry:
     @property
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.code]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -70,9 +76,8 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
             entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
             if any(type(number) is not int or number < 0 for number in (start, end, *entries[name].shape)):
                 raise NotWhole(f"its header places {name} at {entry}")
-            expected = math.prod(entries[name].shape) * entries[name].dtype.itemsize
-            if end - start != expected:
-                raise NotWhole(f"{name} should take {expected:,} bytes and has {end - start:,}")
+            if end - start != entries[name].nbytes:
+                raise NotWhole(f"{name} should take {entries[name].nbytes:,} bytes and has {end - start:,}")
             sizes.append((start, end))
         if not all(isinstance(value, str) for value in metadata.values()):
             raise NotWhole("its metadata are not strings")
@@ -93,9 +98,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
 def read_array(file: BinaryIO, entry: Entry) -> np.ndarray:
     """A tensor of a file whose header was read, copied: nothing of the file stays mapped."""
     file.seek(entry.start)
-    code = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F16": "<f2"}[entry.code]
-    content = file.read(math.prod(entry.shape) * entry.dtype.itemsize)
-    return np.frombuffer(content, dtype=code).reshape(entry.shape).copy()
+    return np.frombuffer(file.read(entry.nbytes), dtype=_NUMPY[entry.code]).reshape(entry.shape).copy()
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -150,21 +153,17 @@ def write_pieces(path: Path, tensors: dict[str, list[torch.Tensor]], metadata: d
         os.fsync(file.fileno())
 
 
-def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as read-only arrays over a map of it: what is not touched takes no memory.
+def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file as read-only arrays over a map of it, and its metadata: what is not touched
+    takes no memory.
 
-    The header is trusted: open the file with safetensors first, which compares it with the file's size.
+    Raises: as `read_header`.
     """
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + size :]
+        entries, metadata = read_header(file)
+        mapped = np.asarray(np.memmap(file, np.uint8, mode="r"))
     arrays = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        arrays[name] = mapped[start:end].view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
-
-
-_NUMPY = {"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+    for name, entry in entries.items():
+        end = entry.start + entry.nbytes
+        arrays[name] = mapped[entry.start : end].view(_NUMPY[entry.code]).reshape(entry.shape)
+    return arrays, metadata

@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, earliest
 from eagle.data.loss_mask import Encoded, Encoder
@@ -286,12 +285,11 @@ def load_tokens(path: Path, key: str) -> Tokens | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="np") as file:
-            if file.metadata().get("key") != key:
-                return None
-            first = json.loads(file.metadata().get("first", "{}"))
-        mapped = map_arrays(path)
-    except (SafetensorError, OSError, ValueError):
+        mapped, metadata = map_arrays(path)
+        first = json.loads(metadata.get("first", "{}"))
+    except (OSError, ValueError):
+        return None
+    if metadata.get("key") != key:
         return None
     arrays = {name: mapped[name] for name in _ARRAYS if name in mapped}
     if "part" not in arrays:  # of a job that version 0.1 began: one row a conversation

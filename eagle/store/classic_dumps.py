@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError
-from eagle.store.damage import Damaged, exhausted
+from eagle.store.damage import Damaged, Replaced, exhausted
 from eagle.store.record import Record, StoredRecord, supervised_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
@@ -103,9 +103,14 @@ class ClassicFolder:
         return np.concatenate(counts)
 
     def read(self, position: int, *, features: bool = True) -> Record:
-        """Raises: Damaged, Exhausted, OSError."""
-        content = _load(self.files[position])
+        """Raises: Damaged, Exhausted, Replaced, OSError."""
+        try:
+            content = _load(self.files[position])
+        except FileNotFoundError as error:
+            raise Replaced(self.files[position]) from error
         hidden = content[HIDDEN_STATE]
+        if len(hidden) != self.lengths[position]:
+            raise Replaced(self.files[position])
         try:  # copies, all of them: what is left of a mapping would keep all of it
             return Record(
                 int(self.conversations[position]),

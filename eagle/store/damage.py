@@ -22,6 +22,17 @@ class Exhausted(WorkError):
     """The machine has no more open files, memory maps or memory for this process. The file may be as good as any."""
 
 
+class Replaced(WorkError):
+    """A file of a store was replaced, moved or deleted while the store was being read. It may be as good as any."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is not the file any more that it was when the store was opened: it was replaced, moved or deleted "
+            "while the store was being read. It need not be damaged: keep it, and run the same command again. Do not "
+            "reshard a store in place or generate into it while a job reads it."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Damage:
     """What of a store cannot be used; small, and the same on every machine that has a copy of the store.

@@ -19,11 +19,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
-from eagle.store.damage import Damaged, exhausted, max_memory_maps
+from eagle.store.damage import exhausted, max_memory_maps
 
 #: The most files kept open. More gain nothing: a random read of a large store finds its file closed in any case, and
 #: opening one takes less than checking the record that is read from it.
@@ -37,17 +37,18 @@ class Span(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @property
-    def end(self) -> int:
-        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+#: Which file it was that was opened: another one may come to stand under its name, with its number too.
+Stamp = tuple[int, int, int, int]
 
 
-#: Which file it was that was opened: another one may come to stand under its name.
-Stamp = tuple[int, int]
+class Restamped(Exception):
+    """A file has another stamp than it had: it was replaced or changed, or only touched, copied or mounted again."""
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    return status.st_dev, status.st_ino
+def stamp_of(file: BinaryIO) -> Stamp:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def most_open() -> int:
@@ -81,20 +82,16 @@ class OpenFiles:
         return len(self._alive)
 
     def read(self, path: Path, stamp: Stamp, spans: Sequence[Span]) -> list[torch.Tensor]:
-        """Tensors of a file: parts of its mapping, or copies where too many mappings are alive. Writing to them does
-        not change the file.
+        """Tensors of the file with that stamp: parts of its mapping, or copies where too many mappings are alive.
+        Writing to them does not change the file.
 
-        Raises: Damaged where the file ends before them; Exhausted; OSError.
+        Raises: Restamped; Exhausted; OSError.
         """
         try:
             mapping = self._mapping(path, stamp)
-            if max(span.end for span in spans) > len(mapping):
-                raise EOFError
             tensors = [_tensor(mapping, span) for span in spans]
             # Twice as many as are kept may live on in tensors: three eighths of the files a process may have, in all.
             return [tensor.clone() for tensor in tensors] if self.alive > 2 * most_open() else tensors
-        except EOFError as error:
-            raise Damaged(f"{path} has become shorter than it was when it was opened.") from error
         except (OSError, MemoryError, RuntimeError) as error:
             if found := exhausted(error, path):
                 raise found from error
@@ -107,13 +104,13 @@ class OpenFiles:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         try:
-            mapping = _map(path)
+            mapping = _map(path, stamp)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise
             with self._lock:
                 self._kept.clear()
-            mapping = _map(path)
+            mapping = _map(path, stamp)
         with self._lock:
             self._alive.add(mapping)
             self._kept[key] = mapping
@@ -122,8 +119,10 @@ class OpenFiles:
         return mapping
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path, stamp: Stamp) -> mmap.mmap:
     with path.open("rb") as file:
+        if stamp_of(file) != stamp:
+            raise Restamped
         if os.name != "posix":
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)

@@ -16,7 +16,6 @@ A shard is written under a temporary name, synced and renamed, so a reader never
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import zlib
@@ -31,9 +30,9 @@ import torch
 
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder
-from eagle.store.damage import Damaged, exhausted
+from eagle.store.damage import Damaged, Replaced, exhausted
 from eagle.store.dtypes import Packed
-from eagle.store.open_files import OPEN, Span, stamp_of
+from eagle.store.open_files import OPEN, Restamped, Span, Stamp, stamp_of
 from eagle.store.record import Record, StoredRecord, checksum, supervised_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES, Entry, NotWhole, read_array, read_header, write_pieces
@@ -193,7 +192,7 @@ class Shard:
         with _opened(path) as file:
             entries, metadata = read_header(file)
             names = _check_header(path, entries, metadata)
-            self._stamp = stamp_of(os.fstat(file.fileno()))
+            self._stamp = stamp_of(file)
             self.offsets, self.conversations, self._crc32 = (read_array(file, entries[name]) for name in _ARRAYS)
         tensors = tuple((name, entry.dtype) for name, entry in sorted(entries.items()) if name not in _ARRAYS)
         widths = tuple((name, entries[name].shape[1]) for name in names)
@@ -269,7 +268,7 @@ class Shard:
     def read(self, position: int, *, features: bool = True) -> Record:
         """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.
 
-        Raises: Damaged where the checksum does not match, Exhausted.
+        Raises: Damaged where the checksum does not match, Exhausted, Replaced.
         """
         return self.stored(position, features=features).read()
 
@@ -301,8 +300,27 @@ class Shard:
 
     def _read(self, spans: list[Span]) -> list[torch.Tensor]:
         try:
-            return OPEN.read(self.path, self._stamp, spans)
+            try:
+                return OPEN.read(self.path, self._stamp, spans)
+            except Restamped:
+                self._stamp = self._same_content()
+                return OPEN.read(self.path, self._stamp, spans)
+        except (Restamped, FileNotFoundError) as error:
+            raise Replaced(self.path) from error
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             raise Damaged(_damaged(self.path, _UNREADABLE)) from error
+
+    def _same_content(self) -> Stamp:
+        """The stamp of the file that is there now. Raises: Replaced where it does not hold the same records; Damaged.
+
+        Files are touched, so that nobody clears them away, and some network file systems number them anew.
+        """
+        now = Shard(self.path)
+        same = (now._layout, now._starts) == (self._layout, self._starts)
+        same = same and np.array_equal(now.offsets, self.offsets) and np.array_equal(now._crc32, self._crc32)
+        kept = slice(None) if self._kept is None else self._kept
+        if not same or not np.array_equal(now.conversations[kept], self.conversations):
+            raise Replaced(self.path)
+        return now._stamp

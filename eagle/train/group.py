@@ -144,6 +144,11 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
     if alone:
         yield Group()
         return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise RequestError(
+            f"{_where()} came to a group, but its launcher did not set {' and '.join(missing)}. Set them for every "
+            "process: the address of rank 0's machine, and a free port of it. There they tell each other of failures."
+        )
     store = Keys(_client(keeps=state.process_index == 0), prefix)
     watch = Watch(state.process_index, state.num_processes, lambda: Keys(_client(), prefix))
     watch.start()

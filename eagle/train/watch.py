@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
-from eagle.errors import RequestError, WorkError
+from eagle.errors import FailedElsewhere, RequestError, WorkError
 from eagle.text import visible
 
 #: Seconds between two beats.
@@ -146,12 +146,15 @@ class Watch:
             thread.start()
 
     def leave(self) -> None:
-        """This process is done. Rank 0 waits for the others: the store may be its own."""
+        """This process is done. Rank 0 waits for the others: the store may be its own.
+
+        One that left without having said so would be taken for lost, so it waits as long as it would be missed.
+        """
         if self.rank == 0:
             self._done.wait()
         self._leaving = True
         self._wake.set()
-        self._threads[0].join(GRACE)
+        self._threads[0].join(LOST_AFTER * TICK)
         self._stop()
 
     def fail(self, error: BaseException) -> None:
@@ -159,8 +162,8 @@ class Watch:
 
         Where it only met the end of another one, that is what ends it, and this does not return.
         """
-        if is_broken_collective(error):
-            self._broken = True
+        self._broken = is_broken_collective(error)
+        if self._broken or isinstance(error, FailedElsewhere):
             until = time.monotonic() + 2 * LOST_AFTER_BREAK * TICK
             while time.monotonic() < until and not self._is_to_end():
                 time.sleep(TICK / 10)
@@ -241,11 +244,15 @@ class Watch:
 
     def _judge(self) -> None:
         """End the process where it is signalled or another one has ended; the main thread may wait in a collective."""
+        tick = time.monotonic() + TICK
         while not self._closed:
             signalled = b""
-            if select.select([self._signals], [], [], TICK)[0]:
+            if select.select([self._signals], [], [], max(0.0, tick - time.monotonic()))[0]:
                 signalled = self._signals.recv(16)
-            self._silence += 1
+            # Signals may wake it at any rate, those of a profiler by the hundred; and none of them is silence.
+            if time.monotonic() >= tick:
+                tick = time.monotonic() + TICK
+                self._silence += 1
             if signal.SIGTERM in signalled:
                 self._end(Ending(self.rank, self.host, 128 + signal.SIGTERM, SIGTERM_WORDS))
             if signal.SIGINT in signalled:
@@ -320,7 +327,7 @@ def _wait_for_the_watch(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_signals() -> None:
-    """A forked process, as a data loader's is, has no watch."""
+    """A forked process has no watch."""
     if signal.getsignal(signal.SIGTERM) is _wait_for_the_watch:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,7 +14,8 @@ from eagle.store.reader import FeatureStore
 from eagle.store.verify import skip_damaged
 
 #: Looking for damage reads the whole store, which may take longer than other exchanges may: as long as it takes.
-_PATIENCE = datetime.timedelta(days=30)
+#: A little less than the most that gloo counts, 2^31 milliseconds.
+_PATIENCE = datetime.timedelta(days=20)
 
 
 def whole_store(folder: Path, flag: str, accelerator: Accelerator) -> FeatureStore:

@@ -17,7 +17,7 @@ from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.normal_equations import RIDGE, DoubleSum, NormalEquations, PairSum, solve
 from eagle.drafts.memory import Setting
 from eagle.drafts.starts import StartData
-from eagle.errors import WorkError
+from eagle.errors import FailedElsewhere, WorkError
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
 from eagle.train.exchange import Exchange
@@ -194,6 +194,7 @@ def one_of_two(rank: int, port: int, target: Path, results: Path) -> None:
     def failing(examples: list[Example]) -> str:
         with pytest.raises(WorkError) as caught:
             start(network(), examples, exchange)
+        assert isinstance(caught.value, FailedElsewhere) == ("process" in str(caught.value))
         return str(caught.value)
 
     bad = dataclasses.replace(examples[0], targets=examples[0].targets * float("nan"))

@@ -10,6 +10,7 @@ import torch
 
 from eagle.errors import RequestError, WorkError
 from eagle.files import write_json
+from eagle.store.damage import Replaced
 from eagle.store.manifest import MANIFEST
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
@@ -206,6 +207,12 @@ def test_classic_dumps(tmp_path):
     store = FeatureStore(tmp_path)
     assert [r.conversation for r in store] == [0, 2, 10]
     assert all(equal(r, record(r.conversation, 5)) for r in store)
+    (tmp_path / "0" / "data_0.ckpt").unlink()
+    shorter = {name: tensor[:4] for name, tensor in content.items()}
+    torch.save(shorter, tmp_path / "1" / "data_2.ckpt")
+    for index in range(2):
+        with pytest.raises(Replaced):
+            store[index]
     (tmp_path / "1" / "data_2.ckpt").write_bytes(b"\x80\x02damaged")
     with pytest.raises(WorkError, match=r"data_2.ckpt cannot be read"):
         FeatureStore(tmp_path)

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pytest
-import torch
 
+from eagle.errors import WorkError
 from eagle.store import open_files
-from eagle.store.damage import Damaged, Exhausted, exhausted, memory_maps
+from eagle.store.damage import Damaged, Exhausted, Replaced, exhausted, memory_maps
 from eagle.store.open_files import OPEN
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import Shard, shard_name, write_shard
@@ -59,8 +59,41 @@ def test_a_file_that_took_the_place_of_another_is_read(store):
 def test_a_file_cut_short_behind_our_back(store):
     path = store.sources[0].path
     os.truncate(path, path.stat().st_size - 8)
-    with pytest.raises(Damaged, match="has become shorter"):
+    with pytest.raises(Damaged, match="bytes and should have"):
         store[1]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_file_replaced_while_it_is_read(store, closed):
+    """The number of a file that was deleted is given to the next one."""
+    path, other = store.sources[0].path, store.sources[1].path
+    if not closed:  # what is mapped is still the old file
+        kept = store[0]
+        other.replace(path)
+        assert equal(store[0], kept)
+        OPEN.forget()
+    else:
+        path.unlink()
+        write_shard(path, [record(100, 5), record(101, 3)])
+    for read in (lambda: store[1], store.supervised):
+        with pytest.raises(Replaced, match="keep it, and run the same command again"):
+            read()
+    path.unlink()
+    with pytest.raises(Replaced):
+        store[0]
+    assert not issubclass(Replaced, (Damaged, Exhausted)) and issubclass(Replaced, WorkError)
+
+
+def test_a_file_that_was_touched_or_numbered_anew_is_read(store):
+    path = store.sources[0].path
+    store.leave_out([0])
+    os.utime(path, (1, 1))
+    assert equal(store[0], record(1, 3))
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+    OPEN.forget()
+    assert equal(store[0], record(1, 3)) and store.supervised()[0] == Shard(path).supervised()[1]
 
 
 def test_several_threads_read_at_once(store, monkeypatch):
@@ -138,12 +171,9 @@ def test_too_many_maps_are_named_with_their_limit(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_cannot_read_is_damage(store, monkeypatch):
-    def broken(path):
+    def broken(path, stamp):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(open_files, "_map", broken)
     with pytest.raises(Damaged, match="the disk cannot read it"):
-        store[0]
-    monkeypatch.setattr(open_files, "_map", lambda path: torch.load("missing"))
-    with pytest.raises(FileNotFoundError):
         store[0]

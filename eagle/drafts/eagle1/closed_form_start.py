@@ -18,7 +18,7 @@ from eagle.drafts.eagle1.normal_equations import NormalEquations, products_dtype
 from eagle.drafts.memory import Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.starts import StartData
-from eagle.errors import RequestError, WorkError
+from eagle.errors import FailedElsewhere, RequestError
 
 #: Rows of the matrices that are multiplied and solved to see how quick this machine is.
 PROBE = 1024
@@ -31,8 +31,8 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
 
     Solved on the main process, which all others wait for. What fails on one process ends all of them.
 
-    Raises: RequestError where no position is supervised; WorkError for features that are not finite, equations without
-    a solution, or another process that failed.
+    Raises: RequestError where no position is supervised; WorkError for features that are not finite or equations
+    without a solution; FailedElsewhere where another process failed.
     """
     assert isinstance(network, Eagle1Network)
     started = time.monotonic()
@@ -46,7 +46,9 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
         assert failure is not None
         raise failure
     if failed:
-        raise WorkError(f"{failed} other process(es) failed in the closed-form start; their own messages say why.")
+        raise FailedElsewhere(
+            f"{failed} other process(es) failed in the closed-form start; their own messages say why."
+        )
     if not positions:
         raise RequestError(
             f"No position of the training records is supervised within --max_len {data.max_len} tokens: every reply "
@@ -67,7 +69,7 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
     if failure is not None:
         raise failure
     if not bool(weight.isfinite().all()):
-        raise WorkError("The main process found no solution for the closed-form start; its own message says why.")
+        raise FailedElsewhere("The main process found no solution for the closed-form start; its own message says why.")
     ended = time.monotonic()
     return (
         f"closed-form start from {positions:,} positions in {ended - started:.1f} s (sums {summed - started:.1f} s, "

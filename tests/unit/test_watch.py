@@ -1,0 +1,118 @@
+"""How a process watches the others of its group: what is silence, who has come to the end, whose words are the last."""
+
+import select
+import signal
+import threading
+import time
+
+import pytest
+
+from eagle.errors import FailedElsewhere, RequestError
+from eagle.train import watch as watch_module
+from eagle.train.watch import Keys, Watch
+
+
+class Store:
+    """Of one process. slow: seconds that adding to a counter of that name takes."""
+
+    def __init__(self):
+        self.values, self.lock, self.slow = {}, threading.Lock(), {}
+
+    def set(self, name, value):
+        self.values[name] = value
+
+    def compare_set(self, name, expected, value):
+        with self.lock:
+            self.values.setdefault(name, value)
+
+    def get(self, name):
+        return self.values[name].encode()
+
+    def add(self, name, number):
+        time.sleep(self.slow.get(name, 0))
+        with self.lock:
+            self.values[name] = self.values.get(name, 0) + number
+            return self.values[name]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Makes the watches of a group. They do not end this process: `exits` of each says with which code they would."""
+    monkeypatch.setattr(watch_module, "TICK", 0.02)
+    monkeypatch.setattr(watch_module, "GRACE", 0.1)
+    monkeypatch.setattr(watch_module, "_wake_by_signals", lambda end: lambda: None)
+    monkeypatch.setattr(Watch, "_report", lambda self, ending: None)
+
+    def exit_(self, code):
+        self.exits.append(code)
+        self._closed = True
+
+    monkeypatch.setattr(Watch, "_exit", exit_)
+    made = []
+
+    def make(size, store):
+        watches = [Watch(rank, size, lambda: Keys(store, "")) for rank in range(size)]
+        for watch in watches:
+            watch.exits = []
+        made.extend(watches)
+        return watches
+
+    yield make
+    for watch in made:
+        watch._closed = True
+        for thread in watch._threads:
+            if thread.ident:
+                thread.join()
+
+
+def signalled(watch, seconds):
+    """Send it a signal with a handler again and again."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not watch._closed:
+        watch._signalled.send(bytes([signal.SIGPROF]))
+        while select.select([watch._signals], [], [], 0)[0] and not watch._closed:
+            time.sleep(0.001)
+
+
+def test_signals_are_no_silence(group, monkeypatch):
+    """Though no beat comes between them; and they do not hide it either."""
+    monkeypatch.setattr(watch_module, "TICK", 0.2)
+    monkeypatch.setattr(watch_module, "LOST_AFTER", 4)
+    watch, _ = group(2, Store())
+    watch._threads[1].start()
+    signalled(watch, 0.4)
+    assert watch.ended is None
+    signalled(watch, 1.0)
+    assert watch.ended and watch.ended.lost and watch.exits == [1]
+
+
+def test_a_process_is_done_when_it_has_said_so(group):
+    """Also where that takes its store longer than an ending process has."""
+    store = Store()
+    watches = group(2, store)
+    for watch in watches:
+        watch.start()
+    while not store.values.get("beat/1"):
+        time.sleep(0.01)
+    store.slow["beat/1"] = 0.25
+    watches[1].leave()
+    assert store.values["beat/1"] > watch_module._DONE
+    watches[0].leave()
+    assert [watch.exits for watch in watches] == [[], []]
+
+
+def test_who_knows_why_has_the_last_words(group):
+    """Not who only heard that another process failed, though it ends first."""
+    watches = group(3, Store())
+    for watch in watches:
+        watch.start()
+    elsewhere = [threading.Thread(target=watches[rank].fail, args=(FailedElsewhere("another one"),)) for rank in (0, 2)]
+    for thread in elsewhere:
+        thread.start()
+    time.sleep(0.1)  # several ticks
+    watches[1].fail(RequestError("the reason"))
+    for thread in elsewhere:
+        thread.join()
+    for watch in watches:
+        assert watch.ended and (watch.ended.rank, watch.ended.words) == (1, "the reason")
+    assert [watch.exits for watch in watches] == [[2], [], [2]]
