@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,34 @@ def to_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned(tensor, device.type).to(device, non_blocking=True)
 
 
+@cache
+def _say(note: str) -> None:
+    """Once a process."""
+    print(note, file=sys.stderr)
+
+
+@cache
+def npu_failure() -> str | None:
+    """Why torch_npu, which is installed, cannot be imported, and what helps; None where it can."""
+    try:
+        import torch_npu  # noqa: F401  (registers torch.npu)
+    except (ImportError, OSError, RuntimeError) as error:  # its libraries look for CANN's, and for the driver's
+        return (
+            f"{' '.join(str(error).split())}. In this shell run 'source "
+            "/usr/local/Ascend/ascend-toolkit/set_env.sh' (or that of wherever CANN is), and see that npu-smi info "
+            "shows the cards."
+        )
+    return None
+
+
 def available(kind: str) -> bool:
     """Whether this process could use a device of that kind."""
     if kind == "npu":
         if importlib.util.find_spec("torch_npu") is None:
             return False
-        import torch_npu  # noqa: F401  (registers torch.npu)
-
+        if (why := npu_failure()) is not None:
+            _say(f"note: torch_npu is installed and cannot be used: {why}")
+            return False
         return backend_of("npu").is_available()
     return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
 
@@ -92,6 +114,8 @@ def choose_kind(requested: str = "auto") -> str:
     if requested not in KINDS:
         raise RequestError(f"--device {requested}: expected auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
     if not available(requested):
+        if requested == "npu" and importlib.util.find_spec("torch_npu") and (why := npu_failure()):
+            raise RequestError(f"--device npu: torch_npu is installed and cannot be used: {why}")
         needs = {"npu": "torch_npu and an Ascend card", "cuda": "a CUDA build of torch and a GPU"}[requested]
         raise RequestError(f"--device {requested}: this process sees no such device; it needs {needs}.")
     return requested

@@ -46,11 +46,19 @@ class Attention(nn.Module):
         """Attention output ``[B, T, H]``. mask: None for causal, else True (or 0) where a query may look."""
         groups = self.heads // self.kv_heads
         if groups > 1:  # torch before 2.5 knows no grouped queries
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+            keys, values = repeated(keys, groups), repeated(values, groups)
         mixed = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(self.head_dim)
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    """Each of the heads ``[B, kv_heads, T, head_dim]`` `groups` times in a row: ``[B, heads, T, head_dim]``.
+
+    Not by ``repeat_interleave``, which Ascend documents for results of fewer than 2^22 values.
+    """
+    return heads.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

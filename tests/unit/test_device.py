@@ -52,6 +52,33 @@ def test_absent_device_asked_for_by_name(kind):
         device.choose_kind(kind)
 
 
+@pytest.fixture
+def broken_npu(tmp_path, monkeypatch):
+    """torch_npu where CANN's set_env.sh was not sourced."""
+    why = "libhccl.so: cannot open shared object file: No such file or directory"
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "__init__.py").write_text(f"raise ImportError({why!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    for cached in (device.npu_failure, device._say):
+        cached.cache_clear()
+    yield
+    device.npu_failure.cache_clear()
+
+
+def test_an_npu_whose_libraries_are_not_found_is_a_note(broken_npu, capsys):
+    assert device.choose_kind() == "cpu"
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("note: torch_npu is installed and cannot be used: libhccl.so: cannot open") and "source" in said
+    )
+
+
+def test_an_npu_whose_libraries_are_not_found_and_that_was_asked_for(broken_npu):
+    with pytest.raises(RequestError, match=r"--device npu: torch_npu is installed and cannot.*set_env\.sh"):
+        device.choose_kind("npu")
+
+
 def test_unknown_device():
     with pytest.raises(RequestError, match="--device tpu"):
         device.choose_kind("tpu")
