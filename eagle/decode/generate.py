@@ -22,8 +22,8 @@ from eagle.decode.drafter import Drafter, DraftRunner, Proposal
 from eagle.decode.sampling import Sampling, draw
 from eagle.decode.target import Target
 from eagle.decode.tree_verification import Verdict, follow
-from eagle.device import Clock
 from eagle.drafts.network import DraftNetwork
+from eagle.streams import Clock
 from eagle.target.features import HIDDEN_STATE
 
 

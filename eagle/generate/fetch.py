@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eagle import device
+from eagle import device, streams
 
 
 def all_finite(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -32,7 +32,7 @@ class _Buffer:
         """Room for each of them, in its shape and dtype."""
         sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]  # all begin aligned
         if self.memory.nbytes < sum(sizes):
-            self.memory = device.pinned(torch.empty(sum(sizes), dtype=torch.uint8), tensors[0].device.type)
+            self.memory = streams.pinned(torch.empty(sum(sizes), dtype=torch.uint8), tensors[0].device.type)
         found, start = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
             found.append(self.memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -55,7 +55,7 @@ class HostCopy:
         self.ends: list[Any] = []
 
     def __enter__(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        device.make_current(next(iter(self._sources.values())).device)
+        streams.make_current(next(iter(self._sources.values())).device)
         for end in self.ends:
             end.synchronize()
         count = len(self._sources)

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from eagle.device import to_card
+from eagle.streams import to_card
 from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.target.config import load_config
 from eagle.target.cpu_attention import attention_for

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from eagle import device
+from eagle import device, streams
 from eagle.drafts.alignment import Batch, StoredBatch
 from eagle.train.dataset import FeatureDataset
 
@@ -46,7 +46,7 @@ class Loader:
         self.data, self.keys, self.where, self.dtype = data, keys, where, dtype
         self._pool = None
         if threads:
-            self._pool = ThreadPoolExecutor(threads, "loader", device.make_current, (where,))
+            self._pool = ThreadPoolExecutor(threads, "loader", streams.make_current, (where,))
         self._ahead = AHEAD * threads
         self._next = 0
         self._waiting: deque[Future[StoredBatch]] = deque()
@@ -105,7 +105,7 @@ class Sent:
     def arrived(self) -> StoredBatch:
         """The batch, for what is computed from now on."""
         if self.event is not None:
-            device.wait_for(self.event, self.batch.tensors())
+            streams.wait_for(self.event, self.batch.tensors())
         return self.batch
 
 
@@ -114,7 +114,7 @@ class Sender:
 
     def __init__(self, where: torch.device) -> None:
         self.where = where
-        self._stream = device.new_stream(where)
+        self._stream = streams.new_stream(where)
 
     def pinned(self, batch: StoredBatch) -> StoredBatch:
         """In memory from which the device copies by itself, and in a dtype that it can unpack."""
@@ -122,11 +122,11 @@ class Sender:
             return batch
         if not device.has_float8(self.where.type):
             batch = batch.without_float8()
-        return batch.with_tensors([device.pinned(tensor, self.where.type) for tensor in batch.tensors()])
+        return batch.with_tensors([streams.pinned(tensor, self.where.type) for tensor in batch.tensors()])
 
     def send(self, batch: StoredBatch) -> Sent:
         """Begin to copy a batch, of which this is told once."""
         if self._stream is None:
             return Sent(batch)
-        with device.on_stream(self._stream):
+        with streams.on_stream(self._stream):
             return Sent(batch.to(self.where), self._stream.record_event())

@@ -60,6 +60,7 @@ def traffic(monkeypatch):
         found.waits += 1
 
     monkeypatch.setattr("eagle.device.synchronize", waiting)
+    monkeypatch.setattr("eagle.streams.synchronize", waiting)
     for name in METHODS:
         monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
     return found

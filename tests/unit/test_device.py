@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eagle import device
+from eagle import device, streams
 from eagle.errors import RequestError
 
 
@@ -169,7 +169,7 @@ def test_a_worker_on_a_cpu_takes_large_pages():
 def test_a_thread_is_given_the_card_that_has_a_number(monkeypatch):
     """accelerate's device is without one where it was not launched for several cards."""
     given = []
-    monkeypatch.setattr(device, "backend_of", lambda kind: types.SimpleNamespace(set_device=given.append))
+    monkeypatch.setattr(streams, "backend_of", lambda kind: types.SimpleNamespace(set_device=given.append))
     for name in ("cpu", "cuda", "cuda:1", "npu:3" if hasattr(torch, "npu") else "cuda:3"):
-        device.make_current(torch.device(name))
+        streams.make_current(torch.device(name))
     assert [place.index for place in given] == [1, 3]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from eagle import device
+from eagle import streams
 from eagle.data.loss_mask import Encoded
 from eagle.generate.collector import Collector, Item, NotFinite, ahead_of
 from eagle.generate.fetch import HostCopies
@@ -86,8 +86,8 @@ def on_card(backend, tensor, place="cuda:0"):
 @pytest.fixture
 def backend(monkeypatch):
     made = Pretended()
-    monkeypatch.setattr(device, "pinned", lambda tensor, kind: tensor)
-    monkeypatch.setattr(device, "make_current", lambda place: made.log.append(("current", str(place))))
+    monkeypatch.setattr(streams, "pinned", lambda tensor, kind: tensor)
+    monkeypatch.setattr(streams, "make_current", lambda place: made.log.append(("current", str(place))))
     return made
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eagle import device
+from eagle import streams
 from eagle.drafts.alignment import collate
 from eagle.errors import WorkError
 from eagle.store.dtypes import STORE_DTYPES
@@ -105,12 +105,10 @@ class FakeCard:
     def __init__(self, monkeypatch) -> None:
         self.said: list[tuple[str, int]] = []
         self.copying, self.pinned = False, []
-        monkeypatch.setattr(device, "new_stream", lambda where: self)
-        monkeypatch.setattr(device, "on_stream", self.on_stream)
-        monkeypatch.setattr(
-            device, "pinned", lambda tensor, kind: self.pinned.append(tensor.clone()) or self.pinned[-1]
-        )
-        monkeypatch.setattr(device, "wait_for", lambda event, tensors: self.said.append(("waited", event)))
+        monkeypatch.setattr(streams, "new_stream", lambda where: self)
+        monkeypatch.setattr(streams, "on_stream", self.on_stream)
+        monkeypatch.setattr(streams, "pinned", lambda tensor, kind: self.pin(tensor))
+        monkeypatch.setattr(streams, "wait_for", lambda event, tensors: self.said.append(("waited", event)))
         monkeypatch.setattr(loader_module.StoredBatch, "to", lambda batch, where: self.copy(batch))
 
     def pin(self, tensor):
