@@ -41,7 +41,7 @@ from eagle.generate.request import COMPILE_MODES
 from eagle.generate.sources import FeatureSource, SourceOptions, open_source
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
 from eagle.store.shard import shard_number, shard_paths
-from eagle.store.writer import ShardWriter
+from eagle.store.writer import SHARD_BYTES, ShardWriter
 
 #: What a worker says on stdout before it ends by an error that the same command would end by again.
 HOPELESS = {"hopeless": True}
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worker", type=int, required=True, help="which worker this is, from 0")
     parser.add_argument("--device", default="auto", help="npu, cuda, cpu or auto (default: auto)")
     parser.add_argument("--cards", type=int, default=1, help="cards this process sees (default: 1)")
-    parser.add_argument("--shard_mb", type=int, default=128, help="size of a store file (default: 128)")
+    parser.add_argument("--shard_mb", type=int, default=SHARD_BYTES >> 20, help="size of a store file (default: 128)")
     parser.add_argument("--compile", choices=COMPILE_MODES, default="auto", help="torch.compile (default: auto)")
     parser.add_argument("--probe", type=float, help="only measure the speed, for about so many seconds")
     parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")

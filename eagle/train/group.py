@@ -69,14 +69,16 @@ class Group:
             raise ending.error() from own
         return value  # type: ignore[return-value]
 
-    def compare(self, seen: Mapping[str, Any]) -> list[str]:
+    def compare(self, see: Callable[[], Mapping[str, Any]]) -> list[str]:
         """Compare what `eagle.train.agreement.describe` tells of this process with the others'; notes for people.
+
+        see: tells it, which reads much; not asked where there is nobody to compare with.
 
         Raises: RequestError, the same in all processes, where a rank differs from rank 0.
         """
         if self._watch is None:
             return []
-        said = {"host": self._watch.host, **seen}
+        said = {"host": self._watch.host, **see()}
         found = self._agree(said, lambda all_: {"error": disagreement(all_), "notes": remarks(all_)})
         if found["error"]:
             raise RequestError(found["error"])

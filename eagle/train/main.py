@@ -191,7 +191,7 @@ def run_training(options: TrainOptions, group: Group | None = None) -> int:
     if options.dry_run:
         return group.ready(lambda: plan_training(options))
     accelerator, trainer, saved = group.ready(lambda: open_training(options))
-    trainer.notes = [*trainer.notes, *group.compare(describe(trainer, saved[1] if saved else None))]
+    trainer.notes = [*trainer.notes, *group.compare(lambda: describe(trainer, saved[1] if saved else None))]
     with ExitStack() as held:
         group.ready(lambda: held.enter_context(claimed(trainer, saved)))
         return train(options, accelerator, trainer, saved)

@@ -211,7 +211,7 @@ def test_two_processes(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(one_of_two, (port, target, tmp_path), nprocs=2)
-    main, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    main, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     config = load_config(target)
     model = Eagle1Network(config.draft(), read_embedding(Weights(target), config))
     truth = by_formula(model, uneven_examples(model))

@@ -354,18 +354,25 @@ def requests(good: Path, base: Path, new: Path) -> dict[str, tuple[Callable, lis
 COMMANDS = ("allocation", "train", "dry run", "convert", "evaluate", "verify")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("brought", REFUSED)
-def test_refused_by_every_command(
-    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], brought: str, name: str
-) -> None:
-    make, says = REFUSED[brought]
+def is_refused(
+    make: Callable[[Path], object], says: list[str], name: str, good: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By that command: a good base model of which something was made that is not one."""
     base = Path(shutil.copytree(good / "llama", tmp_path / "base"))
     make(base)
     before = snapshot(tmp_path)
     main, words = requests(good, base, tmp_path / "new")[name]
     check(ask(main, capsys, *words), says)
     assert snapshot(tmp_path) == before, "nothing is claimed"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("brought", REFUSED)
+def test_refused_by_every_command(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], brought: str, name: str
+) -> None:
+    is_refused(*REFUSED[brought], name, good, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", ["allocation", "evaluate"])
@@ -373,13 +380,7 @@ def test_refused_by_every_command(
 def test_tokenizers_that_are_refused(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], brought: str, name: str
 ) -> None:
-    make, says = REFUSED_TOKENIZERS[brought]
-    base = Path(shutil.copytree(good / "llama", tmp_path / "base"))
-    make(base)
-    before = snapshot(tmp_path)
-    main, words = requests(good, base, tmp_path / "new")[name]
-    check(ask(main, capsys, *words), says)
-    assert snapshot(tmp_path) == before, "nothing is claimed"
+    is_refused(*REFUSED_TOKENIZERS[brought], name, good, tmp_path, capsys)
 
 
 def test_a_dry_run_of_a_folder_with_nothing_but_its_config(
