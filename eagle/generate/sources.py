@@ -20,7 +20,7 @@ from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.target.config import load_config
 from eagle.target.cpu_attention import attention_for
 from eagle.target.cpu_trunk import packed_trunk
-from eagle.target.features import HIDDEN_STATE, check_features, features_of
+from eagle.target.features import HIDDEN_STATE, aux_layers, check_features, features_of
 from eagle.target.packing import pack
 from eagle.target.pipeline import overlap_batches
 from eagle.target.trunk import load_trunk, parts_of
@@ -63,7 +63,9 @@ class TrunkSource:
         check_features(options.features)
         self.device, self.names, self.step = options.device, options.features, 1
         kind, dtype = options.device.type, options.dtype
-        compiling = options.cards == 1 and should_compile(options.compile, kind, options.tokens)
+        # Layers whose inputs are watched are no whole to compile.
+        alone = all(aux_layers(name) is None for name in options.features)
+        compiling = options.cards == 1 and alone and should_compile(options.compile, kind, options.tokens)
         self.trunk = load_trunk(
             options.model,
             dtype,
@@ -75,14 +77,15 @@ class TrunkSource:
         compiled = compile_trunk(self.trunk, options.device) if compiling else None
         if compiled is not None:
             self.trunk, self.step = compiled, LENGTH_STEP
-        packs = kind == "cpu" and compiled is None and options.features == (HIDDEN_STATE,)
+        packs = kind == "cpu" and compiled is None
+        packs = packs and all(name == HIDDEN_STATE or aux_layers(name) for name in options.features)
         self.packed = packed_trunk(self.trunk, parts_of(self.trunk, load_config(options.model))) if packs else None
 
     @torch.inference_mode()
     def features(self, sequences: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         """Padding stands on the right, where a causal model never looks, so no mask is needed."""
         if self.packed is not None:
-            return {HIDDEN_STATE: self.packed.features(sequences)}
+            return self.packed.features(sequences, self.names)
         ids = np.zeros((len(sequences), self._padded(sequences)), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence

@@ -18,6 +18,7 @@ import torch
 
 from eagle.target.compiled import NOISE, difference
 from eagle.target.cpu_attention import Scratch, causal_attention
+from eagle.target.features import HIDDEN_STATE, aux_layers
 from eagle.target.packing import Group, pack
 from eagle.target.trunk import TrunkParts
 
@@ -49,9 +50,15 @@ class PackedTrunk:
         self.epsilon = config.rms_norm_eps
         self.scratch = Scratch()
 
-    def features(self, sequences: Sequence[np.ndarray]) -> torch.Tensor:
-        """The features ``[B, T, H]``, T the longest sequence's length; rows beyond a sequence's own mean nothing."""
+    def features(
+        self, sequences: Sequence[np.ndarray], names: Sequence[str] = (HIDDEN_STATE,)
+    ) -> dict[str, torch.Tensor]:
+        """The last hidden state and inputs of layers by name, ``[B, T, W]`` each, T the longest sequence's length; rows
+        beyond a sequence's own mean nothing."""
         packed = pack(sequences)
+        auxiliary = {name: layers for name in names if (layers := aux_layers(name))}
+        wanted = {layer for layers in auxiliary.values() for layer in layers}
+        inputs: dict[int, torch.Tensor] = {}
         groups = [_Indices(group) for group in packed.groups]
         embedding = self.parts.embedding
         count, hidden = len(packed.ids), embedding.shape[1]
@@ -61,7 +68,9 @@ class PackedTrunk:
         cos, sin = (
             part[0, :, None] for part in self.trunk.rotary_emb(states, torch.from_numpy(packed.positions)[None])
         )
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if number in wanted:
+                inputs[number] = states.clone()
             self._norm(states, layer.input_layernorm.weight, normed)
             self._attend(layer.self_attn, normed, cos, sin, groups, states)
             self._norm(states, layer.post_attention_layernorm.weight, normed)
@@ -70,7 +79,14 @@ class PackedTrunk:
             _add_linear(states, layer.mlp.down_proj, torch.nn.functional.silu(gate, inplace=True).mul_(up))
         self._norm(states, self.parts.norm, normed)
         places = torch.from_numpy(packed.places)
-        return normed.index_select(0, places.flatten()).view(*places.shape, hidden)
+
+        def dealt(rows: torch.Tensor) -> torch.Tensor:
+            return rows.index_select(0, places.flatten()).view(*places.shape, -1)
+
+        return {
+            name: torch.cat([dealt(inputs[layer]) for layer in auxiliary[name]], -1) if name in auxiliary else dealt(normed)
+            for name in names
+        }
 
     def _attend(
         self,
@@ -153,7 +169,7 @@ def packed_trunk(trunk: Any, parts: TrunkParts) -> PackedTrunk | None:
         packed = PackedTrunk(trunk, parts)
         with torch.inference_mode():
             expected = trunk(input_ids=torch.from_numpy(ids), use_cache=False).last_hidden_state[own]
-            found = packed.features([row[:length] for row, length in zip(ids, _LENGTHS, strict=True)])[own]
+            found = packed.features([row[:length] for row, length in zip(ids, _LENGTHS, strict=True)])[HIDDEN_STATE][own]
     except Exception as error:  # a trunk that looks like Llama's and is none fails somewhere
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"note: packed features failed, going on with transformers' own: {reason}", file=sys.stderr)

@@ -1,22 +1,39 @@
 """Features by name, and where each is in what a trunk's forward pass gives.
 
     hidden_state    the last hidden state after the final norm: the input of ``lm_head``
+    aux_2_16_29     the inputs of the layers 2, 16 and 29 side by side, counted from 0: what EAGLE-3 drafts read
 
 Whoever runs a trunk, for a store or while decoding, asks for features by name with `features_of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from eagle.errors import RequestError
+from eagle.target.families import TARGET_FAMILIES
 
 #: The features that every record holds: a draft of any family is trained towards what they say of the next token.
 HIDDEN_STATE = "hidden_state"
+
+_AUX = re.compile(r"aux((?:_\d+)+)")
+
+
+def aux_name(layers: Iterable[int]) -> str:
+    """The features that are the inputs of these layers: vLLM's auxiliary hidden states of these ids."""
+    return "aux_" + "_".join(map(str, layers))
+
+
+def aux_layers(name: str) -> tuple[int, ...] | None:
+    """The layers whose inputs the features of that name are; None for other features."""
+    match = _AUX.fullmatch(name)
+    return tuple(map(int, match[1][1:].split("_"))) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +44,16 @@ class TrunkFeature:
     asks: dict[str, Any] = field(default_factory=dict)
 
 
+#: Those that a trunk's output holds; the inputs of layers, of which there are many, are watched for instead.
 TRUNK_FEATURES: dict[str, TrunkFeature] = {HIDDEN_STATE: TrunkFeature(lambda output: output.last_hidden_state)}
 
 
 def check_features(names: Iterable[str]) -> None:
     """Raises: RequestError for features that no trunk gives."""
-    unknown = [name for name in names if name not in TRUNK_FEATURES]
+    unknown = [name for name in names if name not in TRUNK_FEATURES and aux_layers(name) is None]
     if unknown:
-        raise RequestError(f"features {', '.join(unknown)}: unknown; expected some of {', '.join(TRUNK_FEATURES)}.")
+        known = [*TRUNK_FEATURES, "aux_<layer>_<layer>..."]
+        raise RequestError(f"features {', '.join(unknown)}: unknown; expected some of {', '.join(known)}.")
 
 
 class OnOneCard(Sequence):
@@ -56,10 +75,45 @@ class OnOneCard(Sequence):
 
 
 def features_of(trunk: torch.nn.Module, names: Iterable[str], **inputs: Any) -> dict[str, torch.Tensor]:
-    """One forward pass: features by name, ``[B, T, W]`` each. inputs: the trunk's own."""
-    wanted = {name: TRUNK_FEATURES[name] for name in names}
+    """One forward pass: features by name, ``[B, T, W]`` each, on the card of the last hidden state. inputs: the
+    trunk's own."""
+    auxiliary = {name: layers for name in names if (layers := aux_layers(name)) is not None}
+    wanted = {name: TRUNK_FEATURES[name] for name in names if name not in auxiliary}
     asks = {key: value for feature in wanted.values() for key, value in feature.asks.items()}
-    output = trunk(**inputs, **asks)
+    with _layer_inputs(trunk, {layer for layers in auxiliary.values() for layer in layers}) as seen:
+        output = trunk(**inputs, **asks)
+    place = output.last_hidden_state.device
     if getattr(output, "hidden_states", None):
-        output.hidden_states = OnOneCard(output.hidden_states, output.last_hidden_state.device)
-    return {name: feature.take(output) for name, feature in wanted.items()}
+        output.hidden_states = OnOneCard(output.hidden_states, place)
+    found = {name: feature.take(output) for name, feature in wanted.items()}
+    for name, layers in auxiliary.items():
+        found[name] = torch.cat([seen[layer].to(place, non_blocking=True) for layer in layers], -1)
+    return found
+
+
+@contextmanager
+def _layer_inputs(trunk: torch.nn.Module, layers: set[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """What these layers are called with while the context is open, ``[B, T, H]`` each.
+
+    Not transformers' ``output_hidden_states``, which keeps those of all layers alive.
+    """
+    seen: dict[int, torch.Tensor] = {}
+
+    def watch(layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    hooks = []
+    if layers:
+        modules = trunk.get_submodule(TARGET_FAMILIES[trunk.config.model_type].trunk_layers)
+        hooks = [
+            modules.get_submodule(str(layer)).register_forward_pre_hook(watch(layer), with_kwargs=True)
+            for layer in sorted(layers)
+        ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eagle.drafts.losses import TOKEN_LOSSES, acceptance, smooth_l1, soft_cross_entropy, top_k_distillation
-from eagle.drafts.token_loss import TokenLossHead, likeliest
+from eagle.drafts.token_loss import OwnHead, TokenLossHead, likeliest
 
 STEPS, N, H, V = 3, 13, 6, 50
 
@@ -39,6 +39,53 @@ def test_equals_the_plain_formula(tensors, block, part, name):
     assert torch.equal(result.agrees, logits.argmax(-1) == chosen)
     assert torch.equal(result.in_top_3, (logits.topk(3).indices == chosen[:, None]).any(-1))
     assert 0 < result.agrees.sum() < result.in_top_3.sum() < STEPS * N
+
+
+def own_head(weight: torch.Tensor, ids: list[int]) -> OwnHead:
+    rows = torch.full((V,), -1)
+    rows[ids] = torch.arange(len(ids))
+    return OwnHead(weight, torch.tensor(ids), rows)
+
+
+@pytest.mark.parametrize("block, part", [(1, 1), (4, 3), (100, 100)])
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_a_head_of_its_own_over_fewer_tokens(tensors, block, part, name):
+    """Equals the plain formula over those tokens, where the target's likeliest is one of them; a miss elsewhere."""
+    draft, target, head, valid = tensors
+    loss, weights = TOKEN_LOSSES[name], torch.tensor([1.0, 0.8, 0.64], dtype=torch.float64)
+    ids = [token for token in range(V) if token % 3 != 1]
+    noise = torch.randn(len(ids), H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = (head[ids] + 0.3 * noise).requires_grad_()
+    draft = (target + draft.detach()).requires_grad_()
+    result = TokenLossHead(head, own_head(weight, ids)).loss(
+        draft, target, valid, loss=loss, block=block, part=part, top_3=True, step_weights=weights
+    )
+    chosen = (target @ head.T).argmax(-1)
+    known = torch.isin(chosen, torch.tensor(ids))
+    assert 0 < known.sum() < N
+    aims, logits = (target @ head.T)[:, ids].softmax(-1), draft @ weight.T
+    plain = torch.stack([(loss(logits[step], aims) * valid[step] * known).sum() for step in range(STEPS)])
+    torch.testing.assert_close(result.token_loss, plain)
+    found = torch.autograd.grad(3 * (result.token_loss @ weights), (draft, weight))
+    expected = torch.autograd.grad(3 * (plain @ weights), (draft, weight))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(result.agrees, torch.tensor(ids)[logits.argmax(-1)] == chosen)
+    assert torch.equal(result.in_top_3, (torch.tensor(ids)[logits.topk(3).indices] == chosen[:, None]).any(-1))
+    assert not result.agrees[:, ~known].any() and 0 < result.agrees.sum() < result.in_top_3.sum()
+
+
+def test_a_frozen_head_of_its_own(tensors):
+    """Needs no weights of the steps; of all tokens it is the target's head."""
+    draft, target, head, valid = tensors
+    result = TokenLossHead(head, own_head(head, list(range(V)))).loss(draft, target, valid, block=5, part=2)
+    expected = TokenLossHead(head).loss(draft, target, valid, block=5, part=2)
+    torch.testing.assert_close(result.token_loss, expected.token_loss)
+    assert torch.equal(result.agrees, expected.agrees)
+    assert torch.equal(
+        *(torch.autograd.grad(found.token_loss.sum(), draft)[0] for found in (result, expected))
+    )
+    with pytest.raises(ValueError, match="step_weights"):
+        TokenLossHead(head, own_head(head.clone().requires_grad_(), list(range(V)))).loss(draft, target, valid)
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
