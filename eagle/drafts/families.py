@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from eagle.drafts.eagle1.family import Eagle1
+from eagle.drafts.eagle3.family import Eagle3
 from eagle.drafts.interface import DraftFamily
 
-DRAFT_FAMILIES: dict[str, DraftFamily] = {family.name: family for family in (Eagle1(),)}
+DRAFT_FAMILIES: dict[str, DraftFamily] = {family.name: family for family in (Eagle1(), Eagle3())}
 
 #: The family of the documented commands.
 DEFAULT_DRAFT = "eagle1"

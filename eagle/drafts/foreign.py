@@ -106,15 +106,6 @@ KINDS: dict[str, Kind] = {
         lambda found: f"a draft in the form of the speculators library ({found.config.get('speculators_model_type')})",
         _AS_IT_IS,
     ),
-    "eagle3": Kind(
-        lambda found: (
-            found.tensors(r"midlayer\.|d2t$|t2d$|(.*\.)?hidden_norm\.")
-            or "draft_vocab_size" in found.config
-            or found.architecture("eagle3")
-        ),
-        lambda found: "an EAGLE-3 draft",
-        _AS_IT_IS,
-    ),
     "full model": Kind(
         _is_full_model,
         lambda found: (

@@ -1,7 +1,7 @@
 """What a draft family is: everything in which kinds of drafts differ, as the stages ask for it.
 
-    generate   `features`: which tensors a record must hold, and how wide
-    train      `reads`, `config`, `build`, `objective`, `starts`, and for the memory plan the byte counts
+    generate   `config`, and `features`: which tensors a record must hold, and how wide
+    train      `reads`, `config`, `build`, `prepare`, `objective`, `starts`, and for the memory plan the byte counts
     decode     `build` by way of `eagle.drafts.saved`; the network itself does the rest
     vllm       `layouts`, `method`, `config_of`
 
@@ -11,50 +11,65 @@ A new family is a folder beside eagle1/ with a class like this one in it, and an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossOptions, Objective
 from eagle.drafts.starts import Start
 from eagle.drafts.vllm_layout import Layout
 from eagle.target.config import ModelConfig
+from eagle.target.features import HIDDEN_STATE
 
 
 class DraftFamily(ABC):
     """One kind of draft.
 
-    name: in the table. describes: for messages ("an EAGLE-1 draft"). method: vLLM's name for it. reads: the record's
-    features that the network reads. starts: what a draft may start from, by the name that ``--init`` takes; the first
-    is the default. layouts: the folders vLLM loads it from, by name, the newest first. same_as_target: fields of a
-    draft's config that must be the target's. recipes: named sets of training options. targets_own: tensors that a saved
-    draft may bring along though they are the target's. config_keys: what the family adds to a draft's config.json.
+    name: in the table. describes: for messages ("an EAGLE-1 draft"). method: vLLM's name for it. starts: what a draft
+    may start from, by the name that ``--init`` takes; the first is the default. layouts: the folders vLLM loads it
+    from, by name, the newest first. same_as_target: fields of a draft's config that must be the target's. defaults:
+    training options of its own. recipes: named sets of training options. idle: training flags that do nothing for it,
+    and why. targets_own: tensors that a saved draft may bring along though they are the target's. config_keys: what the
+    family adds to a draft's config.json.
     """
 
     name: str
     describes: str
     method: str
-    reads: str
     starts: dict[str, Start]
     layouts: dict[str, Layout]
     same_as_target: tuple[str, ...]
-    recipes: dict[str, dict[str, object]] = {}  # noqa: RUF012  (never changed)
+    defaults: dict[str, object] = {}  # noqa: RUF012  (never changed)
+    recipes: dict[str, dict[str, object]] = {}  # noqa: RUF012
+    idle: dict[str, str] = {}  # noqa: RUF012
     targets_own: tuple[str, ...] = ("embed_tokens.weight", "lm_head.weight")
     config_keys: tuple[str, ...] = ()
 
     @abstractmethod
-    def features(self, target: ModelConfig) -> dict[str, int]:
-        """Widths of the features a record must hold, by name; the target's last hidden state is always among them."""
-
-    @abstractmethod
-    def config(self, target: ModelConfig, configpath: Path | None) -> ModelConfig:
+    def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
         """The draft's config for a target: derived, or the user's file once it is checked.
 
-        Raises: RequestError naming every field in which the file does not fit the target.
+        Raises: RequestError naming every field in which the file does not fit the target, or a choice that is not the
+        family's.
         """
+
+    def choices(self, made: DraftChoices, widths: Mapping[str, int]) -> DraftChoices:
+        """The user's choices, and where there are none those that the features of a store come to. widths: theirs."""
+        return made
+
+    @abstractmethod
+    def reads(self, config: ModelConfig) -> str:
+        """The name of the features that a draft of this config reads."""
+
+    def features(self, config: ModelConfig) -> dict[str, int]:
+        """Widths of the features a record must hold, by name; the target's last hidden state is always among them.
+        config: the draft's."""
+        return {HIDDEN_STATE: config.hidden_size}
 
     @abstractmethod
     def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
@@ -63,6 +78,20 @@ class DraftFamily(ABC):
     @abstractmethod
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> DraftNetwork:
         """The network with random weights. names: those of saved tensors it is to hold, where they decide its shape."""
+
+    def prepare(
+        self, network: DraftNetwork, head: torch.Tensor, norm: torch.Tensor, counts: Callable[[], np.ndarray]
+    ) -> list[str]:
+        """Give a new draft what it takes over from the target and the records before it starts; notes for people.
+
+        head: the target's ``[V, H]``. norm: its final norm's weight ``[H]``. counts: how often each of its tokens is
+        supervised, ``[V]``.
+        """
+        return []
+
+    def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A saved draft's tensors under the names the network has, whichever public ones they came with."""
+        return dict(state)
 
     @abstractmethod
     def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Objective:

@@ -13,20 +13,20 @@ from eagle.target.config import ModelConfig
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention in the public key names."""
+    """Grouped-query self-attention in the public key names. inputs: what it reads is so wide (default: H)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inputs: int | None = None) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        size, bias = config.hidden_size, config.qkv_bias
+        size, bias = inputs or config.hidden_size, config.qkv_bias
         self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=config.o_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.o_bias)
 
     def project(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]

@@ -17,11 +17,18 @@ Mean = TypeVar("Mean", torch.Tensor, float)
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """``--token_loss``, ``--vloss_weight``, ``--ploss_weight``."""
+    """``--token_loss``, ``--vloss_weight``, ``--ploss_weight``, ``--ttt_decay``."""
 
     token_loss: str = "soft_cross_entropy"
     feature_weight: float = 1.0
     token_weight: float = 1.0
+    step_decay: float = 1.0
+
+    def step_weights(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of each step's token loss, summed over its positions, in the mean: ``[S]``. counts: ``[S]``, those."""
+        steps = torch.arange(len(counts), device=counts.device, dtype=counts.dtype)
+        weights = self.step_decay**steps
+        return weights / weights.sum() / counts.clamp_min(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +61,16 @@ class Objective(Protocol):
     """The losses of one run.
 
     In `sums` and `judge`: states ``[S, N, H]``, what the unrolled network gave at the supervised positions; targets
-    ``[N, H]``, the target's last hidden states there; valid ``[S, N]`` bool, which of them count for each step.
+    ``[N, H]``, the target's last hidden states there; valid ``[S, N]`` bool, which of them count for each step. counts:
+    ``[S]``, the positions of every step in the global batch.
     """
 
-    def sums(self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> LossSums: ...
+    def sums(
+        self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> LossSums: ...
 
     def means(self, sums: LossSums, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Feature loss and token loss a position; counts: ``[S]``, the positions of every step in the global batch."""
+        """Feature loss and token loss a position."""
         ...
 
     def total(self, feature: Mean, token: Mean) -> Mean:

@@ -68,7 +68,7 @@ def read_draft_state(weights: Weights) -> dict[str, torch.Tensor]:
         bare = name.removeprefix("model.")
         if "rotary_emb" not in bare:
             state[bare] = weights[name]
-    return state
+    return family_of(state).canonical(state)
 
 
 def draft_names(weights: Weights) -> set[str]:

@@ -46,8 +46,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class OwnHead:
-    """A draft's head of its own. weight: ``[D, H]``, trained or not. ids: ``[D]``, which of the target's tokens its rows
-    are, ascending. rows: ``[V]``, where each of the target's tokens is among them, -1 for those that are not."""
+    """A draft's head of its own. weight: ``[D, H]``, trained or not. ids: ``[D]``, which of the target's tokens its
+    rows are, ascending. rows: ``[V]``, where each of the target's tokens is among them, -1 for those that are not."""
 
     weight: torch.Tensor
     ids: torch.Tensor
@@ -116,9 +116,11 @@ class TokenLossHead:
             block or self.block_positions(steps),
             part or self.part_positions(),
         )
-        own = None if self.own is None else self.own.weight
-        if own is not None and own.requires_grad and torch.is_grad_enabled() and step_weights is None:
-            raise ValueError("step_weights: expected the weight of every step, for the gradient of the draft's head.")
+        own = None
+        if self.own is not None:
+            own = self.own.weight if torch.is_grad_enabled() else self.own.weight.detach()
+            if own.requires_grad and step_weights is None:
+                raise ValueError("step_weights: expected every step's weight, for the gradient of the draft's head.")
         total, agrees, in_top_3 = _BlockwiseHead.apply(draft, target, own, self, valid, step_weights, options)
         return HeadResult(total, agrees, in_top_3 if top_3 else None)
 
@@ -158,20 +160,22 @@ class _Options:
 class _BlockwiseHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, draft, target, own, head, valid, step_weights, options):
-        work = _Pass(draft, target, head, valid, options, step_weights, ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        work = _Pass(
+            draft, target, head, valid, options, step_weights, ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        )
         with torch.autocast(draft.device.type, enabled=False):
             work.run()
-        ctx.save_for_backward(work.gradient, work.own_gradient, step_weights)
+        ctx.save_for_backward(work.gradient, work.own_gradient)
         ctx.mark_non_differentiable(work.agrees, work.in_top_3)
         return work.token_loss, work.agrees, work.in_top_3
 
     @staticmethod
     def backward(ctx, slope, *_):
-        gradient, own_gradient, step_weights = ctx.saved_tensors
+        gradient, own_gradient = ctx.saved_tensors
         if gradient is not None:
             gradient = gradient * slope.to(gradient.dtype)[:, None, None]
         if own_gradient is not None:  # the steps are in it in the right proportions already
-            own_gradient = own_gradient * (slope[0] / step_weights[0]).to(own_gradient.dtype)
+            own_gradient = own_gradient * slope[0].to(own_gradient.dtype)
         return gradient, None, own_gradient, *[None] * 4
 
 
@@ -180,7 +184,8 @@ class _Pass:
 
     def __init__(self, draft, target, head, valid, options, step_weights, for_draft: bool, for_own: bool) -> None:
         self.draft, self.target, self.head, self.valid, self.options = draft, target, head, valid, options
-        self.step_weights = step_weights
+        # Against the first step's, so that float16 holds what is multiplied with them.
+        self.step_weights = None if step_weights is None else step_weights / step_weights[0]
         self.token_loss = torch.zeros(len(draft), dtype=head.wide, device=draft.device)
         self.agrees, self.in_top_3 = torch.zeros_like(valid), torch.zeros_like(valid)
         self.gradient = torch.zeros_like(draft) if for_draft else None
@@ -231,6 +236,7 @@ class _Pass:
             back = slopes.flatten(0, 1) @ (self.head.weight if self.own is None else self.own)
             self.gradient[:count, rows] = back.view(*slopes.shape[:2], -1) * valid
         if self.own_gradient is not None:
+            assert self.step_weights is not None
             weighted = self.draft[:count, rows].detach() * valid * self.step_weights[:count, None, None]
             self.own_gradient += slopes.flatten(0, 1).T @ weighted.flatten(0, 1).to(slopes.dtype)
 

@@ -29,6 +29,8 @@ from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
 from eagle.target.check import check_target
 from eagle.target.compiled import should_compile
+from eagle.target.config import ModelConfig
+from eagle.target.features import aux_layers
 from eagle.target.identity import Identity
 from eagle.target.tokenizer import tokens_without_row
 
@@ -112,7 +114,7 @@ def resolve(request: GenerationRequest) -> Job:
             "damage": dataclasses.asdict(records.damage) if records.damage else None,
         },
         "dtype": dtype_name(parse_dtype(request.dtype)),
-        "features": DRAFT_FAMILIES[request.draft].features(config),
+        "features": features_for(request, config),
         "options": {
             "conversations": conversations,
             "seed": request.seed,
@@ -132,6 +134,18 @@ def resolve(request: GenerationRequest) -> Job:
     share = node_share(manifest)
     refuse_other_formats(records, sorted(share), request.data_path)
     return Job(request, kind, len(share), manifest, notes, records, encoder, target.identity)
+
+
+def features_for(request: GenerationRequest, target: ModelConfig) -> dict[str, int]:
+    """Widths of the features that the draft of this job reads, by name. Raises: RequestError."""
+    family = DRAFT_FAMILIES[request.draft]
+    features = family.features(family.config(target, None, request.choices))
+    if request.compile == "on" and any(map(aux_layers, features)):
+        raise RequestError(
+            f"--compile on: {family.describes} reads what several layers of the base model are given, which a compiled "
+            "one does not show. Leave --compile out."
+        )
+    return features
 
 
 def began_with(request: GenerationRequest) -> dict | None:

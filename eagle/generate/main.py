@@ -8,6 +8,8 @@ from pathlib import Path
 
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import Tally
+from eagle.drafts.choices import parse_layers
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter
 from eagle.errors import WorkError
@@ -54,6 +56,17 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         help="cards each worker process gets: 1 for 7B and 13B, 4 or 8 for 70B",
+    )
+    parser.add_argument(
+        "--draft",
+        choices=DRAFT_FAMILIES,
+        default=DEFAULT_DRAFT,
+        help="the kind of draft that is to be trained on the store; one for eagle3 trains eagle1 as well",
+    )
+    parser.add_argument(
+        "--aux_layers",
+        help="with --draft eagle3: the layers whose inputs the draft reads, e.g. 2,16,29 (default: vLLM's: the third, "
+        "the middle one, the third from the end)",
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the shuffle")
     parser.add_argument("--max_length", type=int, default=2048, help="cut conversations to this many tokens")
@@ -105,7 +118,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name != "dry_run"}
-    request = GenerationRequest(**{**options, "npu_indices": parse_indices(args.npu_indices)})
+    options |= {"npu_indices": parse_indices(args.npu_indices), "aux_layers": parse_layers(args.aux_layers)}
+    request = GenerationRequest(**options)
     if os.environ.get("EAGLE_TARIN_MODE"):
         print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")
     job = resolve(request)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle.device import Card, is_mig, is_uuid
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -39,6 +40,7 @@ class GenerationRequest:
     node_rank: int = 0
     compile: str = "auto"
     draft: str = DEFAULT_DRAFT
+    aux_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.end_num is not None and self.end_num < 1:
@@ -65,6 +67,10 @@ class GenerationRequest:
                 "cards is not compiled. Leave --compile out, or give each worker one card."
             )
         self.card_groups()
+
+    @property
+    def choices(self) -> DraftChoices:
+        return DraftChoices(aux_layers=self.aux_layers)
 
     @property
     def folder(self) -> Path:

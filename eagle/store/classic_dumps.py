@@ -18,7 +18,7 @@ import torch
 
 from eagle.errors import RequestError
 from eagle.store.damage import Damaged, Replaced, exhausted
-from eagle.store.record import Record, StoredRecord, supervised_counts
+from eagle.store.record import Record, StoredRecord, supervised_counts, token_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
 
@@ -101,6 +101,14 @@ class ClassicFolder:
             offsets = np.cumsum([0, *lengths], dtype=np.int64)
             counts.append(supervised_counts(np.concatenate(masks), offsets, max_len))
         return np.concatenate(counts)
+
+    def token_counts(self, size: int) -> np.ndarray:
+        """How often each token is supervised: see `eagle.store.record.token_counts`."""
+        counts = np.zeros(size, dtype=np.int64)
+        for position in range(len(self)):
+            record = self.read(position, features=False)
+            counts += token_counts(record.input_ids.numpy(), record.loss_mask.numpy(), size)
+        return counts
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Raises: Damaged, Exhausted, Replaced, OSError."""

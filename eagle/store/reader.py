@@ -235,6 +235,10 @@ class FeatureStore:
         """How many positions of every record ``[R]`` a draft is trained on, without reading its features."""
         return np.concatenate([source.supervised(max_len) for source in self.sources])[self._order]
 
+    def token_counts(self, size: int) -> np.ndarray:
+        """How often each of the target's `size` tokens belongs to a reply, ``[size]``."""
+        return np.sum([source.token_counts(size) for source in self.sources], axis=0)
+
     def unsupervised(self) -> list[str]:
         """The records without a supervised position, in words."""
         found = []

@@ -120,6 +120,12 @@ def supervised_counts(loss_mask: np.ndarray, offsets: np.ndarray, max_len: int |
     return np.where(some, before[np.where(some, ends - 1, 0)] - before[np.where(some, starts + 1, 0)], 0)
 
 
+def token_counts(input_ids: np.ndarray, loss_mask: np.ndarray, size: int) -> np.ndarray:
+    """How often each of `size` tokens belongs to a reply, ``[size]``; both arrays are ``[N]``."""
+    own = input_ids[(loss_mask != 0) & (input_ids >= 0) & (input_ids < size)]
+    return np.bincount(own, minlength=size)
+
+
 def checksum(*arrays: np.ndarray) -> int:
     crc = 0
     for array in arrays:
@@ -153,4 +159,5 @@ class RecordSource(Protocol):
         """See `supervised_counts`; of the records in their order."""
         ...
 
+    def token_counts(self, size: int) -> np.ndarray: ...
     def leave_out(self, positions: Sequence[int]) -> None: ...

@@ -33,7 +33,7 @@ from eagle.files import fsync_folder
 from eagle.store.damage import Damaged, Replaced, exhausted
 from eagle.store.dtypes import Packed
 from eagle.store.open_files import OPEN, Restamped, Span, Stamp, stamp_of
-from eagle.store.record import Record, StoredRecord, checksum, supervised_counts
+from eagle.store.record import Record, StoredRecord, checksum, supervised_counts, token_counts
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES, Entry, NotWhole, read_array, read_header, write_pieces
 
@@ -264,6 +264,19 @@ class Shard:
         (mask,) = self._read([self._span("loss_mask", 0, int(self.offsets[-1]))])
         counts = supervised_counts(mask.numpy(), self.offsets, max_len)
         return counts if self._kept is None else counts[self._kept]
+
+    def token_counts(self, size: int) -> np.ndarray:
+        """How often each token is supervised: see `eagle.store.record.token_counts`."""
+        names = ("input_ids", "loss_mask")
+        ids, mask = (
+            part.numpy() for part in self._read([self._span(name, 0, int(self.offsets[-1])) for name in names])
+        )
+        if self._kept is not None:
+            own = np.zeros(len(mask), dtype=bool)
+            for number in self._kept:
+                own[self.offsets[number] : self.offsets[number + 1]] = True
+            mask = mask * own
+        return token_counts(ids, mask, size)
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.

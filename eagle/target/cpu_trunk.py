@@ -83,10 +83,8 @@ class PackedTrunk:
         def dealt(rows: torch.Tensor) -> torch.Tensor:
             return rows.index_select(0, places.flatten()).view(*places.shape, -1)
 
-        return {
-            name: torch.cat([dealt(inputs[layer]) for layer in auxiliary[name]], -1) if name in auxiliary else dealt(normed)
-            for name in names
-        }
+        found = {name: torch.cat([dealt(inputs[layer]) for layer in auxiliary[name]], -1) for name in auxiliary}
+        return found | ({HIDDEN_STATE: dealt(normed)} if HIDDEN_STATE in names else {})
 
     def _attend(
         self,
@@ -169,7 +167,9 @@ def packed_trunk(trunk: Any, parts: TrunkParts) -> PackedTrunk | None:
         packed = PackedTrunk(trunk, parts)
         with torch.inference_mode():
             expected = trunk(input_ids=torch.from_numpy(ids), use_cache=False).last_hidden_state[own]
-            found = packed.features([row[:length] for row, length in zip(ids, _LENGTHS, strict=True)])[HIDDEN_STATE][own]
+            found = packed.features([row[:length] for row, length in zip(ids, _LENGTHS, strict=True)])[HIDDEN_STATE][
+                own
+            ]
     except Exception as error:  # a trunk that looks like Llama's and is none fails somewhere
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"note: packed features failed, going on with transformers' own: {reason}", file=sys.stderr)

@@ -38,8 +38,8 @@ class TargetFamily:
     lower case, or a part of it, and the built-in chat template that those speak whose tokenizer brings none. template:
     a guess at it for the others, by their longest context. refusals: what cannot be used.
 
-    The rest are names. Weights: embedding, head; marks, three that every fine-tuning moves, ``{last}`` in
-    them the last layer's number. Modules of the trunk: trunk_embedding, trunk_layers, trunk_norm.
+    The rest are names. Weights: embedding, head, norm (the final one); marks, three that every fine-tuning moves,
+    ``{last}`` in them the last layer's number. Modules of the trunk: trunk_embedding, trunk_layers, trunk_norm.
     """
 
     name: str
@@ -53,6 +53,7 @@ class TargetFamily:
     refusals: tuple[Refusal, ...] = ()
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
+    norm: str = "model.norm.weight"
     marks: tuple[str, ...] = (
         "model.norm.weight",
         "model.layers.0.self_attn.q_proj.weight",

@@ -107,7 +107,8 @@ def _layer_inputs(trunk: torch.nn.Module, layers: set[int]) -> Iterator[dict[int
 
     hooks = []
     if layers:
-        modules = trunk.get_submodule(TARGET_FAMILIES[trunk.config.model_type].trunk_layers)
+        config: Any = trunk.config
+        modules = trunk.get_submodule(TARGET_FAMILIES[config.model_type].trunk_layers)
         hooks = [
             modules.get_submodule(str(layer)).register_forward_pre_hook(watch(layer), with_kwargs=True)
             for layer in sorted(layers)

@@ -250,6 +250,17 @@ def read_head(weights: Weights, config: ModelConfig) -> torch.Tensor:
     return _checked(weights, head, config)
 
 
+def read_norm(weights: Weights, config: ModelConfig) -> torch.Tensor:
+    """The weight ``[H]`` of the target's final norm in its stored dtype."""
+    name = TARGET_FAMILIES[config.family].norm
+    if name not in weights:
+        raise RequestError(
+            f"{weights.flag} {weights.folder}: no {name} among its weights. It is not a "
+            f"{TARGET_FAMILIES[config.family].describes} causal language model in the Hugging Face layout."
+        )
+    return weights[name]
+
+
 def _checked(weights: Weights, name: str, config: ModelConfig) -> torch.Tensor:
     if name not in weights:
         raise RequestError(

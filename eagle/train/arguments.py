@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eagle.drafts.choices import parse_layers
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.entry import HelpFormatter
 from eagle.given import given, refuse_idle
@@ -18,15 +21,16 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("--recipe", choices=RECIPES)
     recipe.add_argument("--dry_run", action="store_true")
+    recipe.add_argument("--draft", choices=DRAFT_FAMILIES, default=DEFAULT_DRAFT)
     first = recipe.parse_known_args(argv)[0]
-    defaults |= RECIPES.get(first.recipe, {})
+    defaults |= DRAFT_FAMILIES[first.draft].defaults | RECIPES.get(first.recipe, {})
     parser = argparse.ArgumentParser(
         prog="eagle.train.main",
         description="Step 4: train the draft on a store of features.",
         formatter_class=HelpFormatter,
     )
 
-    def add(name: str, kind: type, text: str, **more: Any) -> None:
+    def add(name: str, kind: Callable[[str], Any], text: str, **more: Any) -> None:
         # A dry run writes no checkpoints and takes its shapes from either config.
         default: dict[str, Any] = (
             {"required": not first.dry_run} if name in ("cpdir", "basepath") else {"default": defaults[name]}
@@ -47,6 +51,11 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
+    add("draft", str, "the kind of draft", choices=tuple(DRAFT_FAMILIES))
+    add("aux_layers", parse_layers, "with --draft eagle3: the layers whose inputs the draft reads (default: those that "
+        "--tmpdir holds, else vLLM's)")  # fmt: skip
+    add("draft_vocab_size", int, "with --draft eagle3: how many tokens the draft chooses among, the most frequent ones "
+        "of the replies (default: 32000, or all)")  # fmt: skip
     add("cpdir", Path, "where checkpoints go; continued where it holds this run's")
     add("basepath", Path, "folder of the base model")
     add("configpath", Path, "the draft's config: the base model's with num_hidden_layers 1 (default: derived)")
@@ -73,6 +82,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         choices=tuple(TOKEN_LOSSES),
     )  # fmt: skip
     add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")
+    add("ttt_decay", float, "weight of each draft step's token loss against the one before (default: 1; eagle3 0.8)")
     add("noise", float, "half-width of the uniform noise on the features")
     add("init", str, f"how the draft starts: {' (the best linear draft) or '.join(INITS)}, or the folder of any draft")
     add("init_positions", int, "at most this many supervised positions for the closed-form start")

@@ -48,10 +48,11 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     trunk = 0
     if options.data_path and options.basepath:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
+    draft = family.config(target, options.configpath if options.basepath else None, options.choices)
     return Setting(
-        config=family.config(target, options.configpath if options.basepath else None),
-        widths=family.features(target),
-        reads=family.reads,
+        config=draft,
+        widths=family.features(draft),
+        reads=family.reads(draft),
         bs=options.bs,
         max_len=options.max_len,
         kind=kind,

@@ -24,7 +24,7 @@ from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.generate.sources import SourceOptions, open_source
 from eagle.store.manifest import describe_features
-from eagle.store.record import Record, StoredRecord, supervised_counts
+from eagle.store.record import Record, StoredRecord, supervised_counts, token_counts
 from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
@@ -115,6 +115,10 @@ class LiveFeatures:
         """As `eagle.store.reader.FeatureStore.supervised`."""
         counts = supervised_counts(self.tokens_of.loss_mask, self.tokens_of.offsets, max_len)
         return counts[self._places]
+
+    def token_counts(self, size: int) -> np.ndarray:
+        """As `eagle.store.reader.FeatureStore.token_counts`."""
+        return token_counts(self.tokens_of.input_ids, self.tokens_of.loss_mask, size)
 
     def token_digest(self) -> str:
         """Of all tokens and masks: templates that write a date write that of each machine's own copy of the data."""

@@ -211,7 +211,7 @@ class Trainer:
         sums = torch.zeros(3, device=accelerator.device)
         for number, batch in enumerate(loader.on_device(group), 1):
             with no_sync(accelerator, model) if number < len(group) else torch.enable_grad():
-                found = self._losses(model, batch)
+                found = self._losses(model, batch, counts)
                 feature_loss, token_loss = self.objective.means(found, counts)
                 loss = self.objective.total(feature_loss, token_loss)
                 # DDP averages over processes; the sum over the global batch is wanted.
@@ -240,12 +240,12 @@ class Trainer:
         )
         return result, bool(save)
 
-    def _losses(self, model: torch.nn.Module, batch: Batch) -> LossSums:
-        """Sums over a micro-batch."""
+    def _losses(self, model: torch.nn.Module, batch: Batch, counts: torch.Tensor) -> LossSums:
+        """Sums over a micro-batch. counts: ``[S]``, the positions of every step in the global batch."""
         with self.accelerator.autocast():
             states = model(batch.tokens, batch.features, self.options.ttt_steps)
         valid = chain_supervision(batch.supervised, self.options.ttt_steps)
-        return self.objective.sums(batch.at_places(states), batch.targets, batch.at_places(valid))
+        return self.objective.sums(batch.at_places(states), batch.targets, batch.at_places(valid), counts)
 
     def _save_is_due(self) -> bool:
         every = self.options.save_interval()

@@ -32,7 +32,7 @@ from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.target.check import check_target
 from eagle.target.identity import Identity
-from eagle.target.weights import read_embedding, read_head
+from eagle.target.weights import read_embedding, read_head, read_norm
 from eagle.train import checkpoint
 from eagle.train.agreement import describe
 from eagle.train.arguments import read_options
@@ -81,21 +81,23 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
-def open_store(
-    options: TrainOptions, accelerator: Accelerator, identity: Identity, widths: dict[str, int]
-) -> RecordStore:
-    """The store of features, or the base model that computes them."""
-    if options.data_path:
-        source = LiveSource(
-            options.data_path,
-            options.end_num,
-            options.data_seed,
-            options.max_len,
-            options.chat_template,
-            options.allow_truncated,
-            options.dtype,
-        )
-        return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
+def live_features(options: TrainOptions, accelerator: Accelerator, widths: dict[str, int]) -> LiveFeatures:
+    """The base model, which computes features of these widths as training goes."""
+    assert options.data_path
+    source = LiveSource(
+        options.data_path,
+        options.end_num,
+        options.data_seed,
+        options.max_len,
+        options.chat_template,
+        options.allow_truncated,
+        options.dtype,
+    )
+    return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
+
+
+def open_store(options: TrainOptions, accelerator: Accelerator, identity: Identity) -> FeatureStore:
+    """The store of features, made of this base model."""
     assert options.tmpdir
     folder = options.tmpdir
     store = whole_store(folder, "--tmpdir", accelerator) if options.skip_damaged else FeatureStore(folder)
@@ -112,9 +114,12 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     checked = check_target(options.base, "--basepath")
     target, weights, identity = checked.config, checked.weights, checked.identity
     family = options.family
-    config = family.config(target, options.configpath)
-    store = open_store(options, accelerator, identity, family.features(target))
-    check_widths(store.widths, family.features(target), options)
+    store: RecordStore | None = open_store(options, accelerator, identity) if options.tmpdir else None
+    choices = family.choices(options.choices, store.widths if store else {})
+    config = family.config(target, options.configpath, choices)
+    if store is None:
+        store = live_features(options, accelerator, family.features(config))
+    check_widths(store.widths, family.features(config), options)
     where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
     usable, notes = usable_records(store, options.max_len, where)
     train, held_out = split_store(store, options.val_ratio, options.seed, usable)
@@ -131,6 +136,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     tied = target.tie_word_embeddings
     head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
+    if not saved:
+        notes += family.prepare(draft, head, read_norm(weights, target), lambda: store.token_counts(target.vocab_size))
     if options.init not in family.starts and not saved:
         for note in warm_start(draft, Path(options.init), "--init"):
             if accelerator.is_main_process:
@@ -147,16 +154,17 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         "mixed_precision": accelerator.mixed_precision,
         **settings,
     }
-    if options.draft == DEFAULT_DRAFT:
-        del run_identity["draft"]  # as in checkpoints of version 0.1
+    if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
+        for name in ("draft", "aux_layers", "draft_vocab_size", "ttt_decay"):
+            del run_identity[name]
     return Trainer(
         options,
         accelerator,
         draft,
         family.objective(draft, head, options.losses()),
         compute,
-        FeatureDataset(store, train, options.max_len, family.reads, noise=options.noise, seed=options.seed),
-        FeatureDataset(store, held_out, options.max_len, family.reads),
+        FeatureDataset(store, train, options.max_len, draft.reads, noise=options.noise, seed=options.seed),
+        FeatureDataset(store, held_out, options.max_len, draft.reads),
         run_identity,
         notes,
     )

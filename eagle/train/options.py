@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.losses import TOKEN_LOSSES
@@ -39,11 +40,14 @@ class TrainOptions:
     dtype: str = "bfloat16"
     configpath: Path | None = None
     draft: str = DEFAULT_DRAFT
+    aux_layers: tuple[int, ...] | None = None
+    draft_vocab_size: int | None = None
     bs: int = 4
     gradient_accumulation_steps: int = 1
     num_epochs: int = 5
     max_steps: int | None = None
     ttt_steps: int = 1
+    ttt_decay: float = 1.0
     token_loss: str = "soft_cross_entropy"
     max_len: int = 2048
     lr: float | None = None
@@ -105,6 +109,8 @@ class TrainOptions:
         for name in ("warmup_ratio", "val_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected a share from 0 to below 1.")
+        if not 0 < self.ttt_decay <= 1:
+            raise RequestError(f"--ttt_decay {self.ttt_decay}: expected more than 0, at most 1.")
         if self.lr is not None and self.lr <= 0:
             raise RequestError(f"--lr {self.lr}: expected more than 0.")
         if self.max_len < 3:
@@ -120,6 +126,10 @@ class TrainOptions:
     @property
     def family(self) -> DraftFamily:
         return DRAFT_FAMILIES[self.draft]
+
+    @property
+    def choices(self) -> DraftChoices:
+        return DraftChoices(self.aux_layers, self.draft_vocab_size)
 
     @property
     def run_folder(self) -> Path:
@@ -159,7 +169,7 @@ class TrainOptions:
         return self.lr if self.lr is not None else REFERENCE_LR * REFERENCE_WIDTH / hidden_size
 
     def losses(self) -> LossOptions:
-        return LossOptions(self.token_loss, self.vloss_weight, self.ploss_weight)
+        return LossOptions(self.token_loss, self.vloss_weight, self.ploss_weight, self.ttt_decay)
 
     def to_json(self) -> dict:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from eagle.drafts import starts
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1 import memory
 from eagle.drafts.eagle1.closed_form_start import closed_form, expected_seconds
 from eagle.drafts.eagle1.draft_config import draft_config_for
@@ -30,7 +31,6 @@ class Eagle1(DraftFamily):
     name = "eagle1"
     describes = "an EAGLE-1 draft"
     method = V1.speculative["method"]
-    reads = Eagle1Network.reads
     starts = {"closed_form": closed_form, "random": starts.random}  # noqa: RUF012  (never changed)
     layouts = {layout.name: layout for layout in (V1, V0)}  # noqa: RUF012
     recipes = {  # noqa: RUF012
@@ -49,11 +49,12 @@ class Eagle1(DraftFamily):
         "hidden_act", "qkv_bias",
     )  # fmt: skip
 
-    def features(self, target: ModelConfig) -> dict[str, int]:
-        return {HIDDEN_STATE: target.hidden_size}
-
-    def config(self, target: ModelConfig, configpath: Path | None) -> ModelConfig:
+    def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
+        choices.refuse(("aux_layers", "draft_vocab_size"), self.describes, "train an EAGLE-3 draft: --draft eagle3")
         return draft_config_for(target, configpath)
+
+    def reads(self, config: ModelConfig) -> str:
+        return HIDDEN_STATE
 
     def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
         names = set(names)

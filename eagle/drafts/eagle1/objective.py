@@ -18,12 +18,12 @@ class Eagle1Objective:
     def __init__(self, head: TokenLossHead, options: LossOptions) -> None:
         self.head, self.options = head, options
 
-    def sums(self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> LossSums:
+    def sums(self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor) -> LossSums:
         found = self.head.loss(states, targets, valid, loss=TOKEN_LOSSES[self.options.token_loss])
         return LossSums(smooth_l1(states[0], targets).sum(), found.token_loss, found.agrees)
 
     def means(self, sums: LossSums, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return sums.feature / counts[0].clamp_min(1), (sums.token / counts.clamp_min(1)).mean()
+        return sums.feature / counts[0].clamp_min(1), sums.token @ self.options.step_weights(counts)
 
     def total(self, feature: Mean, token: Mean) -> Mean:
         return self.options.feature_weight * feature + self.options.token_weight * token

@@ -1,0 +1,102 @@
+"""EAGLE-3's config: a single Llama layer of the target's width, the layers it reads, its own vocabulary's size."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from eagle.drafts.choices import DraftChoices
+from eagle.errors import RequestError
+from eagle.target.config import ModelConfig, load_config
+from eagle.target.families import LLAMA
+from eagle.target.features import aux_name
+
+#: Keys of config.json, as vLLM and SGLang read them.
+AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
+DRAFT_VOCAB = "draft_vocab_size"
+NORMED_RESIDUAL = "norm_before_residual"
+CONFIG_KEYS = (AUX_LAYERS, DRAFT_VOCAB, NORMED_RESIDUAL)
+
+#: Tokens that a draft chooses among unless told otherwise: those of nearly all positions, at a fraction of the cost.
+DEFAULT_DRAFT_VOCAB = 32_000
+
+
+def default_aux_layers(layers: int) -> tuple[int, ...]:
+    """vLLM's own choice for a target of so many layers: near its beginning, middle and end.
+
+    Raises: RequestError where they are not three.
+    """
+    found = (2, layers // 2, layers - 3)
+    if len(set(found)) < 3 or min(found) < 0 or list(found) != sorted(found):
+        raise RequestError(
+            f"the base model has {layers} layers, too few for EAGLE-3's usual choice (2, the middle one, the third "
+            "from the end). Name the layers whose inputs the draft is to read: --aux_layers 0,1,2, say."
+        )
+    return found
+
+
+def check_aux_layers(chosen: tuple[int, ...], layers: int, flag: str = "--aux_layers") -> tuple[int, ...]:
+    """Raises: RequestError for layers that are not there, or not in ascending order."""
+    shown = ",".join(map(str, chosen))
+    outside = [number for number in chosen if not 0 <= number < layers]
+    if outside:
+        raise RequestError(
+            f"{flag} {shown}: the base model has the layers 0 to {layers - 1}; there is no {outside[0]}. A number "
+            "means the input of that layer, as in vLLM."
+        )
+    if list(chosen) != sorted(set(chosen)):
+        right = ",".join(map(str, sorted(set(chosen))))
+        raise RequestError(
+            f"{flag} {shown}: expected each layer once, in ascending order, as vLLM reads them: {right}."
+        )
+    return chosen
+
+
+def aux_feature(config: ModelConfig) -> str:
+    """The name of the features that a draft of this config reads."""
+    return aux_name(config.extra[AUX_LAYERS])
+
+
+def draft_config_for(target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
+    """The draft's config: a Llama layer of the target's sizes without biases, or of those in the user's file.
+
+    The file may be the target's own config.json or a published EAGLE-3 draft's: its layer's sizes, the layers it reads
+    and its vocabulary are taken; the target's width, vocabulary, rope and context are what they are.
+
+    Raises: RequestError for what does not fit the target.
+    """
+    given = load_config(configpath, CONFIG_KEYS) if configpath else None
+    shape = given or target
+    if given is not None:
+        wrong = [
+            f"{name} is {getattr(given, name)!r}, the base model's is {getattr(target, name)!r}"
+            for name in ("hidden_size", "vocab_size", "hidden_act")
+            if getattr(given, name) != getattr(target, name)
+        ]
+        if given.num_hidden_layers != 1:
+            wrong.append(f"num_hidden_layers is {given.num_hidden_layers}, a draft has 1")
+        if wrong:
+            raise RequestError(f"--configpath {configpath} does not fit the base model: {'; '.join(wrong)}.")
+    extra = dict(given.extra) if given else {}
+    layers = choices.aux_layers or extra.get(AUX_LAYERS) or default_aux_layers(target.num_hidden_layers)
+    size = choices.draft_vocab_size or extra.get(DRAFT_VOCAB) or min(DEFAULT_DRAFT_VOCAB, target.vocab_size)
+    if not 1 <= size <= target.vocab_size:
+        raise RequestError(
+            f"--draft_vocab_size {size}: expected 1 to {target.vocab_size:,}, the size of the base model's vocabulary."
+        )
+    return dataclasses.replace(
+        target.draft(),
+        family=LLAMA,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        extra={
+            AUX_LAYERS: list(check_aux_layers(tuple(layers), target.num_hidden_layers)),
+            DRAFT_VOCAB: size,
+            NORMED_RESIDUAL: bool(extra.get(NORMED_RESIDUAL, False)),
+        },
+    )

@@ -1,0 +1,112 @@
+"""EAGLE-3 as a draft family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eagle.drafts import starts
+from eagle.drafts.choices import DraftChoices
+from eagle.drafts.eagle3 import memory
+from eagle.drafts.eagle3.draft_config import AUX_LAYERS, CONFIG_KEYS, aux_feature, draft_config_for
+from eagle.drafts.eagle3.network import Eagle3Network
+from eagle.drafts.eagle3.objective import Eagle3Objective
+from eagle.drafts.eagle3.vocabulary import LOW_COVERAGE, coverage, most_frequent
+from eagle.drafts.interface import DraftFamily
+from eagle.drafts.memory import Phase, Setting
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.objective import LossOptions
+from eagle.target.config import ModelConfig
+from eagle.target.features import HIDDEN_STATE, aux_layers
+
+
+class Eagle3(DraftFamily):
+    """One layer that reads the inputs of several of the target's layers (arXiv 2503.01840)."""
+
+    name = "eagle3"
+    describes = "an EAGLE-3 draft"
+    method = "eagle3"
+    starts = {"random": starts.random}  # noqa: RUF012  (never changed)
+    layouts = {}  # noqa: RUF012
+    same_as_target = ("hidden_size", "vocab_size")
+    defaults = {"init": "random", "ttt_steps": 5, "ttt_decay": 0.8, "noise": 0.0, "vloss_weight": 0.0}  # noqa: RUF012
+    idle = {  # noqa: RUF012
+        "vloss_weight": "an EAGLE-3 draft has no feature loss. Leave it out, or train an EAGLE-1 draft.",
+        "init_positions": "an EAGLE-3 draft has no closed-form start. Leave it out, or train an EAGLE-1 draft.",
+    }
+    targets_own = ("embed_tokens.weight",)
+    config_keys = CONFIG_KEYS
+
+    def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
+        return draft_config_for(target, configpath, choices)
+
+    def choices(self, made: DraftChoices, widths: Mapping[str, int]) -> DraftChoices:
+        held = [layers for name in widths if (layers := aux_layers(name))]
+        return dataclasses.replace(made, aux_layers=held[0]) if held and made.aux_layers is None else made
+
+    def reads(self, config: ModelConfig) -> str:
+        return aux_feature(config)
+
+    def features(self, config: ModelConfig) -> dict[str, int]:
+        size = config.hidden_size
+        return {HIDDEN_STATE: size, aux_feature(config): len(config.extra[AUX_LAYERS]) * size}
+
+    def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
+        raise NotImplementedError
+
+    def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> Eagle3Network:
+        return Eagle3Network(config, embedding)
+
+    def prepare(
+        self, network: DraftNetwork, head: torch.Tensor, norm: torch.Tensor, counts: Callable[[], np.ndarray]
+    ) -> list[str]:
+        """The tokens it chooses among, and for them the target's head behind the target's final norm."""
+        assert isinstance(network, Eagle3Network)
+        size, found = len(network.d2t), counts()
+        ids = most_frequent(found, size)
+        chosen = torch.from_numpy(ids).to(network.d2t.device)
+        with torch.no_grad():
+            network.choose(chosen)
+            network.lm_head.weight.copy_(head[chosen.to(head.device)])
+            network.norm.weight.copy_(norm)
+        share = coverage(found, ids)
+        notes = [f"the draft chooses among {size:,} of {len(found):,} tokens: {share:.1%} of the supervised positions"]
+        if share < LOW_COVERAGE:
+            notes.append(
+                f"at {1 - share:.1%} of the positions the draft cannot be right: raise --draft_vocab_size above "
+                f"{size:,}"
+            )
+        return notes
+
+    def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Eagle3Objective:
+        assert isinstance(network, Eagle3Network)
+        return Eagle3Objective(network, head, options)
+
+    def recognises(self, names: Iterable[str]) -> bool:
+        names = set(names)
+        return "fc.weight" in names and not names.isdisjoint(
+            ("midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight")
+        )
+
+    def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``layers.0.`` is another public name of ``midlayer.``; t2d says again what d2t says."""
+        return {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in state.items() if name != "t2d"}
+
+    def optional(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        return {}
+
+    def saved_bytes(self, setting: Setting, step: int) -> int:
+        return memory.saved_bytes(setting, step)
+
+    def flowing_bytes(self, setting: Setting) -> int:
+        return memory.flowing_bytes(setting)
+
+    def validation_bytes(self, setting: Setting, depth: int) -> int:
+        return memory.validation_bytes(setting, depth)
+
+    def start_phases(self, setting: Setting) -> list[Phase]:
+        return memory.start_phases(setting)
