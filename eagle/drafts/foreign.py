@@ -102,7 +102,10 @@ KINDS: dict[str, Kind] = {
         _AS_IT_IS,
     ),
     "speculators": Kind(
-        lambda found: any(key.startswith("speculators_") for key in found.config),
+        lambda found: (
+            any(key.startswith("speculators_") for key in found.config)
+            and found.config.get("speculators_model_type") != "eagle3"
+        ),
         lambda found: f"a draft in the form of the speculators library ({found.config.get('speculators_model_type')})",
         _AS_IT_IS,
     ),

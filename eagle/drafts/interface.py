@@ -72,8 +72,20 @@ class DraftFamily(ABC):
         return {HIDDEN_STATE: config.hidden_size}
 
     @abstractmethod
-    def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
-        """The config of a saved draft with these tensors: the target's numbers, the biases the draft really has."""
+    def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+        """The config to export a draft with: the target's numbers where they must be, the biases it really has.
+
+        saved: what its config.json says. tensors: its own.
+        """
+
+    def completed(
+        self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], target: ModelConfig | None
+    ) -> ModelConfig:
+        """A saved draft's config with what it leaves to whoever reads it. target: None where it is not known.
+
+        Raises: RequestError for what is not read here.
+        """
+        return config
 
     @abstractmethod
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> DraftNetwork:

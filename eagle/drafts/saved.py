@@ -76,16 +76,18 @@ def draft_names(weights: Weights) -> set[str]:
     return {name.removeprefix("model.") for name in weights.names()}
 
 
-def load_draft(folder: str | Path, embedding: torch.Tensor | None = None) -> DraftNetwork:
+def load_draft(
+    folder: str | Path, embedding: torch.Tensor | None = None, target: ModelConfig | None = None
+) -> DraftNetwork:
     """The draft in a checkpoint or export folder, in its stored dtype.
 
-    embedding: the target's, for exports that leave it out.
+    embedding: the target's, for exports that leave it out. target: its config, for drafts that leave choices to it.
 
     Raises: FileNotFoundError, RequestError (missing or misshapen tensors).
     """
     state = read_draft_state(Weights(folder, flag="--draft-path"))
     family = family_of(state)
-    config = load_config(folder, family.config_keys)
+    config = family.completed(load_config(folder, family.config_keys), state, target)
     theirs = {name: state.pop(name) for name in family.targets_own if name in state}
     embedding = theirs.get(EMBEDDING, embedding)
     if embedding is None:
@@ -136,7 +138,7 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
                 f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
                 "draft was trained for another model."
             )
-    config = family.config_of(target, state)
+    config = family.config_of(target, load_config(folder, family.config_keys), state)
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in optional}
     problems = shape_problems(without_values(family, config), kept)

@@ -7,6 +7,7 @@ layouts there are is the draft family's to say.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from eagle.drafts.saved import BEST, LAST, WEIGHTS_FILE, read_saved, resolve_poi
 from eagle.drafts.vllm_layout import Layout, SavedDraft
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError, WorkError
-from eagle.files import existing_path, output_folder, write_json
+from eagle.files import existing_path, output_folder, read_json, write_json
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig
 from eagle.target.identity import Identity
@@ -145,6 +146,8 @@ def export(
     checked = check_target(base_path, "--base-path", base_weight_name)
     target, base = checked.config, checked.weights
     draft = read_saved(draft_path, draft_weight_name, target)
+    classes = tuple(read_json(base_path / "config.json", "the base model's config").get("architectures") or ())
+    draft = dataclasses.replace(draft, base=base_path.resolve(), base_architectures=classes)
     if not allow_other_base:
         check_same_target(draft, checked.identity)
     output = output_path or default_output(draft_path)

@@ -56,8 +56,8 @@ class Eagle1(DraftFamily):
     def reads(self, config: ModelConfig) -> str:
         return HIDDEN_STATE
 
-    def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
-        names = set(names)
+    def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+        names = set(tensors)
         return dataclasses.replace(
             target.draft(),
             qkv_bias="layers.0.self_attn.q_proj.bias" in names,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from eagle.drafts.choices import DraftChoices
 from eagle.errors import RequestError
@@ -15,7 +18,9 @@ from eagle.target.features import aux_name
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 DRAFT_VOCAB = "draft_vocab_size"
 NORMED_RESIDUAL = "norm_before_residual"
-CONFIG_KEYS = (AUX_LAYERS, DRAFT_VOCAB, NORMED_RESIDUAL)
+#: Variants of the network that some trainers make and that are not read here.
+VARIANTS = ("norm_output", "norm_before_fc", "fc_norm", "parallel_drafting")
+CONFIG_KEYS = (AUX_LAYERS, DRAFT_VOCAB, NORMED_RESIDUAL, *VARIANTS)
 
 #: Tokens that a draft chooses among unless told otherwise: those of nearly all positions, at a fraction of the cost.
 DEFAULT_DRAFT_VOCAB = 32_000
@@ -100,3 +105,28 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
             NORMED_RESIDUAL: bool(extra.get(NORMED_RESIDUAL, False)),
         },
     )
+
+
+def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], layers: int | None) -> ModelConfig:
+    """A saved draft's config with all of its own keys, whoever saved it: what it does not say, vLLM takes so.
+
+    tensors: the draft's. layers: of the target, where it is known.
+
+    Raises: RequestError for a variant that is not read here, or tensors of another shape than the config says.
+    """
+    extra = dict(config.extra)
+    variants = [name for name in VARIANTS if extra.pop(name, False)]
+    if variants:
+        raise RequestError(
+            f"the EAGLE-3 draft says {', '.join(variants)}, which is not read here; expected the plain network. vLLM "
+            "serves it as it is."
+        )
+    extra.setdefault(NORMED_RESIDUAL, False)
+    if DRAFT_VOCAB not in extra:
+        head = tensors.get("lm_head.weight")
+        extra[DRAFT_VOCAB] = config.vocab_size if head is None else len(head)
+    if not extra.get(AUX_LAYERS):
+        if layers is None:
+            raise RequestError(f"the draft's config.json has no {AUX_LAYERS}, and the base model is not known.")
+        extra[AUX_LAYERS] = list(default_aux_layers(layers))
+    return dataclasses.replace(config, extra=extra)

@@ -12,15 +12,23 @@ import torch
 from eagle.drafts import starts
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle3 import memory
-from eagle.drafts.eagle3.draft_config import AUX_LAYERS, CONFIG_KEYS, aux_feature, draft_config_for
+from eagle.drafts.eagle3.draft_config import (
+    AUX_LAYERS,
+    CONFIG_KEYS,
+    aux_feature,
+    completed_config,
+    draft_config_for,
+)
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.eagle3.objective import Eagle3Objective
+from eagle.drafts.eagle3.vllm_layouts import PLAIN, SPECULATORS
 from eagle.drafts.eagle3.vocabulary import LOW_COVERAGE, coverage, most_frequent
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossOptions
 from eagle.target.config import ModelConfig
+from eagle.target.families import LLAMA
 from eagle.target.features import HIDDEN_STATE, aux_layers
 
 
@@ -29,9 +37,9 @@ class Eagle3(DraftFamily):
 
     name = "eagle3"
     describes = "an EAGLE-3 draft"
-    method = "eagle3"
+    method = PLAIN.speculative["method"]
     starts = {"random": starts.random}  # noqa: RUF012  (never changed)
-    layouts = {}  # noqa: RUF012
+    layouts = {layout.name: layout for layout in (PLAIN, SPECULATORS)}  # noqa: RUF012
     same_as_target = ("hidden_size", "vocab_size")
     defaults = {"init": "random", "ttt_steps": 5, "ttt_decay": 0.8, "noise": 0.0, "vloss_weight": 0.0}  # noqa: RUF012
     idle = {  # noqa: RUF012
@@ -55,8 +63,27 @@ class Eagle3(DraftFamily):
         size = config.hidden_size
         return {HIDDEN_STATE: size, aux_feature(config): len(config.extra[AUX_LAYERS]) * size}
 
-    def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
-        raise NotImplementedError
+    def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+        """The saved one's layer, in the target's context; its own heads may be others than the target's."""
+        return completed_config(
+            dataclasses.replace(
+                saved,
+                family=LLAMA,
+                num_hidden_layers=1,
+                max_position_embeddings=target.max_position_embeddings,
+                qkv_bias="midlayer.self_attn.q_proj.bias" in tensors,
+                o_bias="midlayer.self_attn.o_proj.bias" in tensors,
+                mlp_bias="midlayer.mlp.gate_proj.bias" in tensors,
+                tie_word_embeddings=False,
+            ),
+            tensors,
+            target.num_hidden_layers,
+        )
+
+    def completed(
+        self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], target: ModelConfig | None
+    ) -> ModelConfig:
+        return completed_config(config, tensors, target.num_hidden_layers if target else None)
 
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> Eagle3Network:
         return Eagle3Network(config, embedding)
