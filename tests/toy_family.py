@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from eagle.drafts import starts
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1.family import Eagle1
 from eagle.drafts.eagle1.network import DraftLayer
 from eagle.drafts.eagle1.vllm_layouts import V1
@@ -57,19 +58,22 @@ class ToyNetwork(DraftNetwork):
 
 
 class Toy(Eagle1):
-    name, describes, method, reads = "toy", "a toy draft", "toy", FEATURE
+    name, describes, method = "toy", "a toy draft", "toy"
     starts = {"random": starts.random}  # noqa: RUF012
     layouts = {"t1": dataclasses.replace(V1, name="t1", speculative={"method": "toy"})}  # noqa: RUF012
     config_keys = ("toy_key",)
 
-    def features(self, target: ModelConfig) -> dict[str, int]:
-        return {HIDDEN_STATE: target.hidden_size, FEATURE: 2 * target.hidden_size}
+    def features(self, config: ModelConfig) -> dict[str, int]:
+        return {HIDDEN_STATE: config.hidden_size, FEATURE: 2 * config.hidden_size}
 
-    def config(self, target: ModelConfig, configpath: Path | None) -> ModelConfig:
+    def reads(self, config: ModelConfig) -> str:
+        return FEATURE
+
+    def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
         return dataclasses.replace(target.draft(), extra={"toy_key": [1, 2]})
 
-    def config_of(self, target: ModelConfig, names: Iterable[str]) -> ModelConfig:
-        return dataclasses.replace(self.config(target, None), tie_word_embeddings=False)
+    def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+        return dataclasses.replace(self.config(target, None, DraftChoices()), tie_word_embeddings=False)
 
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> ToyNetwork:
         return ToyNetwork(config, embedding)

@@ -22,27 +22,38 @@ from tests.vllm.engines import run_child
 def capture(request: EngineRequest, folder: Path) -> dict[str, torch.Tensor]:
     """tokens, positions ``[R]``, features ``[R, H]``, logits ``[R, V]`` of the first chain of the only prompt.
 
-    Rows: one for each prompt token, then one for each further draft step, whose feature is the draft's own.
+    Rows: one for each prompt token, then one for each further draft step, whose feature is the draft's own. Of an
+    EAGLE-3 draft the features are what its ``fc`` made of the target's, which are there too: auxiliary ``[T, A * H]``.
     """
     file = folder / "captured.pt"
     run_child("tests.vllm.captured", folder, {"request": dataclasses.asdict(request), "file": str(file)})
     return torch.load(file, weights_only=True)
 
 
-def record_forward(passes: list[dict[str, torch.Tensor]]) -> None:
-    """Make vLLM's draft class append a copy of what goes in and comes out of every pass to `passes`."""
+def record_forward(passes: list[dict[str, torch.Tensor]], read: list[torch.Tensor]) -> None:
+    """Make vLLM's draft classes append a copy of what goes in and comes out of every pass to `passes`."""
     from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
+    from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
-    forward = EagleLlamaForCausalLM.forward
+    def record(forward: Any) -> Any:
+        def recorded(self: Any, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
+            # Copied before the pass: the engine reuses its buffers.
+            seen = {"tokens": input_ids.clone(), "positions": positions.clone(), "features": hidden_states.clone()}
+            answer = forward(self, input_ids, positions, hidden_states, inputs_embeds)
+            passes.append(seen | {"logits": self.compute_logits(answer[0]).clone()})
+            return answer
 
-    def recorded(self: Any, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
-        # Copied before the pass: the engine reuses its buffers.
-        seen = {"tokens": input_ids.clone(), "positions": positions.clone(), "features": hidden_states.clone()}
-        answer = forward(self, input_ids, positions, hidden_states, inputs_embeds)
-        passes.append(seen | {"logits": self.compute_logits(answer[0]).clone()})
-        return answer
+        return recorded
 
-    EagleLlamaForCausalLM.forward = recorded
+    for draft in (EagleLlamaForCausalLM, Eagle3LlamaForCausalLM):
+        draft.forward = record(draft.forward)
+    combine = Eagle3LlamaForCausalLM.combine_hidden_states
+
+    def recorded_combine(self: Any, hidden_states: Any) -> Any:
+        read.append(hidden_states.clone())
+        return combine(self, hidden_states)
+
+    Eagle3LlamaForCausalLM.combine_hidden_states = recorded_combine
 
 
 def first_chain(passes: list[dict[str, torch.Tensor]], prompt: list[int], depth: int) -> dict[str, torch.Tensor]:
@@ -61,9 +72,14 @@ def main(argv: list[str]) -> int:
     content = json.loads(asked.read_text(encoding="utf-8"))
     request = EngineRequest(**content["request"])
     passes: list[dict[str, torch.Tensor]] = []
-    record_forward(passes)
+    read: list[torch.Tensor] = []
+    record_forward(passes, read)
     serve(request)
-    torch.save(first_chain(passes, request.prompts[0], request.num_speculative_tokens), content["file"])
+    chain = first_chain(passes, request.prompts[0], request.num_speculative_tokens)
+    if read:
+        length = len(request.prompts[0])
+        chain["auxiliary"] = next(rows for rows in read if len(rows) >= length and bool(rows.any()))[:length].cpu()
+    torch.save(chain, content["file"])
     answered.write_text("{}", encoding="utf-8")
     return 0
 

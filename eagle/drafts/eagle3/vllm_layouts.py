@@ -33,8 +33,13 @@ def _layer(draft: SavedDraft, dtype: torch.dtype) -> dict[str, Any]:
     return dataclasses.replace(draft.config, dtype=dtype_name(dtype), extra={}).to_json(as_llama=True)
 
 
+def _own(draft: SavedDraft) -> dict[str, Any]:
+    """The draft's own keys. Other than three layers vLLM only believes where their number is said as well."""
+    return draft.config.extra | {"num_aux_hidden_states": len(draft.config.extra[AUX_LAYERS])}
+
+
 def _plain_config(draft: SavedDraft, dtype: torch.dtype) -> dict[str, Any]:
-    return _layer(draft, dtype) | {"architectures": [ARCHITECTURE]} | draft.config.extra
+    return _layer(draft, dtype) | {"architectures": [ARCHITECTURE]} | _own(draft)
 
 
 def _speculators_config(draft: SavedDraft, dtype: torch.dtype) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def _speculators_config(draft: SavedDraft, dtype: torch.dtype) -> dict[str, Any]
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
-        **draft.config.extra,
+        **_own(draft),
         "tie_word_embeddings": False,
         "torch_dtype": dtype_name(dtype),
         "transformer_layer_config": _layer(draft, dtype),
