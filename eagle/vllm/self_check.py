@@ -67,6 +67,9 @@ def _config_rules(raw: dict[str, Any], plain: dict[str, Any], config: ModelConfi
             f"rope_theta is {theta}, in rope_parameters {parameters.get('rope_theta')}; both must be the target's "
             f"{config.rope_theta}"
         )
+    for key, value in config.extra.items():
+        if (found := raw.get(key, plain.get(key))) != value:
+            yield f"{key} is {found!r}, the draft's is {value!r}"
     try:
         written = parse_config(plain)
     except RequestError as error:

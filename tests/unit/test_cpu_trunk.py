@@ -7,6 +7,7 @@ import torch
 from eagle.target import cpu_trunk
 from eagle.target.config import load_config
 from eagle.target.cpu_trunk import packed_trunk
+from eagle.target.features import HIDDEN_STATE
 from eagle.target.packing import KEY_STEP, pack, shared_beginning
 from eagle.target.trunk import load_trunk, parts_of
 from tests.tiny import make_target
@@ -84,8 +85,8 @@ def test_features_are_those_of_transformers(tmp_path, family, lengths, shared, o
     own = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
         exact, plain = (trunks[d](input_ids=ids, use_cache=False).last_hidden_state.float()[own] for d in trunks)
-        found = packed.features(some)
-        again = packed.features(some)
+        found = packed.features(some)[HIDDEN_STATE]
+        again = packed.features(some)[HIDDEN_STATE]
     assert torch.equal(found[own], again[own])  # what was left in memory is not in the result
     errors = [float((features - exact).norm() / exact.norm()) for features in (found.float()[own], plain)]
     assert errors[0] < 1.3 * errors[1] + 1e-4
@@ -101,7 +102,7 @@ def test_a_sequence_that_overflows_spoils_no_other(tmp_path) -> None:
             some[number][:shared] = some[0][:shared]
         packed.parts.embedding.data[2] = torch.nan
         with torch.inference_mode():
-            found = packed.features(some)
+            found = packed.features(some)[HIDDEN_STATE]
         finite = [bool(row[: len(ids)].isfinite().all()) for row, ids in zip(found, some, strict=True)]
         assert finite == [number not in spoilt for number in range(len(some))]
 

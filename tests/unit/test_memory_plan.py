@@ -32,7 +32,7 @@ def config(*, kv_heads: int = 4, vocab: int = 300, tied: bool = False, hidden: i
 
 
 def setting_of(shape: ModelConfig, **more: object) -> Setting:
-    return Setting(shape, EAGLE1.features(shape), EAGLE1.reads, **more)
+    return Setting(shape, EAGLE1.features(shape), EAGLE1.reads(shape), **more)
 
 
 def draft_weights(shape: ModelConfig) -> dict[str, int]:

@@ -6,18 +6,17 @@ without a word.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from eagle.vllm.engine import EngineRequest, EngineResult
 from eagle.vllm.export import export
 from tests.oracle import Shape, random_prompts, write_pair
+from tests.vllm.damage import drop_theta, edit_config, edit_tensors, table, wrong_theta
 from tests.vllm.engines import run_engines
 
 ACCEPTED, REFUSED = 0.85, 0.20
@@ -33,18 +32,6 @@ SHAPES = {
 }
 
 
-def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-
-
 def zero_bias(name: str) -> Callable[[Path], None]:
     return lambda folder: edit_tensors(folder, lambda t: t[f"layers.0.self_attn.{name}_proj.bias"].zero_())
 
@@ -52,17 +39,6 @@ def zero_bias(name: str) -> Callable[[Path], None]:
 def drop_biases(folder: Path) -> None:
     """Declared and not there: vLLM leaves them as they were in memory."""
     edit_tensors(folder, lambda t: [t.pop(f"layers.0.self_attn.{name}_proj.bias") for name in "qkv"])
-
-
-def wrong_theta(folder: Path) -> None:
-    def change(config: dict) -> None:
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 10000.0
-
-    edit_config(folder, change)
-
-
-def drop_theta(folder: Path) -> None:
-    edit_config(folder, lambda config: [config.pop(key) for key in ("rope_theta", "rope_parameters")])
 
 
 def swap_halves(tensors: dict[str, torch.Tensor]) -> None:
@@ -103,7 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EngineResult]
     # Damaged ones first: a bias that is left as it was in memory must not find a right one there.
     names = [*DAMAGES, *SHAPES]
     measured = dict(zip(names, run_engines([request_for(*folders[name]) for name in names], root), strict=True))
-    print("\n" + "\n".join(table({name: measured[name] for name in folders})))
+    print("\n" + "\n".join(table({name: measured[name] for name in folders}, DAMAGES)))
     return measured
 
 
@@ -112,15 +88,6 @@ def request_for(target: Path, draft: Path) -> EngineRequest:
     return EngineRequest(
         str(target), prompts, str(draft), dtype="float32", max_new_tokens=40, batch_size=len(prompts), warm_up=False
     )
-
-
-def table(results: dict[str, EngineResult]) -> list[str]:
-    lines = [f"{'oracle pair or damage':<48} {'accepted':>8} {'drafted':>8} {'rate':>6}  by position"]
-    for name, result in results.items():
-        shown = f"{name} ({DAMAGES[name][0]})" if name in DAMAGES else name
-        rates = " ".join(f"{count / max(1, result.drafts):.2f}" for count in result.accepted_per_position)
-        lines.append(f"{shown:<48} {result.accepted:>8} {result.drafted:>8} {result.acceptance():>6.3f}  {rates}")
-    return lines
 
 
 @pytest.mark.parametrize("name", SHAPES)

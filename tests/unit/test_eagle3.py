@@ -1,0 +1,287 @@
+"""EAGLE-3: its config, its vocabulary, its features, unrolled training, and what an export of it must be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from eagle.drafts.choices import DraftChoices, parse_layers
+from eagle.drafts.eagle3.draft_config import default_aux_layers, draft_config_for
+from eagle.drafts.eagle3.network import Eagle3Network
+from eagle.drafts.eagle3.vocabulary import coverage, most_frequent
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.objective import LossOptions
+from eagle.drafts.saved import load_draft, save_draft
+from eagle.drafts.unroll import UnrolledDraft
+from eagle.errors import RequestError, WorkError
+from eagle.target.config import ModelConfig, load_config
+from eagle.target.features import aux_layers, aux_name, features_of
+from eagle.target.weights import Weights, read_embedding, read_head, read_norm
+from eagle.vllm import export as export_module
+from eagle.vllm.export import export
+from tests.tiny import make_target
+from tests.unit.exports import read
+
+EAGLE3 = DRAFT_FAMILIES["eagle3"]
+LAYERS, DRAFTED = (0, 2, 3), 150
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def target(request, tmp_path_factory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"), request.param, layers=4)
+
+
+@pytest.fixture(scope="module")
+def network(target: Path) -> Eagle3Network:
+    config, weights = load_config(target), Weights(target)
+    torch.manual_seed(2)
+    network = Eagle3Network(
+        draft_config_for(config, None, DraftChoices(LAYERS, DRAFTED)), read_embedding(weights, config)
+    )
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    network.choose(torch.arange(0, 2 * DRAFTED, 2))
+    return network.eval()
+
+
+# ---- choices
+
+
+def test_vllms_own_layers():
+    assert default_aux_layers(32) == (2, 16, 29)
+    assert default_aux_layers(7) == (2, 3, 4)
+    for layers in (1, 2, 3, 4, 5, 6):
+        with pytest.raises(RequestError, match=rf"has {layers} layers, too few.*--aux_layers"):
+            default_aux_layers(layers)
+
+
+def test_names_of_layers():
+    assert aux_name((2, 16, 29)) == "aux_2_16_29" and aux_layers("aux_2_16_29") == (2, 16, 29)
+    assert aux_layers("hidden_state") is None and aux_layers("aux_") is None
+    assert parse_layers("2, 16,29") == (2, 16, 29) and parse_layers(None) is None
+    with pytest.raises(RequestError, match="'-1' is no layer number"):
+        parse_layers("-1,2")
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (DraftChoices((0, 1, 4)), "--aux_layers 0,1,4: the base model has the layers 0 to 3; there is no 4"),
+        (DraftChoices((1, 1, 2)), "--aux_layers 1,1,2: expected each layer once, in ascending order.*: 1,2"),
+        (DraftChoices((2, 1, 0)), "--aux_layers 2,1,0: expected each layer once, in ascending order.*: 0,1,2"),
+        (DraftChoices((0, 1), 10**6), "--draft_vocab_size 1000000: expected 1 to"),
+        (DraftChoices(), "too few for EAGLE-3's usual choice"),
+    ],
+)
+def test_choices_that_do_not_fit_the_target(target: Path, choices: DraftChoices, message: str):
+    with pytest.raises(RequestError, match=message):
+        draft_config_for(load_config(target), None, choices)
+
+
+@pytest.mark.parametrize("made", [{"aux_layers": (0, 1)}, {"draft_vocab_size": 10}])
+def test_eagle1_has_no_such_choice(target: Path, made: dict):
+    with pytest.raises(
+        RequestError, match=f"--{next(iter(made))}: an EAGLE-1 draft has no such choice.*--draft eagle3"
+    ):
+        DRAFT_FAMILIES["eagle1"].config(load_config(target), None, DraftChoices(**made))
+
+
+def test_a_store_says_which_layers(target: Path):
+    held = EAGLE3.choices(DraftChoices(), {"hidden_state": 32, "aux_0_1_3": 96})
+    assert held.aux_layers == (0, 1, 3)
+    assert EAGLE3.choices(DraftChoices((0, 2)), {"aux_0_1_3": 96}).aux_layers == (0, 2)
+
+
+def test_a_file_of_another_width(target: Path, tmp_path: Path):
+    raw = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 1, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(RequestError, match="does not fit the base model: hidden_size is 64"):
+        draft_config_for(load_config(target), tmp_path / "config.json", DraftChoices(LAYERS))
+
+
+# ---- vocabulary
+
+
+def test_most_frequent_tokens():
+    counts = np.array([5, 0, 7, 5, 1])
+    assert most_frequent(counts, 3).tolist() == [0, 2, 3]
+    assert most_frequent(counts, 2).tolist() == [0, 2], "of equals the smaller one"
+    assert coverage(counts, np.array([0, 2])) == pytest.approx(12 / 18)
+
+
+def test_a_new_draft_takes_the_targets_head(target: Path):
+    config, weights = load_config(target), Weights(target)
+    network = EAGLE3.build(draft_config_for(config, None, DraftChoices(LAYERS, 10)), read_embedding(weights, config))
+    counts = np.arange(config.vocab_size)
+    head = read_head(weights, config)
+    notes = EAGLE3.prepare(network, head, read_norm(weights, config), lambda: counts)
+    ids = torch.arange(config.vocab_size - 10, config.vocab_size)
+    assert torch.equal(network.ids, ids) and torch.equal(network.lm_head.weight, head[ids].float())
+    assert torch.equal(network.norm.weight, read_norm(weights, config).float())
+    assert "the draft chooses among 10 of" in notes[0] and "raise --draft_vocab_size above 10" in notes[1]
+
+
+# ---- features
+
+
+def test_inputs_of_layers(target: Path):
+    """What transformers calls hidden_states; the layers are as they were afterwards."""
+    trunk = AutoModel.from_pretrained(target, dtype=torch.float32)
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        every = trunk(input_ids=ids, output_hidden_states=True, use_cache=False)
+        found = features_of(trunk, ("hidden_state", "aux_0_2_3"), input_ids=ids, use_cache=False)
+    assert torch.equal(found["hidden_state"], every.last_hidden_state)
+    assert torch.equal(found["aux_0_2_3"], torch.cat([every.hidden_states[layer] for layer in LAYERS], -1))
+    assert not any(layer._forward_pre_hooks for layer in trunk.layers)
+
+
+# ---- network
+
+
+def test_equals_sequential_drafting(network: Eagle3Network):
+    steps, length = 4, 9
+    torch.manual_seed(3)
+    tokens, features = torch.randint(400, (1, length)), torch.randn(1, length, 3 * 32)
+    with torch.no_grad():
+        parallel = UnrolledDraft(network)(tokens, features, steps)
+        read_states = network.read(features)
+        for start in range(length - steps):
+            own: list[torch.Tensor] = []
+            for step in range(steps):
+                end = start + step + 1
+                known = torch.cat([read_states[0, : start + 1], *[state[None] for state in own]])
+                own.append(network(tokens[:, :end], known[None])[0, -1])
+                expected = network.for_head(own[-1])
+                torch.testing.assert_close(parallel[step, 0, start + step], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_of_the_drafted_tokens_alone(network: Eagle3Network):
+    states = torch.randn(2, 5, 32)
+    head = torch.randn(424, 32)
+    logits = network.logits(states, head)
+    outside = torch.ones(424, dtype=torch.bool)
+    outside[network.ids] = False
+    assert bool(logits[..., outside].isneginf().all())
+    torch.testing.assert_close(logits[..., network.ids], network.for_head(states) @ network.lm_head.weight.T)
+
+
+def test_the_loss_trains_the_head_too(network: Eagle3Network):
+    """As by the plain formula: 0.8 a step, nothing where the target's token is not drafted."""
+    torch.manual_seed(5)
+    head, n = torch.randn(424, 32), 7
+    objective = EAGLE3.objective(network, head, LossOptions(step_decay=0.8))
+    states = torch.randn(3, n, 32, requires_grad=True)
+    targets, valid = torch.randn(n, 32), torch.rand(3, n) < 0.8
+    counts = valid.sum(1).float()
+    sums = objective.sums(states, targets, valid, counts)
+    loss = objective.total(*objective.means(sums, counts))
+    aims, known = (targets @ head.T)[:, network.ids].softmax(-1), torch.isin((targets @ head.T).argmax(-1), network.ids)
+    plain = torch.zeros(())
+    for step in range(3):
+        values = -(aims * (states[step] @ network.lm_head.weight.T).log_softmax(-1)).sum(-1)
+        plain = plain + 0.8**step * (values * valid[step] * known).sum() / counts[step]
+    plain = plain / (1 + 0.8 + 0.64)
+    torch.testing.assert_close(loss, plain)
+    weights = (states, network.lm_head.weight)
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(plain, weights))
+
+
+# ---- saved and exported
+
+
+@pytest.fixture
+def saved(network: Eagle3Network, tmp_path: Path) -> Path:
+    save_draft(network, tmp_path / "draft")
+    return tmp_path / "draft"
+
+
+@pytest.mark.parametrize("layout", EAGLE3.layouts)
+def test_an_export_comes_back_the_same(network: Eagle3Network, target: Path, saved: Path, tmp_path: Path, layout: str):
+    config = load_config(target)
+    folder = export(target, saved, tmp_path / "export", layout)[layout]
+    back = load_draft(folder, read_embedding(Weights(target), config))
+    assert isinstance(back, Eagle3Network) and back.config.extra["norm_before_residual"] is False
+    for name, tensor in network.own_state().items():
+        assert torch.equal(back.own_state()[name], tensor), name
+    raw, tensors = read(folder)
+    assert "embed_tokens.weight" not in tensors and tensors["t2d"].sum() == DRAFTED
+    assert ("model_type" in raw) == (layout == "plain")
+    again = export(target, folder, tmp_path / "again", "plain")["plain"]
+    assert read(again)[0].keys() == read(export(target, saved, tmp_path / "plain", "plain")["plain"])[0].keys()
+
+
+def test_public_names(network: Eagle3Network, target: Path, saved: Path, tmp_path: Path):
+    """``layers.0.`` for ``midlayer.``, a t2d, no layer ids: what other trainers save."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name.replace("midlayer.", "layers.0."): tensor
+        for name, tensor in load_file(saved / "model.safetensors").items()
+        if name != "embed_tokens.weight"
+    }
+    save_file(tensors | {"t2d": torch.zeros(424, dtype=torch.bool)}, saved / "model.safetensors")
+    folder = export(target, saved, tmp_path / "export", "plain")["plain"]
+    _, found = read(folder)
+    assert torch.equal(found["midlayer.self_attn.q_proj.weight"], network.midlayer.self_attn.q_proj.weight)
+    assert found["t2d"].sum() == DRAFTED, "it is written from d2t"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda config, tensors: tensors.pop("midlayer.hidden_norm.weight"), "hidden_norm.weight is missing"),
+        (lambda config, tensors: tensors.update(d2t=tensors["d2t"] + 10**6), "d2t holds no offsets"),
+        (lambda config, tensors: tensors.update(d2t=torch.arange(DRAFTED) * 2), "d2t holds no offsets"),
+        (lambda config, tensors: tensors["t2d"].logical_not_(), "t2d and d2t name different tokens"),
+        (lambda config, tensors: config.update(draft_vocab_size=9), "lm_head.weight is"),
+        (lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[0, 2]), "fc.weight is"),
+        (lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[3, 2, 0]), "once, ascending"),
+        (lambda config, tensors: config.update(attention_bias=True), "biases are declared"),
+        (lambda config, tensors: config.update(tie_word_embeddings=True), "tie_word_embeddings must be false"),
+        (lambda config, tensors: config.update(architectures=["LlamaForCausalLM"]), "a plain config says"),
+        (lambda config, tensors: config.update(norm_before_residual=True), "norm_before_residual"),
+    ],
+)  # fmt: skip
+def test_every_rule_can_be_broken(target: Path, saved: Path, tmp_path: Path, monkeypatch, change, named: str):
+    """Each is a way in which vLLM loads the draft and accepts little; nothing is left behind."""
+    write = export_module.write_tensors
+
+    def damaged(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        config = json.loads((path.parent / "config.json").read_text())
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        change(config, own)
+        (path.parent / "config.json").write_text(json.dumps(config))
+        write(path, own)
+
+    monkeypatch.setattr(export_module, "write_tensors", damaged)
+    with pytest.raises(WorkError, match=named):
+        export(target, saved, tmp_path / "export", "plain")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_variant_that_is_not_read(target: Path, saved: Path, tmp_path: Path):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"norm_output": True}))
+    with pytest.raises(RequestError, match="norm_output, which is not read here"):
+        export(target, saved, tmp_path / "export", "plain")
+
+
+def test_defaults_for_public_configs(target: Path):
+    config: ModelConfig = load_config(target)
+    seven = make_layers(config, 7)
+    found = EAGLE3.completed(config, {"lm_head.weight": torch.zeros(99, 32)}, seven)
+    assert found.extra["draft_vocab_size"] == 99 and found.extra["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]
+
+
+def make_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    import dataclasses
+
+    return dataclasses.replace(config, num_hidden_layers=layers)
