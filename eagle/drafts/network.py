@@ -22,10 +22,11 @@ class DraftNetwork(nn.Module):
     """The network of one draft. Its trainable parameters carry the names they are saved under.
 
     reads: the target's features that `read` takes, by name. config: of its one layer. embed_tokens: the target's
-    embedding ``[V, H]``, frozen.
+    embedding ``[V, H]``, frozen. has_own_head: whether losses read a weight of the network's outside of its forward.
     """
 
     reads: str
+    has_own_head: bool = False
     config: ModelConfig
     embed_tokens: nn.Embedding
 

@@ -219,7 +219,12 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
         if options.end_num is None:
             idle["data_seed"] = "it chooses conversations for --end_num, and without it all are used. Add --end_num, "
             idle["data_seed"] += "or leave it out; --seed is that of split, order, noise and random initialisation."
-    if options.init != "closed_form":
+    if options.ttt_steps == 1:
+        idle["ttt_decay"] = (
+            "it weighs draft steps against each other, and with --ttt_steps 1 there is one. Leave it out."
+        )
+    idle |= options.family.idle
+    if options.init != "closed_form" and "init_positions" not in idle:
         idle["init_positions"] = f"it is for --init closed_form, and this is --init {options.init}. Leave one out."
     if not options.val_ratio:
         why = "with --val_ratio 0 there is no validation. Leave it out, or hold some conversations out."

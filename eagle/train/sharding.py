@@ -65,8 +65,10 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
     # Out of sight while the rest is sharded: torch before 2.7 cannot be told to leave a weight alone.
     embedding = draft.embed_tokens.weight
     del draft.embed_tokens.weight
-    for unit in (*draft.units(), model):
+    for unit in draft.units():
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # A head of the draft's own is read behind the forward pass: what is in no other unit stays whole up to the backward.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=not draft.has_own_head)
     draft.embed_tokens.weight = embedding
 
     new = {old[name]: parameter for name, parameter in draft.trained_state().items()}

@@ -60,6 +60,7 @@ class Eagle3Network(DraftNetwork):
     the size D of the draft's vocabulary; which tokens these are is `d2t` ``[D]``, an offset for each.
     """
 
+    has_own_head = True
     d2t: torch.Tensor
 
     def __init__(self, config: ModelConfig, embedding: torch.Tensor) -> None:
