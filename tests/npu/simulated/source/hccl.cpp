@@ -63,9 +63,10 @@ class Hccl final : public c10d::Backend {
     auto in = shared(inputs);
     return gloo_->allgather(out, in, options);
   }
+  // Of these only the numbers of elements have to fit.
   Work _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override {
-    auto out = shared(output);
-    auto in = shared(input);
+    auto out = shared(output).view(-1);
+    auto in = shared(input).view(-1);
     return gloo_->_allgather_base(out, in, options);
   }
   Work allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
@@ -85,8 +86,8 @@ class Hccl final : public c10d::Backend {
     return gloo_->scatter(out, in, options);
   }
   Work _reduce_scatter_base(at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) override {
-    auto out = shared(output);
-    auto in = shared(input);
+    auto out = shared(output).view(-1);
+    auto in = shared(input).view(-1);
     auto summed = options;
     summed.reduceOp = without_mean(options.reduceOp);
     return divided(gloo_->_reduce_scatter_base(out, in, summed), options.reduceOp, {out});

@@ -221,12 +221,16 @@ Tensor repeat_by_tensor(const Tensor& self, const Tensor& repeats, std::optional
   return out;
 }
 
-// enable_gqa is dropped where no fused kernel takes the call, and the product is then one of other heads.
+// The fused kernel takes boolean masks and heads of up to 512, and groups of heads as they are. What it does not take
+// is computed step by step, and there enable_gqa is dropped.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                  double dropout, bool causal, std::optional<double> scale, bool grouped) {
-  TORCH_CHECK(!grouped, "simulated npu: scaled_dot_product_attention drops enable_gqa; repeat the keys and values");
-  TORCH_CHECK(!(mask.has_value() && mask->defined() && causal), "simulated npu: is_causal takes no mask");
-  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, std::nullopt, scale));
+  const bool masked = mask.has_value() && mask->defined();
+  TORCH_CHECK(!(masked && causal), "simulated npu: is_causal takes no mask");
+  const bool fused = (!masked || mask->scalar_type() == at::kBool) && query.size(-1) <= 512;
+  TORCH_CHECK(fused || !grouped, "simulated npu: scaled_dot_product_attention drops enable_gqa here; repeat the heads");
+  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, std::nullopt, scale,
+                                                            grouped));
 }
 
 // Of equal values the last comes first, where CPUs and GPUs put the first.

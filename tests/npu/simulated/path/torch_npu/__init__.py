@@ -1,10 +1,10 @@
 """A torch_npu whose cards are simulated: `tests/npu/simulated` says what they are and what they refuse.
 
-    SIMULATED_NPU_LIBRARY       the built extension
-    SIMULATED_NPU_CARDS         how many cards the machine has (default 8)
-    SIMULATED_NPU_MEMORY        bytes of each (default 64 GiB)
-    SIMULATED_NPU_LOG           a folder in which every process that used a card leaves a JSON file when it ends
-    SIMULATED_NPU_BROKEN        fails to be imported, as where CANN's set_env.sh was not sourced
+SIMULATED_NPU_LIBRARY       the built extension
+SIMULATED_NPU_CARDS         how many cards the machine has (default 8)
+SIMULATED_NPU_MEMORY        bytes of each (default 64 GiB)
+SIMULATED_NPU_LOG           a folder in which every process that used a card leaves a JSON file when it ends
+SIMULATED_NPU_BROKEN        fails to be imported, as where CANN's set_env.sh was not sourced
 """
 
 import importlib.util

@@ -121,7 +121,10 @@ max_memory_reserved = max_memory_allocated
 
 
 def memory_stats(device=None):
-    return {"allocated_bytes.all.current": memory_allocated(device), "allocated_bytes.all.peak": max_memory_allocated(device)}
+    return {
+        "allocated_bytes.all.current": memory_allocated(device),
+        "allocated_bytes.all.peak": max_memory_allocated(device),
+    }
 
 
 def reset_peak_memory_stats(device=None):
