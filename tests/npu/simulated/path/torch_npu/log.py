@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import simulated_npu as library
+
 from torch_npu import npu
 
 

@@ -222,7 +222,7 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__("npu", **options)
 
 
-class autocast(torch.amp.autocast):  # noqa: N801  (its name in torch_npu)
+class autocast(torch.amp.autocast):
     def __init__(self, enabled=True, dtype=torch.float16, cache_enabled=True):
         super().__init__("npu", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
 
