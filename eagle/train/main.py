@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from eagle import device
@@ -78,7 +78,8 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         )
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
-    accelerator.state.device = device.with_index(accelerator.device)
+    for state in (PartialState(), accelerator.state):  # the second is made anew from the first, whoever asks for it
+        state.device = device.with_index(accelerator.device)
     return accelerator
 
 
