@@ -71,8 +71,8 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
+    on_cpu = device.choose_kind() == "cpu"
     try:
-        on_cpu = device.choose_kind() == "cpu"
         accelerator = Accelerator(
             cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
         )
