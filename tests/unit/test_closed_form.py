@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from eagle.drafts.eagle1.normal_equations import RIDGE, DoubleSum, NormalEquatio
 from eagle.drafts.memory import Setting
 from eagle.drafts.starts import StartData
 from eagle.errors import FailedElsewhere, WorkError
+from eagle.files import ROOT
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
 from eagle.train.exchange import Exchange
@@ -135,6 +138,31 @@ def test_the_solution_is_in_the_memory_of_what_is_given():
     torch.testing.assert_close(xx, torch.linalg.cholesky(left).T)
     torch.testing.assert_close(found, torch.linalg.solve(left, x.T @ y).T)
     assert torch.get_num_threads() == threads
+
+
+#: How many threads this process begins in a solution, of which it has one before.
+THREADS = """
+import os
+import torch
+from eagle.drafts.eagle1.normal_equations import solve
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+xx, xy = 2 * torch.eye(1024, dtype=torch.float64), torch.ones(1024, 512, dtype=torch.float64)
+xx @ xy
+before, own = threads(), torch.get_num_threads()
+solve(xx, xy)
+print(own, torch.get_num_threads(), threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted through /proc")
+@pytest.mark.skipif(devices.cores() == 1, reason="one core has one thread")
+def test_the_solution_takes_every_core_where_a_launcher_left_one_thread():
+    words, environment = [sys.executable, "-c", THREADS], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", str(devices.cores() - 1)]
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")

@@ -60,7 +60,7 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
     weight = network.fc.weight.detach()
     if sums is not None:
         try:
-            weight.copy_(solve(*sums))
+            weight.copy_(solve(*sums).to(weight.dtype))  # on the CPU: an NPU may take no float64
         except Exception as error:
             failure = error
             weight.fill_(float("nan"))  # by which the others know
