@@ -140,29 +140,34 @@ def test_the_solution_is_in_the_memory_of_what_is_given():
     assert torch.get_num_threads() == threads
 
 
-#: How many threads this process begins in a solution, of which it has one before.
+#: The threads that torch has before and after a solution, and how many others than the first worked at it: what each
+#: has run is counted in nanoseconds.
 THREADS = """
+from pathlib import Path
 import os
 import torch
 from eagle.drafts.eagle1.normal_equations import solve
 
-def threads():
-    return len(os.listdir("/proc/self/task"))
+def worked():
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
 
 xx, xy = 2 * torch.eye(1024, dtype=torch.float64), torch.ones(1024, 512, dtype=torch.float64)
-xx @ xy
-before, own = threads(), torch.get_num_threads()
+before, own = worked(), torch.get_num_threads()
 solve(xx, xy)
-print(own, torch.get_num_threads(), threads() - before)
+took = {task: after - before.get(task, 0) for task, after in worked().items()}
+first = took.pop(os.getpid())
+print(own, torch.get_num_threads(), sum(other > first / 20 for other in took.values()))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted through /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are watched through /proc")
 @pytest.mark.skipif(devices.cores() == 1, reason="one core has one thread")
 def test_the_solution_takes_every_core_where_a_launcher_left_one_thread():
     words, environment = [sys.executable, "-c", THREADS], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "1", str(devices.cores() - 1)]
+    before, after, others = map(int, done.stdout.split())
+    assert before == after == 1 and others >= min(devices.cores(), 4) - 1
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")
