@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -102,4 +102,14 @@ def _cure(entries: list[str]) -> str:
         "Ascend's runtime leaves out what comes from there on: name each card once, in ascending order"
         + (f": export {VISIBLE}={','.join(map(str, right))}" if right else ", e.g. 0,1,2,3")
         + "."
+    )
+
+
+def hidden_overflow(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What to know about an environment in which NPUs have neither infinity nor NaN; None where they have."""
+    if environment.get(INF_NAN) != "0":
+        return None
+    return (
+        f"{INF_NAN}=0 makes an NPU write the largest number for infinity, and 0 for NaN: overflows go unnoticed "
+        f"here, and features and losses may be wrong without a word. Run 'unset {INF_NAN}' (or export it as 1)."
     )

@@ -31,6 +31,7 @@ evaluate = _main_of("eagle.decode.evaluate")
 verify = _main_of("eagle.vllm.verify")
 verify_store = _main_of("eagle.store.verify")
 view = _main_of("eagle.data.viewer")
+device = _main_of("eagle.device_check")
 
 
 def train() -> None:

@@ -1,6 +1,14 @@
-"""NPU, CUDA or CPU: the one place that knows which, and how a worker process is given its cards."""
+"""NPU, CUDA or CPU: the one place that knows which, and how a worker process is given its cards.
+
+python -m eagle.device       what this machine has for the work, and what it lacks (`eagle.device_check`)
+"""
 
 from __future__ import annotations
+
+import runpy
+
+if __name__ == "__main__":  # before torch is imported, which may be what this machine lacks
+    runpy.run_module("eagle.device_check", run_name="__main__", alter_sys=True)
 
 import contextlib
 import os
@@ -97,19 +105,9 @@ def choose_kind(requested: str = "auto") -> str:
             raise RequestError(f"--device npu: {trouble}")
         needs = {"npu": "torch_npu and an Ascend card", "cuda": "a CUDA build of torch and a GPU"}[kind]
         raise RequestError(f"--device {kind}: this process sees no such device; it needs {needs}.")
-    if kind == "npu" and (hidden := hidden_overflow()):
+    if kind == "npu" and (hidden := ascend.hidden_overflow()):
         _say(f"warning: {hidden}")
     return kind
-
-
-def hidden_overflow(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What to know about an environment in which NPUs have neither infinity nor NaN; None where they have."""
-    if environment.get(ascend.INF_NAN) != "0":
-        return None
-    return (
-        f"{ascend.INF_NAN}=0 makes an NPU write the largest number for infinity, and 0 for NaN: overflows go unnoticed "
-        f"here, and features and losses may be wrong without a word. Run 'unset {ascend.INF_NAN}' (or export it as 1)."
-    )
 
 
 def torch_device(kind: str, index: int = 0) -> torch.device:

@@ -171,7 +171,7 @@ def test_npus_without_infinity_are_warned_of_once(npu, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("warning: INF_NAN_MODE_ENABLE=0 ") and said.count("unset INF_NAN_MODE_ENABLE") == 1
     monkeypatch.setenv("INF_NAN_MODE_ENABLE", "1")
-    assert device.hidden_overflow() is None
+    assert ascend.hidden_overflow() is None
 
 
 def test_notes_are_of_one_process_of_a_machine(npu, monkeypatch, capsys):
