@@ -61,7 +61,7 @@ class Clock:
     """Times what a device is given to do, without waiting for it: marks between the parts, read at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = with_index(device)
         self._marks: list[Any] = []
         self.mark()
 

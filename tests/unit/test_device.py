@@ -289,6 +289,8 @@ def asked(monkeypatch):
         max_memory_allocated=ask("max_memory_allocated", 7),
         get_device_name=ask("get_device_name", "Card"),
         Stream=ask("Stream", "stream"),
+        current_stream=ask("current_stream"),
+        Event=lambda enable_timing: types.SimpleNamespace(record=lambda stream: None),
     )
     for module in (device, streams):
         monkeypatch.setattr(module, "backend_of", lambda kind: fake)
@@ -303,8 +305,9 @@ def test_a_device_without_a_number_is_the_threads_own(asked):
         streams.make_current(place)
         device.synchronize(place)
         streams.new_stream(place)
+        streams.Clock(place)
     assert device.free_memory(bare) == 5 and device.peak_memory(bare) == 7 and device.describe(bare) == "cuda Card"
-    each = ("set_device", "synchronize", "Stream")
+    each = ("set_device", "synchronize", "Stream", "current_stream")
     assert asked == [
         *((name, number) for number in (2, 3) for name in each),
         *((name, 2) for name in ("mem_get_info", "max_memory_allocated", "get_device_name")),
