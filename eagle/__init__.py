@@ -19,6 +19,9 @@ which the target's ``lm_head`` turns into a distribution over token ``x[t+2]``.
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 10):  # noqa: UP036  (images for cards still bring 3.9)
+    sys.exit(f"error: Python 3.10 or newer is needed; this is {sys.version.split()[0]}, {sys.executable}.")
+
 from eagle.ascend import guard
 
 __version__ = "0.2.0"

@@ -27,7 +27,14 @@ OLDEST = {"torch": (2, 1), "transformers": (4, 45), "accelerate": (0, 34)}
 #: The first transformers that leaves an older torch alone, and the torch that it asks for.
 NEW_TRANSFORMERS, ITS_TORCH = (5, 16), (2, 5)
 
-#: CANN that a release of torch_npu is published for (Ascend Extension for PyTorch, release notes 5.0 to 26.0).
+#: Releases that were run together: with such a torch or a newer one, and with an older one.
+FITTING = {
+    "torch": (">=2.1", ">=2.1"),
+    "transformers": (">=5.16.1,<5.20", "==4.45.2"),
+    "accelerate": (">=1.15", "==0.34.2"),
+}
+
+#: CANN that a release of torch_npu is published for (the tables of Ascend Extension for PyTorch).
 CANN_OF = {
     "2.1.0": "7.0.0", "2.1.0.post3": "8.0.RC1", "2.1.0.post6": "8.0.RC2", "2.1.0.post8": "8.0.RC3",
     "2.1.0.post10": "8.0.0", "2.1.0.post12": "8.1.RC1", "2.1.0.post13": "8.2.RC1", "2.1.0.post17": "8.3.RC1",
@@ -35,8 +42,9 @@ CANN_OF = {
     "2.3.1.post4": "8.0.0", "2.3.1.post6": "8.1.RC1", "2.4.0": "8.0.RC3", "2.4.0.post2": "8.0.0",
     "2.4.0.post4": "8.1.RC1", "2.5.1": "8.1.RC1", "2.5.1.post1": "8.2.RC1", "2.6.0": "8.2.RC1",
     "2.6.0.post3": "8.3.RC1", "2.6.0.post5": "8.5.0", "2.7.1": "8.3.RC1", "2.7.1.post2": "8.5.0",
-    "2.7.1.post4": "9.0.0", "2.8.0": "8.3.RC1", "2.8.0.post2": "8.5.0", "2.8.0.post4": "9.0.0", "2.9.0": "8.5.0",
-    "2.9.0.post2": "9.0.0", "2.10.0": "9.0.0",
+    "2.7.1.post4": "9.0.0", "2.7.1.post8": "9.1.0", "2.8.0": "8.3.RC1", "2.8.0.post2": "8.5.0",
+    "2.8.0.post4": "9.0.0", "2.9.0": "8.5.0", "2.9.0.post2": "9.0.0", "2.9.0.post6": "9.1.0", "2.10.0": "9.0.0",
+    "2.10.0.post4": "9.1.0", "2.11.0": "9.1.0", "2.12.0": "9.1.0",
 }  # fmt: skip
 
 #: Where CANN is when no variable says so.
@@ -84,16 +92,16 @@ def python_fact() -> Fact:
 
 def package_fact(name: str, version: str | None, torch_version: str | None) -> Fact:
     """Whether torch, transformers or accelerate is there and new enough; transformers not too new for torch."""
-    oldest = dotted(OLDEST[name])
+    oldest, is_old = dotted(OLDEST[name]), torch_version is not None and release(torch_version)[:2] < ITS_TORCH
+    # By name, where torch is there: a list of requirements that names torch would replace a container's.
+    cure = f"pip install '{name}{FITTING[name][is_old]}'" if torch_version else "pip install -r requirements.txt"
     if version is None:
-        keep = "; in a container that brings torch, all but torch" if name == "torch" else ""
-        return Fact(MISSING, name, "not installed", f"pip install -r requirements.txt{keep}")
+        return Fact(MISSING, name, "not installed", cure)
     if release(version)[:2] < OLDEST[name]:
-        return Fact(MISSING, name, f"{version}; {oldest} or newer is needed", f"pip install '{name}>={oldest}'")
-    is_new = name == "transformers" and release(version)[:2] >= NEW_TRANSFORMERS
-    if is_new and torch_version and release(torch_version)[:2] < ITS_TORCH:
+        return Fact(MISSING, name, f"{version}; {oldest} or newer is needed", cure)
+    if name == "transformers" and is_old and release(version)[:2] >= NEW_TRANSFORMERS:
         found = f"{version}, which needs torch {dotted(ITS_TORCH)} or newer; this is {torch_version}"
-        return Fact(MISSING, name, found, "pip install 'transformers>=4.45,<5'")
+        return Fact(MISSING, name, found, cure)
     return Fact(OK, name, version)
 
 

@@ -32,6 +32,14 @@ def test_packages(name, version, with_torch, status, says):
     assert fact.status == status and says in fact.found and bool(fact.cure) == (status == MISSING)
 
 
+def test_a_containers_torch_is_not_replaced():
+    cures = [device_facts.package_fact("transformers", None, torch).cure for torch in ("2.1.0", "2.6.0+cpu", None)]
+    assert cures == [
+        "pip install 'transformers==4.45.2'", "pip install 'transformers>=5.16.1,<5.20'",
+        "pip install -r requirements.txt",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("version", "with_torch", "failure", "status", "says", "cure"),
     [
@@ -185,6 +193,13 @@ def test_without_torch():
     done = python("-S")  # no packages are found
     assert done.returncode == 1 and "missing  torch  " in done.stdout and not done.stderr
     assert done.stdout.splitlines()[-1].startswith("The work cannot run on ") and "torch, transformers" in done.stdout
+
+
+def test_an_older_python_is_said_to_be_one():
+    old = "import sys; sys.version_info = (3, 9, 18); import eagle"
+    done = subprocess.run([sys.executable, "-S", "-c", old], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: Python 3.10 or newer is needed; this is ")
+    assert "Traceback" not in done.stderr
 
 
 def test_where_cann_was_not_sourced(tmp_path):
