@@ -166,7 +166,12 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 
 def _join() -> PartialState:
-    on_cpu = device.choose_kind() == "cpu"
+    try:
+        on_cpu = device.choose_kind() == "cpu"
+    except RequestError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first says it; a launcher ends them all as one ends
+            time.sleep(TIME_TO_SAY)
+        raise
     try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
         return PartialState(cpu=on_cpu)
