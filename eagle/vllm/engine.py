@@ -50,7 +50,7 @@ class EngineRequest:
 
     prompts: token ids. draft: an exported folder, None to run without one; method: vLLM's name for its family. dtype:
     vLLM's name for it; ``auto`` is the target's own. batch_size: how many prompts it decodes at once. stop_token_ids:
-    end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs; so it always is on a CPU.
+    end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs, as always on a CPU.
     warm_up: generate once before the clock and the counters start.
     """
 
