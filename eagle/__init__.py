@@ -19,6 +19,8 @@ which the target's ``lm_head`` turns into a distribution over token ``x[t+2]``.
 import sys
 from pathlib import Path
 
+from eagle.ascend import guard
+
 __version__ = "0.2.0"
 
 
@@ -39,3 +41,4 @@ def only_libraries_on_path() -> None:
 # With ``python -m eagle...`` argv says "-m" while this is imported. Another program's ``-m`` keeps its path.
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "eagle":
     only_libraries_on_path()
+    guard()

@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 
-from eagle.device import VISIBILITY_VARIABLE, backend_of, synchronize
+from eagle.device import VISIBILITY_VARIABLE, backend_of, synchronize, with_index
 
 
 def make_current(device: torch.device) -> None:
-    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU.
-
-    A device without an index is the card that every thread begins with.
-    """
-    if device.type in VISIBILITY_VARIABLE and device.index is not None:
-        backend_of(device.type).set_device(device)
+    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU."""
+    if device.type in VISIBILITY_VARIABLE:
+        backend_of(device.type).set_device(with_index(device))
 
 
 def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
@@ -44,7 +41,7 @@ def to_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def new_stream(device: torch.device) -> Any:
     """A stream beside the one that computes, for copies; None on a CPU."""
-    return None if device.type == "cpu" else backend_of(device.type).Stream(device)
+    return None if device.type == "cpu" else backend_of(device.type).Stream(with_index(device))
 
 
 def wait_for(event: Any, tensors: Sequence[torch.Tensor]) -> None:

@@ -78,6 +78,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         )
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
+    accelerator.state.device = device.with_index(accelerator.device)
     return accelerator
 
 

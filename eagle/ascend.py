@@ -1,0 +1,104 @@
+"""torch_npu, and what it needs of the machine: CANN's libraries, the driver, a list of visible cards that ascends.
+
+Where CANN is not in the environment, importing torch_npu fails: in torch itself, which from 2.5 on loads it, in
+accelerate and in transformers, also for work that a CPU can do. `guard` comes before them all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+#: Whether torch loads the backends that are installed beside it, while it is imported itself.
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+
+#: 0: the largest number stands for infinity, and 0 for NaN.
+INF_NAN = "INF_NAN_MODE_ENABLE"
+
+#: Where CANN's installers put what a shell has to source: up to 8.3 and from 8.5 on; in the second line for one user.
+SET_ENV = (
+    "/usr/local/Ascend/ascend-toolkit/set_env.sh", "/usr/local/Ascend/cann/set_env.sh",
+    "~/Ascend/ascend-toolkit/set_env.sh", "~/Ascend/cann/set_env.sh",
+)  # fmt: skip
+
+
+def guard() -> None:
+    """Import torch_npu where it is installed; where that fails, keep the libraries that this process imports later
+    from trying. They then take the machine for one without NPUs, and `failure` tells why."""
+    failure()
+
+
+@cache
+def failure() -> str | None:
+    """Why torch_npu cannot be imported, and what helps; None where it can, or is not installed."""
+    if not is_installed():
+        return None
+    try:
+        with _no_autoload():
+            import torch  # noqa: F401
+        import torch_npu  # noqa: F401  (registers torch.npu)
+    except Exception as error:  # of any kind, by what is missing of CANN, of the driver, or of another torch
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # for every later import it is not there
+        return (
+            f"{' '.join(str(error).split())}. In this shell run 'source {set_env_script()}' (or that of wherever CANN "
+            "is), and see that npu-smi info shows the cards."
+        )
+    return None
+
+
+def is_installed() -> bool:
+    if "torch_npu" in sys.modules:
+        return sys.modules["torch_npu"] is not None
+    return importlib.util.find_spec("torch_npu") is not None
+
+
+@contextmanager
+def _no_autoload() -> Iterator[None]:
+    """torch leaves torch_npu alone: what goes wrong with that is not to be torch's own failure."""
+    before = os.environ.get(AUTOLOAD)
+    os.environ[AUTOLOAD] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[AUTOLOAD]
+        else:
+            os.environ[AUTOLOAD] = before
+
+
+def set_env_script() -> str:
+    """CANN's script on this machine; where there is none, the usual one."""
+    return next((path for path in SET_ENV if Path(path).expanduser().is_file()), SET_ENV[0])
+
+
+def wrong_visible(value: str) -> str | None:
+    """What is wrong with a value of ASCEND_RT_VISIBLE_DEVICES, of which the runtime reads as much as is right: card
+    numbers that ascend. None: nothing; -1 alone hides all cards."""
+    entries = value.split(",")
+    if entries == ["-1"]:
+        return None
+    cards: list[int] = []
+    for entry in entries:
+        if not (entry.isascii() and entry.isdigit()):
+            return f"{VISIBLE}={value}: {entry!r} is no card number. {_cure(entries)}"
+        if cards and int(entry) <= cards[-1]:
+            how = "repeats" if int(entry) in cards else "does not ascend at"
+            return f"{VISIBLE}={value} {how} {entry}. {_cure(entries)}"
+        cards.append(int(entry))
+    return None
+
+
+def _cure(entries: list[str]) -> str:
+    right = sorted({int(entry) for entry in map(str.strip, entries) if entry.isascii() and entry.isdigit()})
+    return (
+        "Ascend's runtime leaves out what comes from there on: name each card once, in ascending order"
+        + (f": export {VISIBLE}={','.join(map(str, right))}" if right else ", e.g. 0,1,2,3")
+        + "."
+    )

@@ -1,0 +1,31 @@
+"""Hiding this machine's cards from the tests: they are about a CPU wherever they run, unless they say otherwise.
+
+`tests/conftest.py` hides them before anything imports torch or accelerate. A test of commands on a device gives these
+its own environment: `shown` of the one it would start them with.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+#: What children of the tests inherit too.
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+_before: dict[str, str | None] = {}
+
+
+def hide() -> None:
+    """From this process and its children. This one is not to import torch_npu either: tests put fakes in its place."""
+    for name, value in HIDDEN.items():
+        _before.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+    if "torch_npu" not in sys.modules:
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]
+
+
+def shown(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment with the cards that the tests were started with."""
+    kept = {name: value for name, value in environment.items() if name not in HIDDEN}
+    return kept | {name: value for name, value in _before.items() if value is not None}
