@@ -38,10 +38,7 @@ torch._register_device_module("npu", npu)
 sys.modules["torch.npu"] = npu
 torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
 
-from torch_npu import (
-    hccl,  # noqa: F401  (registers the process group)
-    log,  # noqa: F401  (writes at the end)
-)
+from torch_npu import hccl, log  # noqa: E402, F401  (the process group, and what is written at the end)
 
 
 def npu_fusion_attention(*args, **kwargs):

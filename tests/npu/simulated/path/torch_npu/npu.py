@@ -183,9 +183,8 @@ class Stream(torch.Stream):
         return super().__new__(cls, torch.device("npu", _index(device)), priority=priority)
 
 
-class Event(torch.Event):
-    def __new__(cls, enable_timing=False, blocking=False, interprocess=False):
-        return super().__new__(cls, "npu", enable_timing=enable_timing)
+def Event(enable_timing=False, blocking=False, interprocess=False):
+    return torch.Event("npu", enable_timing=enable_timing)
 
 
 def current_stream(device=None):
