@@ -67,7 +67,7 @@ def free_port() -> int:
 
 
 def checkout(work: Path) -> None:
-    """The folder that the guide is read in: links to this checkout, and configs to be, whose sizes are other ones here."""
+    """The folder that the guide is read in: links to this checkout, and room for configs, whose sizes are others."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "eagle", ROOT / "tools"]:
         (work / path.name).symlink_to(path)
     (work / "configs").mkdir()

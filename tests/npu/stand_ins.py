@@ -180,9 +180,9 @@ class LLM:
 def install(bin_folder: Path, library: Path, root: Path) -> None:
     """Put the programs into `bin_folder`, and into `library` a vLLM that `eagle.vllm.verify` finds installed.
 
-    ``python`` and ``accelerate`` are this interpreter's. A training that says nothing else is shown two cards, of several
-    machines one each: a process for each of eight would only take longer. Its port is a free one: two trainings may
-    be side by side here.
+    ``python`` and ``accelerate`` are this interpreter's. A training that says nothing else is shown two cards (a dry
+    run one, each of several machines one): a process for each of eight would only take longer. Its port is a free
+    one: two trainings may be side by side here.
     """
     python = sys.executable
     scripts = {name: f'exec {python} -S {__file__} {name} "$@"' for name in PROGRAMS}
@@ -197,6 +197,7 @@ exec {python} "$@"
 port=
 case "$*" in
 *--num_machines*) cards=$NODE_RANK ;;
+*--dry_run*) cards=0 ;;
 *) cards=0,1 port="--main_process_port 0" ;;
 esac
 export ASCEND_RT_VISIBLE_DEVICES=${{ASCEND_RT_VISIBLE_DEVICES:-$cards}}
