@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.npu.simulated import environment
 
 from eagle.files import ROOT
 from eagle.store.reader import FeatureStore
 from tests.npu.guide import Typist, checkout, data, free_port, losses, target
+from tests.npu.simulated import environment
 from tests.pages import shell_blocks
 
 GUIDE = (ROOT / "docs" / "ascend.md").read_text(encoding="utf-8")
