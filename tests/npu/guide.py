@@ -72,7 +72,7 @@ def checkout(work: Path) -> None:
         (work / path.name).symlink_to(path)
     (work / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "fsdp.yaml", work / "configs")
-    cann = work / "Ascend" / "ascend-toolkit"
+    cann = work / "Ascend" / "cann"
     cann.mkdir(parents=True)
     (cann / "set_env.sh").write_text("export ASCEND_TOOLKIT_HOME=$(dirname $BASH_SOURCE)\n")
 

@@ -93,7 +93,7 @@ def test_70b_and_several_machines(tmp_path: Path) -> None:
         ("docker run --rm", "docker run --rn"),
         ("-v /usr/local/dcmi:/usr/local/dcmi", "-v /usr/local/dcmi:/usr/local/dcm"),
         ("npu-smi info", "npu-smi inf"),
-        ("source /usr/local/Ascend/ascend-toolkit/", "source /usr/local/Ascend/ascend-tookit/"),
+        ("source /usr/local/Ascend/cann/", "source /usr/local/Ascend/can/"),
         ("pip install -r requirements-", "pip install -r requirement-"),
         ("tools/sharegpt_convert.py", "tools/sharegpt_converter.py"),
         ("--output converted.json", "--ouput converted.json"),
