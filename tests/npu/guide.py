@@ -74,7 +74,9 @@ def checkout(work: Path) -> None:
     shutil.copy(ROOT / "configs" / "fsdp.yaml", work / "configs")
     cann = work / "Ascend" / "cann"
     cann.mkdir(parents=True)
-    (cann / "set_env.sh").write_text("export ASCEND_TOOLKIT_HOME=$(dirname $BASH_SOURCE)\n")
+    (cann / "set_env.sh").write_text(
+        "export ASCEND_TOOLKIT_HOME=$(dirname $BASH_SOURCE)\nexport LD_LIBRARY_PATH=$ASCEND_TOOLKIT_HOME/lib64\n"
+    )
 
 
 def target(work: Path, name: str, config: str, family: str = "llama", **more: object) -> None:

@@ -90,16 +90,40 @@ def docker(words: list[str]) -> None:
 
 
 def npu_smi(words: list[str]) -> None:
-    need(words == ["info"], f"npu-smi {words}")
+    need(words in (["info"], ["info", "-l"]), f"npu-smi {words}")
+    print("Total Count                    : 8")
+
+
+#: What an image brings, as pip lists it.
+IMAGE = (
+    "numpy==1.26.4",
+    "tokenizers==0.22.1",
+    "torch==2.8.0+cpu",
+    "torch_npu==2.8.0",
+    "transformers==4.57.1",
+    "vllm==0.13.0",
+)
+
+
+def package_names(text: str) -> set[str]:
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return {re.split(r"[\s\[<>=!~;]", line)[0].lower() for line in lines if line}
 
 
 def pip(words: list[str]) -> None:
+    """A list that leaves the image's torch alone, and transformers too where the image's is to stay."""
+    if words == ["list", "--format=freeze"]:
+        print("\n".join(IMAGE))
+        return
     options = parser("pip")
     options.add_argument("install", choices=["install"])
-    options.add_argument("-r", type=Path, required=True)
-    wanted = options.parse_args(words).r.read_text(encoding="utf-8")
-    names = {re.split(r"[\s\[<>=!~;#]", line)[0].lower() for line in wanted.splitlines()}
-    need("transformers" in names and not names & {"torch", "torch_npu", "torch-npu", "-r"}, f"it holds {names}")
+    for flag in ("-r", "-c"):
+        options.add_argument(flag, type=Path, required=True)
+    given = options.parse_args(words)
+    wanted, kept = (package_names(path.read_text(encoding="utf-8")) for path in (given.r, given.c))
+    need({"torch", "torch_npu", "numpy"} <= kept, f"{given.c} keeps {kept}")
+    need("accelerate" in wanted and not wanted & (kept - {"numpy"}) and "-r" not in wanted, f"{given.r} has {wanted}")
+    need("transformers" in wanted | kept, f"neither {given.r} nor {given.c} has transformers")
 
 
 def curl(words: list[str]) -> None:

@@ -95,6 +95,7 @@ def test_70b_and_several_machines(tmp_path: Path) -> None:
         ("npu-smi info", "npu-smi inf"),
         ("source /usr/local/Ascend/cann/", "source /usr/local/Ascend/can/"),
         ("pip install -r requirements-", "pip install -r requirement-"),
+        ("|numpy|transformers", "|numpi|transformers"),
         ("tools/sharegpt_convert.py", "tools/sharegpt_converter.py"),
         ("--output converted.json", "--ouput converted.json"),
         ("curl -s http", "curl -S http"),
