@@ -15,7 +15,7 @@ from tests.npu import stand_ins
 from tests.tiny import conversations, make_target, write_sharegpt
 
 #: Seconds that a block may take.
-PATIENCE = 280
+PATIENCE = 600
 
 
 class Typist:
