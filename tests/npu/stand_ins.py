@@ -204,11 +204,11 @@ class LLM:
 def install(bin_folder: Path, library: Path, root: Path) -> None:
     """Put the programs into `bin_folder`, and into `library` a vLLM that `eagle.vllm.verify` finds installed.
 
-    ``python`` and ``accelerate`` are this interpreter's. A training that says nothing else is shown two cards (a dry
-    run one, each of several machines one): a process for each of eight would only take longer. Its port is a free
-    one: two trainings may be side by side here.
+    ``python`` and ``accelerate`` are this interpreter's. The first training is shown two cards, later ones one, of
+    several machines each one: a process for each of eight would only take longer. Its port is a free one: two
+    trainings may be side by side here.
     """
-    python = sys.executable
+    python, seen = sys.executable, bin_folder / "several-cards"
     scripts = {name: f'exec {python} -S {__file__} {name} "$@"' for name in PROGRAMS}
     scripts["python"] = f"""\
 case "$*" in
@@ -221,9 +221,9 @@ exec {python} "$@"
 port=
 case "$*" in
 *--num_machines*) cards=$NODE_RANK ;;
-*--dry_run*) cards=0 ;;
-*) cards=0,1 port="--main_process_port 0" ;;
+*) [ -e {seen} ] && cards=0 || cards=0,1 port="--main_process_port 0" ;;
 esac
+touch {seen}
 export ASCEND_RT_VISIBLE_DEVICES=${{ASCEND_RT_VISIBLE_DEVICES:-$cards}}
 [ "$1" = launch ] && shift && set -- launch $port "$@"
 exec {python} -m accelerate.commands.accelerate_cli "$@"

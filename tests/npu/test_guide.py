@@ -54,6 +54,12 @@ def trainings(said: str) -> list[str]:
     return re.findall(r"sequences on (\d+ x \w+)", said)
 
 
+def learns(found: list[float]) -> bool:
+    """Whether the last quarter of the losses is lower than the first."""
+    part = len(found) // 4
+    return sum(found[-part:]) < sum(found[:part])
+
+
 def test_from_the_container_to_a_served_draft(tmp_path: Path) -> None:
     shell = typist(tmp_path)
     target(tmp_path, "llama-2-7b-chat", "llama_2_chat_7B_config.json")
@@ -61,11 +67,10 @@ def test_from_the_container_to_a_served_draft(tmp_path: Path) -> None:
     said = type_all(shell, GUIDE[:HALF])
 
     assert workers(said) == [1, 8, 8]  # the trial's, the dry run's, the job's
-    assert trainings(said) == ["2 x npu", "2 x npu", "1 x npu", "2 x npu"]
+    assert trainings(said) == ["2 x npu", "1 x npu", "1 x npu", "1 x npu"]
     assert len(FeatureStore(tmp_path / "trial_tp8")) == len(FeatureStore(tmp_path / "features")) == 40
     for name in ("trial_checkpoints", "checkpoints", "checkpoints-one", "checkpoints-qwen"):
-        found = losses(tmp_path / name)
-        assert found[-1] < found[0], name
+        assert learns(losses(tmp_path / name)), name
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert "npu" in json.dumps(report)
     assert "vllm:spec_decode_num_accepted_tokens" in said
@@ -82,8 +87,7 @@ def test_70b_and_several_machines(tmp_path: Path) -> None:
     assert len(FeatureStore(tmp_path / "features-two")) == 40
     assert sorted(path.name for path in (tmp_path / "features-two").glob("node-*")) == ["node-0", "node-1"]
     for name in ("checkpoints-70b", "checkpoints-two"):
-        found = losses(tmp_path / name)
-        assert found[-1] < found[0], name
+        assert learns(losses(tmp_path / name)), name
 
 
 @pytest.mark.parametrize(
