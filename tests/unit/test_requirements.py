@@ -90,3 +90,9 @@ def test_commands():
     for name, target in PROJECT["scripts"].items():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), name
+
+
+def test_a_container_with_vllm_keeps_its_transformers_too():
+    listed = in_file("requirements-container-vllm.txt")
+    assert set(listed) == set(DEPENDENCIES) - {"torch", "transformers"}
+    assert lowest(listed["accelerate"]) >= Version("1.6"), "the first with FSDP version 2"
