@@ -76,7 +76,7 @@ def npu_trouble() -> str | None:
     if visible and 0 < found != len(visible.split(",")):
         raise RequestError(
             f"{ascend.VISIBLE}={visible} names {len(visible.split(','))} cards, and Ascend's runtime sees {found}: it "
-            "leaves out numbers that it does not know. Name those that npu-smi info shows in this container."
+            "leaves out numbers that it does not know. In a container they count its own cards, from 0."
         )
     return None
 
