@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from eagle.device import weight_memory
+from eagle.dtypes import check_computes
 from eagle.errors import RequestError
+from eagle.releases import TORCH, release
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
 
@@ -20,8 +22,7 @@ def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`from_pretrained`'s keyword for the dtype, which transformers renamed in 4.56."""
     import transformers
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+    return {"dtype" if release(transformers.__version__) >= (4, 56) else "torch_dtype": dtype}
 
 
 def load_trunk(
@@ -36,19 +37,23 @@ def load_trunk(
 ) -> torch.nn.Module:
     """The target without its ``lm_head``: ``trunk(ids).last_hidden_state`` is the feature ``[B, T, H]``.
 
-    attention: `attn_implementation` of transformers. spread: place the layers over every card this process sees
+    attention: `attn_implementation` of transformers; eager in place of sdpa with torch 2.1.0, for which transformers
+    has no other. spread: place the layers over every card this process sees
     (70B-class targets) instead of on `device`, whose memory each tensor is read into: the host never holds the whole
     model, however many workers load it. memory: bytes that weights may take, by card (default: what leaves room
     for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
     batch would read them from disk.
 
-    Raises: RequestError where the cards are too small for the target.
+    Raises: RequestError where the cards are too small for the target, or the device does not compute in that dtype.
     """
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would report lm_head as unused, which is the point
     logging.disable_progress_bar()
+    check_computes(dtype, device.type)
+    if attention == "sdpa" and TORCH < (2, 1, 1):
+        attention = "eager"
     placement: dict[str, Any] = {}
     if spread:
         placement = {"device_map": "auto", "max_memory": memory or weight_memory(device.type)}

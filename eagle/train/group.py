@@ -24,6 +24,7 @@ from accelerate import PartialState
 
 from eagle import device
 from eagle.errors import RequestError, WorkError
+from eagle.releases import let_cpus_be_set
 from eagle.train.agreement import disagreement, remarks
 from eagle.train.launch_check import GROUP_SIZE
 from eagle.train.watch import Ending, Keys, Watch, last_words
@@ -166,6 +167,7 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 
 def _join() -> PartialState:
+    let_cpus_be_set()
     try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
         return PartialState(cpu=device.choose_kind() == "cpu")

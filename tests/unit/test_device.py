@@ -11,6 +11,7 @@ import torch
 
 from eagle import device, streams
 from eagle.errors import RequestError
+from eagle.releases import TORCH
 
 
 @pytest.fixture
@@ -157,6 +158,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@pytest.mark.skipif(TORCH < (2, 2), reason="torch takes large pages from 2.2 on")
 @pytest.mark.skipif(not PAGES.is_file() or "[madvise]" not in PAGES.read_text(), reason="all pages are of one size")
 def test_a_worker_on_a_cpu_takes_large_pages():
     faults = [
