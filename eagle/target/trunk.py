@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.metadata import version
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,20 @@ from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
 
 
+def check_packages() -> None:
+    """Raises: RequestError where this transformers refuses this torch; it says itself that there is none."""
+    from transformers.utils import is_torch_available
+
+    if not is_torch_available():
+        raise RequestError(
+            f"transformers {version('transformers')} does not work with torch {torch.__version__}: 5.16 and newer need "
+            "torch 2.5. pip install -r requirements-container-older.txt, whose first lines say how torch stays."
+        )
+
+
 def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`from_pretrained`'s keyword for the dtype, which transformers renamed in 4.56."""
-    import transformers
-
-    return {"dtype" if release(transformers.__version__) >= (4, 56) else "torch_dtype": dtype}
+    return {"dtype" if release(version("transformers")) >= (4, 56) else "torch_dtype": dtype}
 
 
 def load_trunk(
@@ -51,6 +61,7 @@ def load_trunk(
 
     logging.set_verbosity_error()  # it would report lm_head as unused, which is the point
     logging.disable_progress_bar()
+    check_packages()
     check_computes(dtype, device.type)
     if attention == "sdpa" and TORCH < (2, 1, 1):
         attention = "eager"
@@ -92,6 +103,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_packages()
     # A rope has no weights, and some types compute with what the meta device does not hold.
     raw = dataclasses.replace(config, rope_scaling=None).to_json()
     family = raw.pop("model_type")

@@ -136,6 +136,7 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
     Raises: RequestError, WorkError where the processes do not come together.
     """
+    let_cpus_be_set()
     asked = [int(environment[name]) for name in GROUP_SIZE if environment.get(name, "").isdigit()]
     if max(asked, default=1) == 1:
         yield Group()
@@ -167,7 +168,6 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 
 def _join() -> PartialState:
-    let_cpus_be_set()
     try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
         return PartialState(cpu=device.choose_kind() == "cpu")

@@ -139,6 +139,12 @@ def test_torch_2_1_0_takes_the_eager_attention_and_gives_the_same_features(tmp_p
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_transformers_that_refuses_torch_is_named_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_torch_available", lambda: False)
+    with pytest.raises(RequestError, match=r"does not work with torch .* requirements-container-older\.txt"):
+        load_trunk(make_target(tmp_path, "llama"), torch.float32, torch.device("cpu"))
+
+
 def test_releases():
     assert release("2.1.0.post13") == (2, 1, 0) < (2, 1, 1)
     assert release("2.13.0+cpu") == (2, 13, 0) > (2, 2)
