@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eagle.device import VISIBILITY_VARIABLE, backend_of, synchronize, with_index
+from eagle.releases import TORCH
 
 
 def make_current(device: torch.device) -> None:
@@ -28,9 +29,8 @@ def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     if kind not in VISIBILITY_VARIABLE:
         return tensor
     # Before torch 2.8 another kind than CUDA has to be named; since then naming one is deprecated.
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     with contextlib.suppress(RuntimeError):  # torch_npu before it had any; the system's limit is reached
-        return tensor.pin_memory(kind) if kind != "cuda" and version < (2, 8) else tensor.pin_memory()
+        return tensor.pin_memory(kind) if kind != "cuda" and TORCH < (2, 8) else tensor.pin_memory()
     return tensor
 
 

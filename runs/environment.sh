@@ -33,10 +33,20 @@ if [ "${EAGLE_ENV:-}" = current ]; then
     PYTHON="$(command -v python3 || command -v python)"
     for package in torch transformers accelerate safetensors numpy tqdm jinja2 psutil sentencepiece protobuf; do
         "$PYTHON" -c "import ${package/#protobuf/google.protobuf}" 2>/dev/null || {
-            echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install it, or unset EAGLE_ENV." >&2
+            echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install what is missing beside the torch that is" \
+                "there (docs/ascend.md, which versions go together), or unset EAGLE_ENV:" \
+                "pip list --format=freeze | grep -iE '^(torch|numpy)' > image.txt;" \
+                "pip install -r requirements-container.txt -c image.txt (with torch 2.1 to 2.4:" \
+                "requirements-container-older.txt)." >&2
             exit 2
         }
     done
+    "$PYTHON" -c "import transformers.utils as u; raise SystemExit(not u.is_torch_available())" 2>/dev/null || {
+        echo "error: EAGLE_ENV=current, but $PYTHON's transformers does not work with its torch. With torch 2.1 to 2.4:" \
+            "pip list --format=freeze | grep -iE '^(torch|numpy)' > image.txt;" \
+            "pip install -r requirements-container-older.txt -c image.txt." >&2
+        exit 2
+    }
     for package in gguf matplotlib pytest hypothesis xdist; do
         "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "${package/#xdist/pytest-xdist}"
     done

@@ -5,23 +5,34 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eagle.device import weight_memory
+from eagle.dtypes import check_computes
 from eagle.errors import RequestError
+from eagle.releases import TORCH, release
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
 
 
+def check_packages() -> None:
+    """Raises: RequestError where this transformers refuses this torch; it says itself that there is none."""
+    from transformers.utils import is_torch_available
+
+    if not is_torch_available():
+        raise RequestError(
+            f"transformers {version('transformers')} does not work with torch {torch.__version__}: 5.16 and newer need "
+            "torch 2.5. pip install -r requirements-container-older.txt, whose first lines say how torch stays."
+        )
+
+
 def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`from_pretrained`'s keyword for the dtype, which transformers renamed in 4.56."""
-    import transformers
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+    return {"dtype" if release(version("transformers")) >= (4, 56) else "torch_dtype": dtype}
 
 
 def load_trunk(
@@ -36,19 +47,24 @@ def load_trunk(
 ) -> torch.nn.Module:
     """The target without its ``lm_head``: ``trunk(ids).last_hidden_state`` is the feature ``[B, T, H]``.
 
-    attention: `attn_implementation` of transformers. spread: place the layers over every card this process sees
+    attention: `attn_implementation` of transformers; eager in place of sdpa with torch 2.1.0, for which transformers
+    has no other. spread: place the layers over every card this process sees
     (70B-class targets) instead of on `device`, whose memory each tensor is read into: the host never holds the whole
     model, however many workers load it. memory: bytes that weights may take, by card (default: what leaves room
     for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
     batch would read them from disk.
 
-    Raises: RequestError where the cards are too small for the target.
+    Raises: RequestError where the cards are too small for the target, or the device does not compute in that dtype.
     """
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would report lm_head as unused, which is the point
     logging.disable_progress_bar()
+    check_packages()
+    check_computes(dtype, device.type)
+    if attention == "sdpa" and TORCH < (2, 1, 1):
+        attention = "eager"
     placement: dict[str, Any] = {}
     if spread:
         placement = {"device_map": "auto", "max_memory": memory or weight_memory(device.type)}
@@ -87,6 +103,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_packages()
     # A rope has no weights, and some types compute with what the meta device does not hold.
     raw = dataclasses.replace(config, rope_scaling=None).to_json()
     family = raw.pop("model_type")

@@ -24,6 +24,7 @@ from accelerate import PartialState
 
 from eagle import device
 from eagle.errors import RequestError, WorkError
+from eagle.releases import let_cpus_be_set
 from eagle.train.agreement import disagreement, remarks
 from eagle.train.launch_check import GROUP_SIZE
 from eagle.train.watch import Ending, Keys, Watch, last_words
@@ -135,6 +136,7 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
     Raises: RequestError, WorkError where the processes do not come together.
     """
+    let_cpus_be_set()
     asked = [int(environment[name]) for name in GROUP_SIZE if environment.get(name, "").isdigit()]
     if max(asked, default=1) == 1:
         yield Group()

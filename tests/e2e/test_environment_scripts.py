@@ -126,6 +126,31 @@ def test_what_a_link_points_to_is_not_touched(script):
     assert script.folder.is_symlink()
 
 
+def by_hand(checkout: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A script of the checkout, with the interpreter that stands for all others."""
+    environment = {**os.environ, **variables, "PATH": f"{checkout.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", *words], cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("missing", ["import sentencepiece", "is_torch_available"])
+def test_what_a_container_lacks_is_named_with_its_list(checkout, missing):
+    result = by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current", DIES=missing)
+    assert result.returncode == 2
+    assert "requirements-container-older.txt" in result.stderr and "-c image.txt" in result.stderr
+    assert ("no sentencepiece" in result.stderr) == (missing == "import sentencepiece")
+    assert by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current").returncode == 0
+
+
+def test_the_gate_ends_where_the_oldest_packages_cannot_be_installed(checkout):
+    """They are installed beside the other tests, whose success must not hide it."""
+    result = by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1", DIES="requirements-older")
+    assert result.returncode == 1
+    assert ".venv-older could not be made (exit code 9)" in result.stderr
+    result = by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1")
+    assert result.returncode == 0, result.stderr
+    assert by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1", SKIP_OLDER="1", DIES="requirements-older").returncode == 0
+
+
 def test_an_interpreter_too_old_removes_nothing(script):
     script.run()
     (script.folder / script.marker).write_text("torch==1.0")

@@ -21,6 +21,7 @@ from eagle.drafts.memory import Setting
 from eagle.drafts.starts import StartData
 from eagle.errors import FailedElsewhere, WorkError
 from eagle.files import ROOT
+from eagle.releases import let_cpus_be_set
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
 from eagle.train.exchange import Exchange
@@ -209,6 +210,7 @@ def one_of_two(rank: int, port: int, target: Path, results: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
+    let_cpus_be_set()
     exchange = Exchange(Accelerator(cpu=True))
     assert exchange.accelerator.num_processes == 2
     config = load_config(target)

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from eagle import ascend, device, streams
 from eagle.errors import RequestError
 from eagle.files import ROOT
+from eagle.releases import TORCH
 from eagle.train import main
 from eagle.train.options import TrainOptions
 from tests.cards import HIDDEN, shown
@@ -258,6 +259,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@pytest.mark.skipif(TORCH < (2, 2), reason="torch takes large pages from 2.2 on")
 @pytest.mark.skipif(not PAGES.is_file() or "[madvise]" not in PAGES.read_text(), reason="all pages are of one size")
 def test_a_worker_on_a_cpu_takes_large_pages():
     faults = [

@@ -75,6 +75,37 @@ def test_npu():
     assert in_file("requirements-npu.txt")["torch_npu"].specifier == in_file("requirements.txt")["torch"].specifier
 
 
+CONTAINER, CONTAINER_OLDER = "requirements-container.txt", "requirements-container-older.txt"
+
+
+@pytest.mark.parametrize("name", [CONTAINER, CONTAINER_OLDER])
+def test_lists_for_containers_leave_torch_alone(name):
+    listed, text = in_file(name), (ROOT / name).read_text(encoding="utf-8")
+    assert set(listed) == set(DEPENDENCIES) - {"torch"}
+    assert "-r " not in [line[:3] for line in text.splitlines()], "of another list, which may hold a torch"
+    assert f"pip install -r {name} -c image.txt" in text, "and neither does what these need, with that"
+    for package, requirement in listed.items():
+        assert lowest(DEPENDENCIES[package]) <= lowest(requirement) or not requirement.specifier, package
+
+
+def test_a_container_with_a_new_torch_gets_what_the_tests_run_with():
+    tested = in_file("requirements.txt")
+    del tested["torch"]
+    assert in_file(CONTAINER) == tested
+
+
+def test_a_container_with_an_old_torch_gets_what_the_second_run_has():
+    listed, tested = in_file(CONTAINER_OLDER), in_file("requirements-older.txt")
+    for name in ("transformers", "accelerate"):
+        assert lowest(listed[name]) == lowest(tested[name]), name
+        assert not listed[name].specifier.contains("4.57") and not listed[name].specifier.contains("1.0"), name
+    assert listed["numpy"].specifier == tested["numpy"].specifier
+
+
+def test_the_second_run_has_the_oldest_torch():
+    assert lowest(in_file("requirements-older.txt")["torch"]).release[:2] == lowest(DEPENDENCIES["torch"]).release[:2]
+
+
 def test_extras():
     assert set(EXTRAS) == {"vllm", "plots", "trackers", "parquet", "dev"}
     assert set(parse(EXTRAS["trackers"])) == set(TRACKERS) - {"none"}
