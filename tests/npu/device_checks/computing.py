@@ -31,9 +31,10 @@ def _() -> None:
 
     for call in (
         strided, through, lambda x: x.T, lambda x: x.T.contiguous(), lambda x: x.unfold(1, 2, 2),
-        lambda x: x.view(8, 3),        lambda x: x.reshape(2, 12)[:, 1::3], lambda x: x.expand(3, 4, 6), lambda x: x.flatten(),
-        lambda x: x.chunk(2)[1],        lambda x: x.view(torch.int32), lambda x: torch.empty_like(x.T).copy_(x.T), lambda x: x.new_ones(2, 3).mT,
-        lambda x: torch.cat([x.T, x.T], 1), lambda x: x.clone().resize_(2, 3), lambda x: x.to(torch.bfloat16).T,
+        lambda x: x.view(8, 3), lambda x: x.reshape(2, 12)[:, 1::3], lambda x: x.expand(3, 4, 6), lambda x: x.flatten(),
+        lambda x: x.chunk(2)[1], lambda x: x.view(torch.int32), lambda x: torch.empty_like(x.T).copy_(x.T),
+        lambda x: x.new_ones(2, 3).mT, lambda x: torch.cat([x.T, x.T], 1), lambda x: x.clone().resize_(2, 3),
+        lambda x: x.to(torch.bfloat16).T,
     ):  # fmt: skip
         same(call)
 
