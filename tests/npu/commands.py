@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eagle.drafts.families import DEFAULT_DRAFT
 from tests.e2e.commands import Answer, command
@@ -14,6 +16,14 @@ from tests.npu.simulated import environment
 def on_npu(*words: object, cards: int = 8, log: Path | None = None, code: int = 0, **env: str) -> Answer:
     """Run a command on a machine with so many cards and expect exit code `code`. log: see `processes`."""
     return command(*words, code=code, env=environment(cards, log, **env))
+
+
+def several(module: str, lines: Sequence[Sequence[object]], folder: Path, **given: Any) -> list[Answer]:
+    """What a command's `main` says to one line after the other in one process. given: as for `on_npu`."""
+    file = folder / "lines.json"
+    file.write_text(json.dumps([list(map(str, line)) for line in lines]))
+    on_npu("-m", "tests.npu.several", module, file, **given)
+    return [Answer(*said) for said in json.loads(file.read_text())]
 
 
 def of_family(family: str) -> list[str]:

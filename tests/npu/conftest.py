@@ -16,6 +16,8 @@ from tests.npu.simulated import NotHere, environment, library
 from tests.tiny import conversations, make_target, write_sharegpt
 
 RECORDS = 24
+#: So many that accelerate gives two cards a part each.
+LAYERS = 4
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -60,13 +62,13 @@ def once(device: Path, tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def llama(once: Once) -> Path:
     """One safetensors file, tied embeddings, grouped queries."""
-    return once("llama", lambda folder: make_target(folder, tied=True))
+    return once("llama", lambda folder: make_target(folder, tied=True, layers=LAYERS))
 
 
 @pytest.fixture(scope="session")
 def qwen(once: Once) -> Path:
     """Sharded safetensors, untied, grouped queries, biases on q, k and v."""
-    return once("qwen", lambda folder: make_target(folder, "qwen2", max_shard_size="50KB", seed=2))
+    return once("qwen", lambda folder: make_target(folder, "qwen2", max_shard_size="50KB", seed=2, layers=LAYERS))
 
 
 @pytest.fixture(scope="session")

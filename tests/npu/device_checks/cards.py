@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.npu.device_checks.registry import CARDS, FLOATS, IDS, MEMORY, check, npu, refused
+from tests.npu.device_checks.registry import CARDS, FLOATS, MEMORY, check, npu, refused
 
 
 @check("a copy to page-locked memory is there when it is waited for, and not before")

@@ -56,13 +56,11 @@ void defer(std::function<void()> copy) {
   copies.push_back(std::move(copy));
 }
 
+// Who comes while another thread makes them waits for that one.
 void finish_copies() {
-  std::vector<std::function<void()>> taken;
-  {
-    std::lock_guard<std::mutex> guard(copies_lock);
-    taken.swap(copies);
-  }
-  for (const auto& copy : taken) copy();
+  std::lock_guard<std::mutex> guard(copies_lock);
+  for (const auto& copy : copies) copy();
+  copies.clear();
 }
 
 namespace {
