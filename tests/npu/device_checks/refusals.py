@@ -154,10 +154,12 @@ def _() -> None:
 def _() -> None:
     query, key = (numbers(1, heads, 3, 4, seed=heads).to("npu:0") for heads in (4, 2))
     attend = functional.scaled_dot_product_attention
-    for mask in (torch.ones(3, 3, dtype=torch.bool), None):
+    for mask in (torch.ones(3, 3, dtype=torch.bool).tril(), None):
         expected = attend(query.cpu(), key.cpu(), key.cpu(), attn_mask=mask, enable_gqa=True)
         found = attend(query, key, key, attn_mask=mask if mask is None else mask.to("npu:0"), enable_gqa=True)
         torch.testing.assert_close(found.cpu(), expected)
+    causal = attend(query, query, query, is_causal=True).cpu()
+    torch.testing.assert_close(causal, attend(*[query.cpu()] * 3, is_causal=True))
     with refused("drops enable_gqa"):
         attend(query, key, key, attn_mask=torch.zeros(3, 3, device="npu:0"), enable_gqa=True)
     with refused("takes no mask"):
