@@ -153,7 +153,7 @@ def test_releases():
 
 def test_a_target_too_large_for_its_cards_is_refused(tmp_path):
     folder = make_target(tmp_path / "model", layers=4)
-    with pytest.raises(RequestError, match=r"does not fit on the cards of one worker.*--used_npus 4 or 8"):
+    with pytest.raises(RequestError, match=r"does not fit on the cards that it was to use.*--used_npus 4 or 8"):
         load_trunk(folder, torch.float32, torch.device("cpu"), spread=True, memory={"cpu": 90_000})
 
 
