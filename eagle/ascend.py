@@ -46,6 +46,7 @@ def failure() -> str | None:
         import torch_npu  # noqa: F401  (registers torch.npu)
     except Exception as error:  # of any kind, by what is missing of CANN, of the driver, or of another torch
         sys.modules["torch_npu"] = None  # type: ignore[assignment]  # for every later import it is not there
+        os.environ[AUTOLOAD] = "0"  # for processes that this one starts, whatever they run
         return (
             f"{' '.join(str(error).split())}. In this shell run 'source {set_env_script()}' (or that of wherever CANN "
             "is), and see that npu-smi info shows the cards."

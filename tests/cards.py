@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 #: What children of the tests inherit too.
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -29,3 +30,17 @@ def shown(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment with the cards that the tests were started with."""
     kept = {name: value for name, value in environment.items() if name not in HIDDEN}
     return kept | {name: value for name, value in _before.items() if value is not None}
+
+
+def install_torch_npu(folder: Path, source: str) -> dict[str, str]:
+    """Put a torch_npu there that torch loads by itself, as it does from 2.5 on.
+
+    Returns the environment of a process that is to find it.
+    """
+    (folder / "torch_npu").mkdir()
+    (folder / "torch_npu" / "__init__.py").write_text(source)
+    info = folder / "torch_npu-2.5.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.5.1\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    return shown() | {"PYTHONPATH": str(folder), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}

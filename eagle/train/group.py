@@ -166,9 +166,10 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 
 def _join() -> PartialState:
+    on_cpu = device.choose_kind() == "cpu"
     try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
-        return PartialState(cpu=device.choose_kind() == "cpu")
+        return PartialState(cpu=on_cpu)
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
     except RuntimeError as error:  # what torch raises for an address that does not answer, or not as it should

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from eagle import device
@@ -71,14 +71,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
+    on_cpu = device.choose_kind() == "cpu"
     try:
-        on_cpu = device.choose_kind() == "cpu"
         accelerator = Accelerator(
             cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
         )
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
-    accelerator.state.device = device.with_index(accelerator.device)
+    for state in (PartialState(), accelerator.state):  # the second is made anew from the first, whoever asks for it
+        state.device = device.with_index(accelerator.device)
     return accelerator
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from eagle import ascend, device, streams
 from eagle.errors import RequestError
@@ -310,8 +312,10 @@ def test_a_device_without_a_number_is_the_threads_own(asked):
 
 
 def test_a_trainings_device_has_a_number(monkeypatch, tmp_path):
-    state = types.SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(main, "Accelerator", lambda **_: types.SimpleNamespace(state=state, device=state.device))
-    monkeypatch.setattr(device, "backend_of", lambda kind: types.SimpleNamespace(current_device=lambda: 2))
-    options = TrainOptions(cpdir=tmp_path, basepath=tmp_path, tmpdir=tmp_path)
-    assert main.make_accelerator(options).state.device == torch.device("cuda:2")
+    monkeypatch.setattr(device, "with_index", lambda place: torch.device(place.type, 0))
+    try:
+        accelerator = main.make_accelerator(TrainOptions(cpdir=tmp_path, basepath=tmp_path, tmpdir=tmp_path))
+        for _ in range(2):
+            assert accelerator.device.index == AcceleratorState().device.index == PartialState().device.index == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
