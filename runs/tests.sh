@@ -24,7 +24,8 @@ fi
 # Side by side, one thread each: threads that share a core wait for each other.
 cores="$("$PYTHON" -c 'from eagle.device import cores; print(min(cores(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/unit tests/e2e
+# tests/npu builds a simulated NPU first, half a minute with g++; without g++ it is skipped and says so.
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/unit tests/e2e tests/npu
 
 if [ "${SKIP_OLDER:-}" != 1 ] && [ "${EAGLE_ENV:-}" != current ]; then
     make_environment .venv-older requirements-older.txt
