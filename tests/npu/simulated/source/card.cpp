@@ -22,9 +22,16 @@ namespace {
 
 const std::thread::id main_thread = std::this_thread::get_id();
 thread_local c10::DeviceIndex card_of_thread = -1;
+// Guards change a thread's card for a while; they do not give one to a thread that has set none.
+thread_local bool has_set_card = false;
 
 std::mutex copies_lock;
 std::vector<std::function<void()>> copies;
+
+void check_card(c10::DeviceIndex index) {
+  TORCH_CHECK(index >= 0 && index < card_count, "simulated npu: invalid device ID ", int(index), ", this process sees ",
+              card_count, " card(s) (ERR00100, error code 107001)");
+}
 
 }  // namespace
 
@@ -35,15 +42,17 @@ c10::DeviceIndex current_card_or_none() {
 
 c10::DeviceIndex current_card() {
   const auto card = current_card_or_none();
-  TORCH_CHECK(card >= 0, "simulated npu: this thread has no current device. A thread has to call torch.npu.set_device ",
+  const bool has_one = has_set_card || std::this_thread::get_id() == main_thread;
+  TORCH_CHECK(has_one && card >= 0, "simulated npu: this thread has no current device. A thread has to call torch.npu.set_device ",
               "before it works on a card (ERR00100 PTA call acl api failed: context pointer null)");
+  check_card(card);
   return card;
 }
 
 void set_card(c10::DeviceIndex index) {
-  TORCH_CHECK(index >= 0 && index < card_count, "simulated npu: invalid device ID ", int(index), ", this process sees ",
-              card_count, " card(s) (ERR00100, error code 107001)");
+  check_card(index);
   card_of_thread = index;
+  has_set_card = true;
 }
 
 void defer(std::function<void()> copy) {
@@ -226,9 +235,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     stream_of_thread[next.device_index()] = next.id();
     return before;
   }
-  bool queryStream(const c10::Stream&) const override { return finish_copies(), true; }
-  void synchronizeStream(const c10::Stream&) const override { finish_copies(); }
-  void synchronizeDevice(const c10::DeviceIndex) const override { finish_copies(); }
+  static void wait() {
+    current_card();  // this thread has one
+    finish_copies();
+  }
+  bool queryStream(const c10::Stream&) const override { return wait(), true; }
+  void synchronizeStream(const c10::Stream&) const override { wait(); }
+  void synchronizeDevice(const c10::DeviceIndex) const override { wait(); }
 
   using Time = std::chrono::steady_clock::time_point;
   void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
@@ -236,8 +249,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     *static_cast<Time*>(*event) = std::chrono::steady_clock::now();
   }
   void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return finish_copies(), true; }
-  void synchronizeEvent(void*) const override { finish_copies(); }
+  bool queryEvent(void*) const override { return wait(), true; }
+  void synchronizeEvent(void*) const override { wait(); }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Time*>(event); }
   double elapsedTime(void* first, void* second, const c10::DeviceIndex) const override {
     return std::chrono::duration<double, std::milli>(*static_cast<Time*>(second) - *static_cast<Time*>(first)).count();

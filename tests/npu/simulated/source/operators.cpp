@@ -237,15 +237,16 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                                                             grouped));
 }
 
-// Of equal values the last comes first, where CPUs and GPUs put the first.
+// Of equal values the last comes first, which is another order than that of CPUs and GPUs.
 std::tuple<Tensor, Tensor> topk(const Tensor& self, c10::SymInt k, int64_t dim, bool largest, bool sorted) {
   Checked checked{"aten::topk"};
   checked.tensor(self);
   ++cards[self.device().index()].kernels;
-  const auto turned = as_host(self).flip({dim});
-  auto [values, places] = turned.topk(k.expect_int(), dim, largest, sorted);
+  auto [values, places] = as_host(self).flip({dim}).sort(/*stable=*/true, dim, /*descending=*/largest);
   places = self.size(dim) - 1 - places;
-  return {values.to(self.device()), places.to(self.device())};
+  const auto count = k.expect_int();
+  TORCH_CHECK(count >= 0 && count <= self.size(dim), "selected index k out of range");
+  return {values.narrow(dim, 0, count).to(self.device()), places.narrow(dim, 0, count).to(self.device())};
 }
 
 }  // namespace
