@@ -1,4 +1,4 @@
-"""Step 4 on simulated cards, by the documented commands: what a CPU's run of the same command gives, to bf16's noise."""
+"""Step 4 on simulated cards, by the documented commands: what a CPU gives, to the noise of bf16."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +29,12 @@ pytestmark = pytest.mark.usefixtures("device")
 
 Runs = Callable[[str, str], Path]
 
-#: By how much a card's run may differ from the CPU's: losses relative to their size, weights as the mean difference
-#: relative to how far training moved them.
+
 @dataclass(frozen=True, slots=True)
 class Noise:
+    """By how much a card's run may differ from the CPU's: losses relative to their size, weights as the mean difference
+    relative to how far training moved them."""
+
     losses: float
     weights: float
 
@@ -176,9 +176,7 @@ def test_two_cards(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None
     check_cards(pair / "log", 0, 1)
 
 
-def test_float16_unrolled_from_int8_on_two_cards(
-    stores: Runs, packed: Callable, qwen: Path, tmp_path: Path
-) -> None:
+def test_float16_unrolled_from_int8_on_two_cards(stores: Runs, packed: Callable, qwen: Path, tmp_path: Path) -> None:
     """Gradients are scaled, and unscaled before they are clipped; no CPU has that."""
     more = ["--ttt_steps", 3, "--token_loss", "top_k", "--init", "random", "--val_ratio", 0.2]
     words = [packed(stores("qwen", "eagle1"), "int8"), qwen]
@@ -193,7 +191,16 @@ def test_unrolled_from_float8_and_a_draft(
     runs: Runs, stores: Runs, packed: Callable, qwen: Path, tmp_path: Path
 ) -> None:
     """One-byte features are unpacked on the host, where the card does not know their dtype."""
-    more = ["--ttt_steps", 3, "--token_loss", "lk", "--init", runs("qwen", "eagle1"), "--gradient_accumulation_steps", 2]
+    more = [
+        "--ttt_steps",
+        3,
+        "--token_loss",
+        "lk",
+        "--init",
+        runs("qwen", "eagle1"),
+        "--gradient_accumulation_steps",
+        2,
+    ]
     words = [packed(stores("qwen", "eagle1"), "float8"), qwen]
     on_npu(*GUIDE, *options(*words, tmp_path / "card"), *more, cards=1, log=tmp_path / "log")
     on_cpu("bf16", *options(*words, tmp_path / "run"), *more)
