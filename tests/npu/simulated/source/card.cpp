@@ -22,8 +22,6 @@ namespace {
 
 const std::thread::id main_thread = std::this_thread::get_id();
 thread_local c10::DeviceIndex card_of_thread = -1;
-// Guards change a thread's card for a while; they do not give one to a thread that has set none.
-thread_local bool has_set_card = false;
 
 std::mutex copies_lock;
 std::vector<std::function<void()>> copies;
@@ -42,8 +40,7 @@ c10::DeviceIndex current_card_or_none() {
 
 c10::DeviceIndex current_card() {
   const auto card = current_card_or_none();
-  const bool has_one = has_set_card || std::this_thread::get_id() == main_thread;
-  TORCH_CHECK(has_one && card >= 0, "simulated npu: this thread has no current device. A thread has to call torch.npu.set_device ",
+  TORCH_CHECK(card >= 0, "simulated npu: this thread has no current device. A thread has to call torch.npu.set_device ",
               "before it works on a card (ERR00100 PTA call acl api failed: context pointer null)");
   check_card(card);
   return card;
@@ -52,7 +49,6 @@ c10::DeviceIndex current_card() {
 void set_card(c10::DeviceIndex index) {
   check_card(index);
   card_of_thread = index;
-  has_set_card = true;
 }
 
 void defer(std::function<void()> copy) {
