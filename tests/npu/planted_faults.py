@@ -52,7 +52,7 @@ class Fault:
 FAULTS = [
     # ---- step 3
     Fault("ids-left-on-host", "eagle/generate/sources.py", "input_ids = to_card(torch.from_numpy(ids), self.device)",
-          "input_ids = torch.from_numpy(ids)", GENERATION),
+          "input_ids = torch.from_numpy(ids)", SHARED),
     Fault("target-on-host", "eagle/generate/worker.py",
           "device.torch_device(kind),", 'torch.device("cpu"),', GENERATION),
     Fault("cards-not-set", "eagle/generate/launch.py",

@@ -28,12 +28,13 @@ from eagle.decode import recommendation
 from eagle.decode.evaluate import main
 from eagle.drafts.layers import repeated
 
-recommendation._SECONDS = 0.0
+recommendation._SECONDS, recommendation._LEAST_ROUNDS = 0.0, 1
 common, output = sys.argv[2:], sys.argv[1]
 assert main([*common, "--output", output + "/chain", "--num_draft_tokens", "3"]) == 0
 sampled = ["--temperature", "1", "--top_k", "50", "--top_p", "0.9", "--no_baseline"]
-assert main([*common, "--output", output + "/tree", "--mode", "tree", *sampled]) == 0
-assert main([*common, "--output", output + "/dynamic_tree", "--mode", "dynamic_tree", "--spread"]) == 0
+assert main([*common, "--output", output + "/tree", "--mode", "tree", "--num_draft_tokens", "8", *sampled]) == 0
+dynamic = ["--mode", "dynamic_tree", "--num_draft_tokens", "150", "--tree_depth", "2", "--tree_top_k", "60", "--spread"]
+assert main([*common, "--output", output + "/dynamic_tree", *dynamic]) == 0
 heads = torch.arange(1 << 22, device="npu:0", dtype=torch.int32).view(1, 2, -1, 4)
 assert torch.equal(repeated(heads, 2).cpu(), heads.cpu().repeat_interleave(2, dim=1))
 """
@@ -56,6 +57,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def few(work: Path) -> Path:
     return write_sharegpt(work / "few.json", conversations(8, turns=1))
+
+
+@pytest.fixture(scope="module")
+def deep(work: Path) -> Path:
+    """A target with layers for two cards."""
+    return make_target(work / "deep", tied=True, layers=4)
 
 
 def on_the_host(target: Path, data: Path) -> LiveFeatures:
@@ -102,17 +109,16 @@ def ranks(log: Path, words: list[object], **more: str) -> list[str]:
     return said
 
 
-def test_generation(few: Path, work: Path, tmp_path: Path) -> None:
+def test_generation(few: Path, deep: Path, tmp_path: Path) -> None:
     """A worker of two cards, named out of order."""
-    target = make_target(work / "deep", tied=True, layers=4)
-    words = ["--model_name", target, "--data_path", few, "--dtype", "float32", "--used_npus", 2]
+    words = ["--model_name", deep, "--data_path", few, "--dtype", "float32", "--used_npus", 2]
     on_npu(
         "allocation.py", "--outdir", tmp_path / "store", "--npu_indices", "3,1", *words, cards=4, log=tmp_path / "log"
     )
     assert used(tmp_path / "log", "worker") == [[1, 3]]
     (worker,) = processes(tmp_path / "log", "worker")
     assert worker.environment["ASCEND_RT_VISIBLE_DEVICES"] == "1,3"
-    computed, stored = on_the_host(target, few), FeatureStore(tmp_path / "store")
+    computed, stored = on_the_host(deep, few), FeatureStore(tmp_path / "store")
     assert len(stored) == 8
     for record, expected in zip(stored, computed.read(range(len(computed))), strict=True):
         assert torch.equal(record.input_ids, expected.input_ids)
@@ -143,12 +149,11 @@ def test_shared_training_without_a_store(few: Path, llama: Path, tmp_path: Path)
     assert used(tmp_path / "log") == [[0], [1]]
 
 
-def test_decoding(llama: Path, tmp_path: Path) -> None:
+def test_decoding(deep: Path, tmp_path: Path) -> None:
     """A chain on one card, a sampled tree, a dynamic tree over a target on two cards."""
-    target = tiny_target(llama)
-    save_draft(random_draft(target), tmp_path / "draft")
+    save_draft(random_draft(tiny_target(deep)), tmp_path / "draft")
     (tmp_path / "prompts.txt").write_text("The capital of France")
-    common = ["--base-path", llama, "--draft-path", tmp_path / "draft", "--prompts", tmp_path / "prompts.txt"]
+    common = ["--base-path", deep, "--draft-path", tmp_path / "draft", "--prompts", tmp_path / "prompts.txt"]
     common += ["--max_new_tokens", 12, "--dtype", "float32"]
     on_npu("-c", DECODE, tmp_path, *common, cards=2, log=tmp_path / "log")
     assert used(tmp_path / "log") == [[0, 1]]
@@ -158,3 +163,4 @@ def test_decoding(llama: Path, tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (tmp_path / mode / "replies.jsonl").read_text().splitlines()]
         assert [line["tokens"] for line in lines] == [12]
         assert mode == "tree" or lines[0]["identical_to_target"]
+    assert lines[0]["tau"] > 1, "no node behind the first was ever right, so no rows of the cache were moved"
