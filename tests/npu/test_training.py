@@ -39,12 +39,15 @@ class Noise:
     weights: float
 
 
-BF16 = Noise(2e-3, 0.05)
-FP16 = Noise(5e-3, 0.2)
+#: Simulated cards compute as the CPU does, save that products and sums come in another order. Seen: losses 1e-4 apart at
+#: most, weights a hundredth of their way; runs that share only the seed are as far apart as they have moved.
+BF16 = Noise(1e-3, 0.05)
+FP16 = Noise(1e-3, 0.05)
 
 #: `eagle.train.main`, in which rank RANK ends without warning before the step that its first argument names.
 KILLER = """
 import os, signal, sys
+sys.path.insert(0, os.getcwd())  # the checkout
 from eagle.entry import run
 from eagle.train import loop, main
 
@@ -116,6 +119,8 @@ def check_close(found: Path, expected: Path, noise: Noise) -> None:
     first, ours, theirs = load_file(states(expected)[0] / "model.safetensors"), weights(found), weights(expected)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
+        if name == "embed_tokens.weight":  # the base model's, in the dtype computed in
+            continue
         moved, apart = (float((tensor - other).abs().mean()) for other in (first[name], ours[name]))
         print(f"{name}: moved {moved:.2e}, apart {apart:.2e}")
         assert apart <= noise.weights * moved, name
