@@ -39,7 +39,7 @@ class Noise:
     weights: float
 
 
-#: Simulated cards compute as the CPU does, save that products and sums come in another order. Seen: losses 1e-4 apart at
+#: Simulated cards compute as the CPU does, but for the order of some products and sums. Seen: losses 2e-4 apart at
 #: most, weights a hundredth of their way; runs that share only the seed are as far apart as they have moved.
 BF16 = Noise(1e-3, 0.05)
 FP16 = Noise(1e-3, 0.05)
@@ -279,7 +279,8 @@ def test_a_dry_run_names_the_card_and_leaves_nothing(store: Path, llama: Path, t
     words = [*options(store, llama, tmp_path / "run"), "--dry_run"]
     answer = on_npu(*GUIDE, *words, cards=1, SIMULATED_NPU_MEMORY=str(8 << 20))
     assert "on npu Ascend910B, simulated, card 0" in answer.out and "it does NOT fit" in answer.out
-    assert "closed-form start: about" in answer.out
+    assert "closed-form start" not in answer.out, "there is no room to see how long it takes"
+    assert "closed-form start: about" in on_npu(*GUIDE, *words, cards=1).out
     assert list(tmp_path.iterdir()) == []
 
 
