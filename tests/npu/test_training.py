@@ -279,7 +279,7 @@ def test_a_dry_run_names_the_card_and_leaves_nothing(store: Path, llama: Path, t
     words = [*options(store, llama, tmp_path / "run"), "--dry_run"]
     answer = on_npu(*GUIDE, *words, cards=1, SIMULATED_NPU_MEMORY=str(8 << 20))
     assert "on npu Ascend910B, simulated, card 0" in answer.out and "it does NOT fit" in answer.out
-    assert "closed-form start" not in answer.out, "there is no room to see how long it takes"
+    assert "closed-form start: about" not in answer.out, "there is no room to see how long it takes"
     assert "closed-form start: about" in on_npu(*GUIDE, *words, cards=1).out
     assert list(tmp_path.iterdir()) == []
 
