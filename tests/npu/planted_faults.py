@@ -227,11 +227,10 @@ def plant(fault: Fault, work: Path) -> tuple[bool, str]:
 
 
 def reason(said: str) -> str:
-    """The last error in a test's output, in one line."""
-    found = [
-        line.strip("E ").strip() for line in said.splitlines() if re.search(r"\w*(Error|error|Failed)\b.*: ", line)
-    ]
-    return (found[-1] if found else "")[:140]
+    """What the test failed by, in one line: the last error that it shows, else pytest's own word on it."""
+    shown_lines = [line[1:].strip() for line in said.splitlines() if line.startswith("E ")]
+    errors = [line for line in shown_lines if re.match(r"(\[rank\d\]: )?\w*Error: ", line)]
+    return next(iter([*errors[-1:], *shown_lines[:1]]), "")[:140]
 
 
 def main(argv: list[str] | None = None) -> int:
