@@ -1,6 +1,6 @@
 """Damage the toolkit in one place at a time, as it would fail or be silently wrong on an NPU, and see a test fail.
 
-    python -m tests.npu.planted_faults                    every fault in the list: a quarter of an hour
+    python -m tests.npu.planted_faults                    every fault in the list: twenty seconds each
     python -m tests.npu.planted_faults ids-left-on-host loader-thread-without-card
     python -m tests.npu.planted_faults --jobs 2           two at a time
 
