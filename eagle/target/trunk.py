@@ -50,8 +50,9 @@ def load_trunk(
     attention: `attn_implementation` of transformers; eager in place of sdpa with torch 2.1.0, for which transformers
     has no other. spread: place the layers over every card this process sees (70B-class targets) instead of on
     `device`, whose memory each tensor is read into: the host never holds the whole model, however many workers load it.
-    memory: bytes that weights may take, by card (default: what leaves room for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
-    batch would read them from disk.
+    memory: bytes that weights may take, by card (default: what leaves room for a batch).
+    offload_folder: where layers go that fit on no card; without it they are not accepted, since every batch would read
+    them from disk.
 
     Raises: RequestError where the cards are too small for the target, or the device does not compute in that dtype.
     """

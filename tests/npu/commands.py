@@ -12,6 +12,9 @@ from eagle.drafts.families import DEFAULT_DRAFT
 from tests.e2e.commands import Answer, command
 from tests.npu.simulated import environment
 
+#: How the guide starts step 4.
+GUIDE = ["accelerate launch", "-m", "--mixed_precision=bf16", "eagle.train.main"]
+
 
 def on_npu(*words: object, cards: int = 8, log: Path | None = None, code: int = 0, **env: str) -> Answer:
     """Run a command on a machine with so many cards and expect exit code `code`. log: see `processes`."""

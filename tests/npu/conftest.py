@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eagle.drafts.families import DRAFT_FAMILIES
-from tests.npu.commands import of_family, on_npu
+from tests.npu.commands import GUIDE, of_family, on_npu
 from tests.npu.simulated import NotHere, environment, library
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -107,15 +107,16 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def runs(once: Once, stores: Callable[[str, str], Path], request: pytest.FixtureRequest) -> Callable[[str, str], Path]:
-    """`runs(target, family)`: a short training of a family's draft of "llama" or "qwen", as the guide starts it."""
+    """`runs(target, family)`: a short training of a family's draft of "llama" or "qwen", as the guide starts it on a
+    machine with one card."""
 
     def get(target: str, family: str) -> Path:
         model, features = request.getfixturevalue(target), stores(target, family)
 
         def make(folder: Path) -> None:
-            launch = ["accelerate launch", "--num_processes", 1, "-m", "--mixed_precision=bf16", "eagle.train.main"]
             words = ["--tmpdir", features, "--cpdir", folder / "run", "--basepath", model, "--bs", 4]
-            on_npu(*launch, *words, "--num_epochs", 2, "--lr", 1e-3, *of_family(family), cards=1)
+            more = ["--num_epochs", 2, "--lr", 1e-3, *of_family(family)]
+            on_npu(*GUIDE, *words, *more, cards=1, log=folder / "log")
 
         return once(f"run-{target}-{family}", make) / "run"
 

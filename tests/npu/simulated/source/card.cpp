@@ -124,6 +124,7 @@ void release_pinned(void* data) {
 
 struct PinnedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    current_card();  // this thread has one, in whose context aclrtMallocHost works
     void* data = nullptr;
     if (bytes > 0) {
       if (posix_memalign(&data, 64, bytes) != 0) throw std::bad_alloc();

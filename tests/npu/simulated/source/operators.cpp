@@ -229,8 +229,8 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   TORCH_CHECK(!(masked && causal), "simulated npu: is_causal takes no mask");
   const bool fused = (!masked || mask->scalar_type() == at::kBool) && query.size(-1) <= 512;
   TORCH_CHECK(fused || !grouped, "simulated npu: scaled_dot_product_attention drops enable_gqa here; repeat the heads");
-  std::optional<Tensor> bias = mask;  // which is added to the scores, a boolean one too
-  if (masked && mask->scalar_type() == at::kBool) {
+  std::optional<Tensor> bias = mask;
+  if (masked && mask->scalar_type() == at::kBool) {  // which the formula below would add as 0 and 1
     bias = at::zeros(mask->sizes(), query.options()).masked_fill_(mask->logical_not(), -INFINITY);
   }
   return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, bias, dropout, causal, std::nullopt, scale,
