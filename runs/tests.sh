@@ -36,8 +36,9 @@ made() {
 # Side by side, one thread each: threads that share a core wait for each other.
 cores="$("$PYTHON" -c 'from eagle.device import cores; print(min(cores(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
-# tests/npu builds a simulated NPU first, half a minute with g++; without g++ it is skipped and says so.
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/unit tests/e2e tests/npu
+# tests/npu, which has the longest tests, builds a simulated NPU first, half a minute with g++; without g++ it is skipped
+# and says so.
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/npu tests/unit tests/e2e
 
 if [ -n "$older_environment" ]; then
     made "$older_environment" .venv-older
