@@ -6,6 +6,7 @@ its own environment: `shown` of the one it would start them with.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -14,22 +15,24 @@ from pathlib import Path
 #: What children of the tests inherit too.
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
-_before: dict[str, str | None] = {}
+#: What the variables were before, as JSON. The processes that pytest-xdist starts run tests too, and inherit hidden ones.
+BEFORE = "TESTS_CARDS_BEFORE"
 
 
 def hide() -> None:
     """From this process and its children. This one is not to import torch_npu either: tests put fakes in its place."""
-    for name, value in HIDDEN.items():
-        _before.setdefault(name, os.environ.get(name))
-        os.environ[name] = value
+    os.environ.setdefault(BEFORE, json.dumps({name: os.environ[name] for name in HIDDEN if name in os.environ}))
+    os.environ.update(HIDDEN)
     if "torch_npu" not in sys.modules:
         sys.modules["torch_npu"] = None  # type: ignore[assignment]
 
 
 def shown(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment with the cards that the tests were started with."""
-    kept = {name: value for name, value in environment.items() if name not in HIDDEN}
-    return kept | {name: value for name, value in _before.items() if value is not None}
+    if BEFORE not in os.environ:  # nothing was hidden
+        return dict(environment)
+    kept = {name: value for name, value in environment.items() if name not in (*HIDDEN, BEFORE)}
+    return kept | json.loads(os.environ[BEFORE])
 
 
 def install_torch_npu(folder: Path, source: str) -> dict[str, str]:
