@@ -28,6 +28,11 @@ SET_ENV = (
     "~/Ascend/ascend-toolkit/set_env.sh", "~/Ascend/cann/set_env.sh",
 )  # fmt: skip
 
+IN_A_CONTAINER = (
+    "in a container, start it with --device /dev/davinci0 (one for each card), /dev/davinci_manager, /dev/devmm_svm "
+    "and /dev/hisi_hdc, and with /usr/local/Ascend/driver and npu-smi mounted"
+)
+
 
 def guard() -> None:
     """Import torch_npu where it is installed; where that fails, keep the libraries that this process imports later

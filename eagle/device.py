@@ -56,6 +56,9 @@ def _say(note: str) -> None:
         print(note, file=sys.stderr)
 
 
+_LOOK = f"See that npu-smi info shows them here; {ascend.IN_A_CONTAINER}."
+
+
 @cache
 def npu_trouble() -> str | None:
     """Why the cards of a machine with torch_npu cannot be used; None where they can, or where it is not installed.
@@ -72,12 +75,17 @@ def npu_trouble() -> str | None:
     try:
         found = backend_of("npu").device_count() if backend_of("npu").is_available() else 0
     except RuntimeError as error:  # what torch_npu makes of the driver's errors
-        return f"torch_npu finds no card: {' '.join(str(error).split())} See that npu-smi info shows them here."
-    if visible and 0 < found != len(visible.split(",")):
+        return f"torch_npu finds no card: {' '.join(str(error).split())} {_LOOK}"
+    if visible in ("", "-1"):  # which hide them all
+        return None
+    if visible and found != len(visible.split(",")):
         raise RequestError(
             f"{ascend.VISIBLE}={visible} names {len(visible.split(','))} cards, and Ascend's runtime sees {found}: it "
             "leaves out numbers that it does not know. In a container they count its own cards, from 0."
+            + ("" if found else f" To work without cards, unset {ascend.VISIBLE} or hide all: {ascend.VISIBLE}=-1.")
         )
+    if not found:
+        return f"torch_npu finds no card. {_LOOK}"
     return None
 
 

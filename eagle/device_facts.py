@@ -52,11 +52,6 @@ CANN_HOMES = tuple(script.replace("ascend-toolkit/", "ascend-toolkit/latest/") f
 
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
 
-IN_A_CONTAINER = (
-    "in a container, start it with --device /dev/davinci0 (one for each card), /dev/davinci_manager, /dev/devmm_svm "
-    "and /dev/hisi_hdc, and with /usr/local/Ascend/driver and npu-smi mounted"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Fact:
@@ -167,17 +162,17 @@ def driver_fact(devices: Path = Path("/dev")) -> Fact:
     if DRIVER.is_file() and (version := re.search(r"^Version=(\S+)", DRIVER.read_text(errors="replace"), re.M)):
         shown += f", driver {version[1]}"
     if shutil.which("npu-smi") is None:
-        return Fact(NOTE if nodes else MISSING, "driver", f"npu-smi is not on PATH; {shown}", IN_A_CONTAINER)
+        return Fact(NOTE if nodes else MISSING, "driver", f"npu-smi is not on PATH; {shown}", ascend.IN_A_CONTAINER)
     try:
         done = subprocess.run(["npu-smi", "info", "-l"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Fact(MISSING, "driver", f"npu-smi info -l fails: {error}", IN_A_CONTAINER)
+        return Fact(MISSING, "driver", f"npu-smi info -l fails: {error}", ascend.IN_A_CONTAINER)
     said = done.stdout + done.stderr
     total = re.search(r"Total Count\s*:\s*(\d+)", said)
     listed = int(total[1]) if total else len(re.findall(r"^\s*NPU ID\s*:\s*\d+", said, re.M))
     if done.returncode or not listed:
         words = " ".join(said.split())[-200:]
-        return Fact(MISSING, "driver", f"npu-smi info -l shows no card ({words}); {shown}", IN_A_CONTAINER)
+        return Fact(MISSING, "driver", f"npu-smi info -l shows no card ({words}); {shown}", ascend.IN_A_CONTAINER)
     return Fact(OK, "driver", f"npu-smi shows {listed} card(s); {shown}")
 
 

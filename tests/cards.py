@@ -15,7 +15,7 @@ from pathlib import Path
 #: What children of the tests inherit too.
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
-#: What the variables were before, as JSON. The processes that pytest-xdist starts run tests too, and inherit hidden ones.
+#: What the variables were before, as JSON. The processes that pytest-xdist starts inherit hidden ones, and run tests.
 BEFORE = "TESTS_CARDS_BEFORE"
 
 

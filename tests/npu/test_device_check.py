@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from eagle.files import ROOT
 from tests.npu.simulated import environment
 
 
-def check(**more: str) -> tuple[int, str]:
+def check(cards: int = 4, **more: str) -> tuple[int, str]:
     """Its exit code, and what it says with the spaces between words made one."""
     words = [sys.executable, "-m", "eagle.device"]
-    child = environment(cards=4, **more)
+    child = environment(cards, **more)
     done = subprocess.run(words, cwd=ROOT, env=child, capture_output=True, text=True, check=False)
     assert not done.stderr
     return done.returncode, " ".join(done.stdout.split())
@@ -30,6 +32,27 @@ def test_cards_that_are_there():
 def test_cards_that_the_runtime_would_leave_out():
     code, said = check(ASCEND_RT_VISIBLE_DEVICES="3,1")
     assert code == 1 and "missing ASCEND_RT_VISIBLE_DEVICES 3,1 does not ascend at 1" in said, said
+
+
+#: A container that was given no card, and one whose two cards are called by the host's numbers.
+UNSEEN = [
+    ("no card", 0, {}, "torch_npu finds no card. See that npu-smi info shows them here; in a container, start it with"),
+    ("the host's numbers", 2, {"ASCEND_RT_VISIBLE_DEVICES": "4,5"},
+     "ASCEND_RT_VISIBLE_DEVICES=4,5 names 2 cards, and Ascend's runtime sees 0: it leaves out numbers that it does"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cards", "shell", "says"), [case[1:] for case in UNSEEN], ids=[case[0] for case in UNSEEN])
+def test_cards_that_the_container_does_not_have(cards, shell, says):
+    code, said = check(cards, **shell)
+    assert code == 1 and f"missing npu cards {says}" in said, said
+    choice = "from eagle import device; print(device.choose_kind())"
+    child = environment(cards, **shell)
+    done = subprocess.run(
+        [sys.executable, "-c", choice], cwd=ROOT, env=child, capture_output=True, text=True, check=False
+    )
+    assert says in done.stderr, "work that names no device says so too"
+    assert ("RequestError" in done.stderr) == bool(shell) and done.stdout == ("" if shell else "cpu\n")
 
 
 def test_without_cann():

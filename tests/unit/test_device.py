@@ -164,6 +164,21 @@ def test_a_visible_card_that_is_not_there(npu, monkeypatch):
         device.choose_kind()
 
 
+def test_no_card_at_all(npu, monkeypatch, capsys):
+    monkeypatch.setattr(npu, "is_available", lambda: False)
+    with pytest.raises(RequestError, match=r"--device npu: torch_npu finds no card\. See that npu-smi info.*davinci"):
+        device.choose_kind("npu")
+    assert device.choose_kind() == "cpu" and "note: torch_npu finds no card. See" in capsys.readouterr().err
+    device.npu_trouble.cache_clear()
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(RequestError, match=r"VISIBLE_DEVICES=4,5 names 2 cards, and .* sees 0.*unset ASCEND"):
+        device.choose_kind()
+    for hidden in ("", "-1"):  # by the user's own wish, of which there is nothing to say
+        device.npu_trouble.cache_clear()
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", hidden)
+        assert device.choose_kind() == "cpu" and not capsys.readouterr().err
+
+
 def test_npus_without_infinity_are_warned_of_once(npu, monkeypatch, capsys):
     monkeypatch.setenv("INF_NAN_MODE_ENABLE", "0")
     device.choose_kind("cpu")
