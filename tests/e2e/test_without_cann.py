@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import accelerate
+
+from eagle.releases import TORCH, release
 from tests.cards import install_torch_npu
 from tests.e2e.commands import Answer, command
 
 WHY = "libhccl.so: cannot open shared object file"
+
+
+def test_a_launcher_ends_and_says_why(tmp_path: Path) -> None:
+    """It imports torch, and torch_npu, before it comes to the toolkit: the guide says so."""
+    environment = install_torch_npu(tmp_path, f"raise ImportError({WHY!r})")
+    launch = ["accelerate launch", "-m", "eagle.train.main", "--help"]
+    answer = command(*launch, code=1, **environment)
+    assert WHY in answer.error and "eagle" not in answer.out
+    autoload = ["Failed to load the backend extension: torch_npu"] if TORCH >= (2, 5) else []
+    assert all(words in answer.error for words in autoload), answer.error
+    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    if release(accelerate.__version__) >= (1, 15):
+        assert "usage: eagle.train.main" in command(*launch, **environment).out
+    else:
+        assert WHY in command(*launch, code=1, **environment).error
 
 
 def test_steps_3_and_4_and_an_evaluation(llama: Path, data: Path, tmp_path: Path) -> None:
