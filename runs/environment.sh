@@ -31,20 +31,23 @@ make_environment() {
 
 if [ "${EAGLE_ENV:-}" = current ]; then
     PYTHON="$(command -v python3 || command -v python)"
+    if "$PYTHON" -c "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)" 2>/dev/null; then
+        cure="pip list --format=freeze | grep -iE '^(torch|numpy|transformers|tokenizers)' > image.txt;"
+        cure+=" pip install -r requirements-container-vllm.txt -c image.txt (which keep the transformers that vLLM needs)."
+    else
+        cure="pip list --format=freeze | grep -iE '^(torch|numpy)' > image.txt;"
+        cure+=" pip install -r requirements-container.txt -c image.txt (with torch 2.1 to 2.4:"
+        cure+=" requirements-container-older.txt)."
+    fi
     for package in torch transformers accelerate safetensors numpy tqdm jinja2 psutil sentencepiece protobuf; do
         "$PYTHON" -c "import ${package/#protobuf/google.protobuf}" 2>/dev/null || {
             echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install what is missing beside the torch that is" \
-                "there (docs/ascend.md, which versions go together), or unset EAGLE_ENV:" \
-                "pip list --format=freeze | grep -iE '^(torch|numpy)' > image.txt;" \
-                "pip install -r requirements-container.txt -c image.txt (with torch 2.1 to 2.4:" \
-                "requirements-container-older.txt)." >&2
+                "there (docs/ascend.md, which versions go together), or unset EAGLE_ENV: $cure" >&2
             exit 2
         }
     done
     "$PYTHON" -c "import transformers.utils as u; raise SystemExit(not u.is_torch_available())" 2>/dev/null || {
-        echo "error: EAGLE_ENV=current, but $PYTHON's transformers does not work with its torch. With torch 2.1 to 2.4:" \
-            "pip list --format=freeze | grep -iE '^(torch|numpy)' > image.txt;" \
-            "pip install -r requirements-container-older.txt -c image.txt." >&2
+        echo "error: EAGLE_ENV=current, but $PYTHON's transformers does not work with its torch: $cure" >&2
         exit 2
     }
     for package in gguf matplotlib pytest hypothesis xdist; do

@@ -15,6 +15,7 @@ from tests.e2e.commands import ROOT
 #: command line it ends, as a killed one does.
 PYTHON = """#!/bin/bash
 case "$*" in *"${DIES:-nothing dies}"*) exit 9 ;; esac
+case "$*" in *find_spec*) [ -n "${HAS_VLLM:-}" ]; exit ;; esac
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     *" download "*) mkdir -p "$DESTINATION/wheel" && touch "$DESTINATION/wheel/vllm.whl" ;;
@@ -139,6 +140,18 @@ def test_what_a_container_lacks_is_named_with_its_list(checkout, missing):
     assert "requirements-container-older.txt" in result.stderr and "-c image.txt" in result.stderr
     assert ("no sentencepiece" in result.stderr) == (missing == "import sentencepiece")
     assert by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current").returncode == 0
+
+
+def test_a_container_with_vllm_is_told_to_keep_its_transformers(checkout):
+    result = by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current", DIES="import accelerate", HAS_VLLM="1")
+    assert result.returncode == 2 and "has no accelerate" in result.stderr
+    (listed,) = [
+        line[2:].strip()
+        for line in (ROOT / "requirements-container-vllm.txt").read_text(encoding="utf-8").splitlines()
+        if line.startswith("#     pip list")
+    ]
+    assert listed in result.stderr and "pip install -r requirements-container-vllm.txt -c image.txt" in result.stderr
+    assert "requirements-container.txt" not in result.stderr
 
 
 def test_the_gate_ends_where_the_oldest_packages_cannot_be_installed(checkout):
