@@ -20,7 +20,11 @@ import sys
 from pathlib import Path
 
 if sys.version_info < (3, 10):  # noqa: UP036  (images for cards still bring 3.9)
-    sys.exit(f"error: Python 3.10 or newer is needed; this is {sys.version.split()[0]}, {sys.executable}.")
+    why = f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}, {sys.executable}."
+    checkout, script = Path(__file__).resolve().parent.parent, Path((sys.argv or [""])[0])
+    if script.name == "-m" or (script.is_file() and script.resolve().parent in (checkout, checkout / "tools")):
+        sys.exit(f"error: {why}")
+    raise ImportError(why)
 
 from eagle.ascend import guard
 

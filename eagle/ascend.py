@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from eagle.versions import dotted, installed, release
+
 #: Whether torch loads the backends that are installed beside it, while it is imported itself.
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
@@ -52,11 +54,23 @@ def failure() -> str | None:
     except Exception as error:  # of any kind, by what is missing of CANN, of the driver, or of another torch
         sys.modules["torch_npu"] = None  # type: ignore[assignment]  # for every later import it is not there
         os.environ[AUTOLOAD] = "0"  # for processes that this one starts, whatever they run
+        said = f"{' '.join(str(error).split())}."
+        if (pair := wrong_pair(installed("torch_npu"), installed("torch"))) is not None:
+            return f"{said} It {pair[0]}: {pair[1]}."
         return (
-            f"{' '.join(str(error).split())}. In this shell run 'source {set_env_script()}' (or that of wherever CANN "
-            "is), and see that npu-smi info shows the cards."
+            f"{said} In this shell run 'source {set_env_script()}' (or that of wherever CANN is), and see that npu-smi "
+            "info shows the cards."
         )
     return None
+
+
+def wrong_pair(torch_npu: str | None, torch: str | None) -> tuple[str, str] | None:
+    """What is wrong with these versions, and the cure; None where they belong together, or one is not known."""
+    if not torch_npu or not torch or release(torch_npu) == release(torch):
+        return None
+    made_for, is_there = dotted(release(torch_npu)), dotted(release(torch))
+    what = f"is torch_npu {torch_npu}, which is made for another torch than {torch}"
+    return what, f"pip install torch_npu=={is_there}, or torch=={made_for}"
 
 
 def is_installed() -> bool:

@@ -34,7 +34,8 @@ VISIBILITY_VARIABLE = {"npu": ascend.VISIBLE, "cuda": "CUDA_VISIBLE_DEVICES"}
 #: Has CUDA number the cards as nvidia-smi does; by itself it puts the fastest first.
 CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
-#: A card as people name it: the number that npu-smi or nvidia-smi shows, or on CUDA a UUID (`is_uuid`).
+#: A card as people name it: the number that npu-smi or nvidia-smi shows (of NPUs in a container, counted from 0), or on
+#: CUDA a UUID (`is_uuid`).
 Card = int | str
 
 _UUID = re.compile(r"(GPU|MIG|MIG-GPU)-[0-9A-Za-z][0-9A-Za-z-]*(/[0-9]+/[0-9]+)?")
@@ -152,14 +153,18 @@ def is_mig(card: Card) -> bool:
 def check_indices(kind: str, cards: Sequence[Card], flag: str = "--npu_indices") -> None:
     """Refuse cards that do not exist or that the surrounding environment hides.
 
-    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show; UUIDs are CUDA's. Where the visibility variable is already
-    set (a scheduler gave us some of the cards), they must be among those.
+    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show (of NPUs in a container: from 0); UUIDs are CUDA's. Where the
+    visibility variable is already set (a scheduler gave us some of the cards), they must be among those.
 
     Raises: RequestError.
     """
     uuids = [card for card in cards if isinstance(card, str)]
     if uuids and kind != "cuda":
-        expected = "the numbers that npu-smi shows" if kind == "npu" else "numbers, which count worker processes"
+        expected = (
+            "numbers as npu-smi has them (in a container from 0)"
+            if kind == "npu"
+            else "numbers, which count worker processes"
+        )
         raise RequestError(
             f"{flag} names {', '.join(uuids)}, which is the UUID of a CUDA card, but the job runs on the {kind}: "
             f"expected {expected}, e.g. 0,1."

@@ -52,10 +52,8 @@ def gather(kind: str) -> list[Fact]:
     """All facts about the work on that kind of device, in the order in which one builds on the other."""
     torch, failure = device_facts.installed("torch"), ascend.failure() if kind == "npu" else None
     facts = [device_facts.python_fact()]
-    facts += [
-        device_facts.package_fact(name, device_facts.installed(name), torch)
-        for name in ("torch", "transformers", "accelerate")
-    ]
+    facts += [device_facts.package_fact(name, device_facts.installed(name), torch) for name in device_facts.OLDEST]
+    facts += device_facts.other_facts()
     libraries, needed, cards, torch_failure = ask_torch(kind)
     said = {fact.name for fact in facts if fact.status == MISSING}
     if torch_failure and "torch" not in said:

@@ -14,15 +14,20 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from eagle import ascend
+from eagle.versions import dotted, installed, release
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 
 #: The oldest that the code runs from.
 OLDEST = {"torch": (2, 1), "transformers": (4, 45), "accelerate": (0, 34)}
+
+#: What else is needed, with the oldest where that matters.
+OTHERS: dict[str, tuple[int, ...]] = {
+    "safetensors": (), "numpy": (), "tqdm": (), "jinja2": (3, 1), "psutil": (), "sentencepiece": (), "protobuf": (),
+}  # fmt: skip
 
 #: The first transformers that leaves an older torch alone, and the torch that it asks for.
 NEW_TRANSFORMERS, ITS_TORCH = (5, 16), (2, 5)
@@ -63,24 +68,6 @@ class Fact:
     cure: str = ""
 
 
-def release(version: str) -> tuple[int, ...]:
-    """'2.5.1.post1+cpu' -> (2, 5, 1)."""
-    leading = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in leading[0].split(".")) if leading else ()
-
-
-def installed(package: str) -> str | None:
-    """Its version; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
-
-
 def python_fact() -> Fact:
     return Fact(OK, "python", f"{platform.python_version()}, {sys.executable}")  # an older one cannot read this file
 
@@ -100,20 +87,36 @@ def package_fact(name: str, version: str | None, torch_version: str | None) -> F
     return Fact(OK, name, version)
 
 
+def other_facts() -> list[Fact]:
+    """The other packages: one line for all that are there, one for each that is not."""
+    found = {name: installed(name) for name in OTHERS}
+    there = {name: version for name, version in found.items() if version and release(version)[:2] >= OTHERS[name]}
+    facts = [Fact(OK, "other packages", ", ".join(f"{name} {version}" for name, version in there.items()))]
+    for name in [name for name in OTHERS if name not in there]:
+        needed = f">={dotted(OTHERS[name])}" if OTHERS[name] else ""
+        says = f"{found[name]}; {dotted(OTHERS[name])} or newer is needed" if found[name] else "not installed"
+        facts.append(Fact(MISSING, name, says, f"pip install '{name}{needed}'"))
+    return facts if there else facts[1:]
+
+
 def torch_npu_fact(version: str | None, torch_version: str | None, failure: str | None) -> Fact:
     """failure: what importing it said; see `ascend.failure`."""
     name = "torch_npu"
     if version is None and not ascend.is_installed() and failure is None:
         cure = f"pip install torch_npu=={dotted(release(torch_version))}" if torch_version else "install torch first"
         return Fact(MISSING, name, "not installed", cure)
-    if version and torch_version and release(version) != release(torch_version):
-        cure = f"pip install torch_npu=={dotted(release(torch_version))}, or torch=={dotted(release(version))}"
-        return Fact(MISSING, name, f"{version}, which is made for another torch than {torch_version}", cure)
+    if (pair := ascend.wrong_pair(version, torch_version)) is not None:
+        return Fact(MISSING, name, pair[0].removeprefix("is torch_npu "), pair[1])
     if failure is not None:
         why, _, cure = failure.partition(". In this shell ")
         return Fact(MISSING, name, f"{version or ''} cannot be imported: {why}".strip(), cure)
-    cann = CANN_OF.get(version or "")
+    cann = published_for(version)
     return Fact(OK, name, (version or "without a version") + (f", published for CANN {cann}" if cann else ""))
+
+
+def published_for(torch_npu: str | None) -> str | None:
+    """The CANN for a torch_npu's version, of which '.dev20250528' and '+gitb1c2d3' do not count; None where unknown."""
+    return CANN_OF.get(re.sub(r"(\.dev|\+).*", "", torch_npu or ""))
 
 
 def cann_home(environment: Mapping[str, str] = os.environ) -> Path | None:
@@ -144,12 +147,13 @@ def cann_facts(torch_npu: str | None, environment: Mapping[str, str] = os.enviro
         return [
             Fact(MISSING, "CANN", "not found", "install CANN's toolkit and kernels, or take an image that has them")
         ]
-    version, expected = cann_version(home), CANN_OF.get(torch_npu or "")
+    version, expected = cann_version(home), published_for(torch_npu)
     fact = Fact(OK, "CANN", f"{version or 'of an unknown version'}, {home}")
     if version and expected and not version.startswith(expected):
         fact = Fact(NOTE, "CANN", f"{version}, {home}; torch_npu {torch_npu} is published for {expected}")
-    libraries = environment.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    if any("ascend" in folder.lower() or folder.startswith(str(home)) for folder in libraries if folder):
+    libraries = [Path(folder) for folder in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    # Of CANN, not of the driver beside it, which images name by themselves.
+    if any(folder.is_relative_to(home) or folder.resolve().is_relative_to(home.resolve()) for folder in libraries):
         return [fact, Fact(OK, "set_env.sh", "sourced")]
     # Without it importing torch_npu fails, unless the system finds the libraries by itself: that line says so.
     return [fact, Fact(NOTE, "set_env.sh", "not sourced in this shell", f"source {ascend.set_env_script()}")]

@@ -1,17 +1,10 @@
-"""The releases of packages, and what older ones of torch need to do the same work."""
+"""The release of torch, and what older ones need to do the same work."""
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-
-def release(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: (2, 1, 0) of 2.1.0.post3 and of 2.1.0+cpu."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
-
+from eagle.versions import release
 
 TORCH = release(torch.__version__)
 

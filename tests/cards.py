@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 #: What children of the tests inherit too.
@@ -35,15 +36,17 @@ def shown(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return kept | json.loads(os.environ[BEFORE])
 
 
-def install_torch_npu(folder: Path, source: str) -> dict[str, str]:
-    """Put a torch_npu there that torch loads by itself, as it does from 2.5 on.
+def install_torch_npu(
+    folder: Path, source: str, version: str = metadata.version("torch").partition("+")[0]
+) -> dict[str, str]:
+    """Put a torch_npu there, by default one for this torch, which loads it by itself from 2.5 on.
 
     Returns the environment of a process that is to find it.
     """
     (folder / "torch_npu").mkdir()
     (folder / "torch_npu" / "__init__.py").write_text(source)
-    info = folder / "torch_npu-2.5.1.dist-info"
+    info = folder / f"torch_npu-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.5.1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n")
     (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
     return shown() | {"PYTHONPATH": str(folder), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}

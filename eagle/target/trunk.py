@@ -14,9 +14,10 @@ import torch
 from eagle.device import VISIBILITY_VARIABLE, free_memory, weight_memory
 from eagle.dtypes import check_computes
 from eagle.errors import RequestError
-from eagle.releases import TORCH, release
+from eagle.releases import TORCH
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
+from eagle.versions import release
 
 
 def check_packages() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import accelerate
 
-from eagle.releases import TORCH, release
+from eagle.releases import TORCH
+from eagle.versions import release
 from tests.cards import install_torch_npu
 from tests.e2e.commands import Answer, command
 

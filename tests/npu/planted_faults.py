@@ -109,7 +109,7 @@ FAULTS = [
     Fault("validation-added-in-float64", "eagle/train/validation.py", "torch.stack(losses).cpu().double()",
           "torch.stack(losses).double()", TRAINING),
     Fault("validation-reduced-in-float64", "eagle/train/validation.py",
-          'exact = torch.float32 if accelerator.device.type == "npu" else torch.float64', "exact = torch.float64",
+          "exact = torch.float64 if has_float64(accelerator.device) else torch.float32", "exact = torch.float64",
           PAIR),
     Fault("shards-of-the-host", "eagle/train/sharding.py", "init_device_mesh(accelerator.device.type,",
           'init_device_mesh("cpu",', SHARED),

@@ -67,6 +67,16 @@ def test_the_guard(tmp_path, source, expected):
     assert done.stdout.strip().endswith("1 True" if expected.endswith("1 True") else "0 True")
 
 
+def test_a_torch_npu_for_another_torch_is_said_to_be_one(tmp_path):
+    environment = install_torch_npu(tmp_path, "raise ImportError('undefined symbol: _ZN2at')", version="1.11.0.post3")
+    words = [sys.executable, "-c", STATE, ROOT]
+    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(
+        "False undefined symbol: _ZN2at. It is torch_npu 1.11.0.post3, which is made for another torch"
+    )
+    assert "torch==1.11.0" in said and "source" not in said
+
+
 def test_without_torch_npu_nothing_is_imported():
     done = subprocess.run(
         [sys.executable, "-c", STATE, ROOT], env=os.environ, capture_output=True, text=True, check=True

@@ -32,6 +32,20 @@ def test_packages(name, version, with_torch, status, says):
     assert fact.status == status and says in fact.found and bool(fact.cure) == (status == MISSING)
 
 
+def test_all_packages_that_are_needed_are_asked_for(monkeypatch, capsys):
+    assert not [fact for fact in device_facts.other_facts() if fact.status == MISSING]
+    found = {"psutil": None, "jinja2": "3.0.3"}
+    monkeypatch.setattr(device_facts, "installed", lambda name: found.get(name, "99"))
+    there, *missing = device_facts.other_facts()
+    assert there.found == "safetensors 99, numpy 99, tqdm 99, sentencepiece 99, protobuf 99"
+    assert missing == [
+        Fact(MISSING, "jinja2", "3.0.3; 3.1 or newer is needed", "pip install 'jinja2>=3.1'"),
+        Fact(MISSING, "psutil", "not installed", "pip install 'psutil'"),
+    ]
+    assert device_check.main(["--device", "cpu"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("missing: jinja2, psutil.")
+
+
 def test_a_containers_torch_is_not_replaced():
     cures = [device_facts.package_fact("transformers", None, torch).cure for torch in ("2.1.0", "2.6.0+cpu", None)]
     assert cures == [
@@ -45,6 +59,8 @@ def test_a_containers_torch_is_not_replaced():
     [
         (None, "2.5.1+cpu", None, MISSING, "not installed", "pip install torch_npu==2.5.1"),
         ("2.5.1.post1", "2.5.1+cpu", None, OK, "2.5.1.post1, published for CANN 8.2.RC1", ""),
+        ("2.5.1.post1.dev20250528", "2.5.1+cpu", None, OK, "published for CANN 8.2.RC1", ""),
+        ("2.5.1+git1a2b3c4", "2.5.1+cpu", None, OK, "published for CANN 8.1.RC1", ""),
         ("2.1.0.post3", "2.5.1", None, MISSING, "another torch than 2.5.1", "torch_npu==2.5.1, or torch==2.1.0"),
         ("2.5.1", "2.5.1", "libhccl.so: no. In this shell run 'source x'", MISSING, "libhccl.so: no", "run 'source x'"),
     ],
@@ -69,6 +85,8 @@ def test_cann(cann, monkeypatch):
     assert device_facts.cann_facts("2.5.1.post1", sourced) == [
         Fact(OK, "CANN", f"8.2.RC1, {cann}"), Fact(OK, "set_env.sh", "sourced")
     ]  # fmt: skip
+    drivers = {"ASCEND_HOME_PATH": str(cann), "LD_LIBRARY_PATH": "/usr/local/Ascend/driver/lib64:/usr/local/lib"}
+    assert device_facts.cann_facts("2.5.1.post1", drivers)[1].status == NOTE, "images name the driver's by themselves"
     other, script = device_facts.cann_facts("2.1.0", {"ASCEND_HOME_PATH": str(cann), "LD_LIBRARY_PATH": ""})
     assert other.status == NOTE and "torch_npu 2.1.0 is published for 7.0.0" in other.found
     assert script.status == NOTE and script.cure.startswith("source /")
@@ -196,10 +214,16 @@ def test_without_torch():
 
 
 def test_an_older_python_is_said_to_be_one():
-    old = "import sys; sys.version_info = (3, 9, 18); import eagle"
-    done = subprocess.run([sys.executable, "-S", "-c", old], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: Python 3.10 or newer is needed; this is ")
-    assert "Traceback" not in done.stderr
+    def run(argv: str, code: str = "import eagle") -> subprocess.CompletedProcess:
+        old = f"import sys; sys.version_info = (3, 9, 18); sys.argv = [{argv!r}]\n{code}"
+        return subprocess.run([sys.executable, "-S", "-c", old], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    for command in ("-m", "allocation.py", "tools/write_flags.py"):
+        done = run(command)
+        assert done.returncode == 1 and done.stderr.startswith("error: Python 3.10 or newer is needed; this is ")
+        assert "Traceback" not in done.stderr
+    guarded = "import contextlib\nwith contextlib.suppress(ImportError): import eagle\nprint('goes on')"
+    assert run("another_program.py", guarded).stdout == "goes on\n", "another program's import is not its end"
 
 
 def test_where_cann_was_not_sourced(tmp_path):
@@ -207,4 +231,8 @@ def test_where_cann_was_not_sourced(tmp_path):
     done = python(**{**dict.fromkeys(HIDDEN, ""), **environment})
     said = " ".join(done.stdout.split())
     assert done.returncode == 1 and not done.stderr
-    assert "missing torch_npu 2.5.1" in said and "The work cannot run on npu; missing: torch_npu, " in said
+    assert (
+        "missing torch_npu" in said
+        and "libhccl.so: cannot open" in said
+        and "The work cannot run on npu; missing: torch_npu, " in said
+    )

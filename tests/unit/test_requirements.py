@@ -10,7 +10,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from eagle.device_facts import OLDEST, OTHERS
 from eagle.train.options import TRACKERS
+from eagle.versions import dotted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +43,12 @@ def lowest(requirement: Requirement) -> Version:
 
 
 DEPENDENCIES, EXTRAS = parse(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
+
+
+def test_the_check_of_a_machine_asks_for_all_of_them():
+    asked = OLDEST | OTHERS
+    assert list(asked) == list(DEPENDENCIES)
+    assert all(Version(dotted(asked[name]) or "0") == lowest(DEPENDENCIES[name]) for name in asked)
 
 
 def test_tested_versions_are_allowed_ones():

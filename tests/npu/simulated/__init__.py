@@ -22,6 +22,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from eagle.versions import release
 from tests.cards import HIDDEN
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +52,7 @@ def library() -> Path:
     """
     import torch
 
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
+    if release(torch.__version__) < (2, 7):
         raise NotHere(f"the simulated NPU needs torch 2.7 or newer; this is {torch.__version__}")
     built = _folder() / "simulated_npu.so"
     if built.exists():
