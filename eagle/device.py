@@ -153,8 +153,8 @@ def is_mig(card: Card) -> bool:
 def check_indices(kind: str, cards: Sequence[Card], flag: str = "--npu_indices") -> None:
     """Refuse cards that do not exist or that the surrounding environment hides.
 
-    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show (of NPUs in a container: from 0); UUIDs are CUDA's. Where the
-    visibility variable is already set (a scheduler gave us some of the cards), they must be among those.
+    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show (of NPUs in a container: from 0); UUIDs are CUDA's. Where
+    the visibility variable is already set (a scheduler gave us some of the cards), they must be among those.
 
     Raises: RequestError.
     """
