@@ -1,4 +1,5 @@
-"""The simulated device for every test here, or a skip that says why there is none (a failure with NEED_SIMULATED_NPU); targets, data, stores and runs."""
+"""The simulated device for every test here, or a skip that says why there is none (with NEED_SIMULATED_NPU a failure);
+targets, data, stores and runs."""
 
 from __future__ import annotations
 
