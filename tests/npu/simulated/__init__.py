@@ -8,9 +8,9 @@ uint8, matrix factorisations, `repeat_interleave` of 2^22 elements and more, `en
 index, a visibility list that does not ascend, and in HCCL float64. A copy to page-locked memory holds NaN until its
 stream is waited for; a thread has no card until it sets one; of equal values `topk` gives the last.
 
-What it cannot show: other gaps in kernels, numerics, races on the card, its memory, errors of the driver. All but copies
-to page-locked memory is done when it is asked for, so it is not noticed when page-locked memory is written again before
-the card has read it, nor when a stream does not wait for another.
+What it cannot show: other gaps in kernels, numerics, races on the card, its memory, errors of the driver. All but
+copies to page-locked memory is done when it is asked for, so it is not noticed when page-locked memory is written again
+before the card has read it, nor when a stream does not wait for another.
 """
 
 from __future__ import annotations
