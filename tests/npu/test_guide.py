@@ -79,7 +79,7 @@ def test_from_the_container_to_a_served_draft(tmp_path: Path) -> None:
 
 def test_70b_and_several_machines(tmp_path: Path) -> None:
     shell = typist(tmp_path)
-    target(tmp_path, "llama-2-70b-chat", "llama_2_chat_70B_config.json", layers=8)
+    target(tmp_path, "llama-2-70b-chat", "llama_2_chat_70B_config.json", layers=4)
     said = type_all(shell, GUIDE[HALF:])
 
     assert workers(said) == [2, 1, 1]
