@@ -9,7 +9,7 @@ cd "$root"
 export TOKENIZERS_PARALLELISM=false
 source "$root/runs/own_folder.sh"
 
-# make_environment FOLDER REQUIREMENTS: a virtual environment with these packages, made once per requirements file.
+# make_environment FOLDER REQUIREMENTS [PYTHON]: a virtual environment with these packages, made once per requirements file.
 # A folder that was not made here is left alone.
 make_environment() {
     local folder="$1" requirements="$2" base wanted
@@ -17,7 +17,7 @@ make_environment() {
     if [ "$(cat "$folder/installed.txt" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    base="$(command -v python3 || command -v python)"
+    base="${3:-$(command -v python3 || command -v python)}"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: $base is $("$base" --version); Python 3.10 or newer is needed." >&2
         exit 2
@@ -50,7 +50,7 @@ if [ "${EAGLE_ENV:-}" = current ]; then
         echo "error: EAGLE_ENV=current, but $PYTHON's transformers does not work with its torch: $cure" >&2
         exit 2
     }
-    for package in gguf matplotlib pytest hypothesis xdist; do
+    for package in gguf matplotlib pytest hypothesis xdist ninja; do
         "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "${package/#xdist/pytest-xdist}"
     done
 elif [ -n "${EAGLE_ENV:-}" ]; then

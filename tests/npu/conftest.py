@@ -1,4 +1,5 @@
-"""The simulated device for every test here, or a skip that says why there is none; targets, data, stores and runs."""
+"""The simulated device for every test here, or a skip that says why there is none (with NEED_SIMULATED_NPU a failure);
+targets, data, stores and runs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 
 from eagle.drafts.families import DRAFT_FAMILIES
 from tests.npu.commands import GUIDE, of_family, on_npu
-from tests.npu.simulated import NotHere, environment, library
+from tests.npu.simulated import NotHere, library
 from tests.tiny import conversations, make_target, write_sharegpt
 
 RECORDS = 24
@@ -28,13 +29,9 @@ def device() -> Path:
     try:
         return library()
     except NotHere as why:
+        if os.environ.get("NEED_SIMULATED_NPU"):
+            pytest.fail(f"NEED_SIMULATED_NPU is set, but {why}")
         pytest.skip(str(why))
-
-
-@pytest.fixture(scope="session")
-def npu(device: Path) -> Callable[..., dict[str, str]]:
-    """The environment of a child process that sees simulated cards: see `simulated.environment`."""
-    return environment
 
 
 @pytest.fixture(scope="session")

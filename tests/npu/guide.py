@@ -10,12 +10,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from eagle.files import ROOT
 from tests.npu import stand_ins
 from tests.tiny import conversations, make_target, write_sharegpt
 
 #: Seconds that a block may take.
 PATIENCE = 600
+#: Conversations in the guide's data: two for each of eight workers.
+COUNT = 16
 
 
 class Typist:
@@ -87,8 +92,21 @@ def target(work: Path, name: str, config: str, family: str = "llama", **more: ob
     (work / "configs" / config).write_text(json.dumps(shapes))
 
 
-def data(work: Path, count: int = 40) -> None:
-    write_sharegpt(work / "sharegpt.json", conversations(count, turns=1))
+def served(work: Path) -> None:
+    """What the guide serves, as far as the stand-ins look at it: a base model, and a draft in both layouts."""
+    folders = {
+        "llama-2-7b-chat": ({}, ["model.norm.weight"]),
+        "checkpoints-vllm/v1": ({"architectures": ["LlamaForCausalLM"]}, ["model.fc.weight"]),
+        "checkpoints-vllm/v0": ({"model_type": "eagle", "model": {}}, ["lm_head.weight", "embed_tokens.weight"]),
+    }
+    for name, (config, tensors) in folders.items():
+        (work / name).mkdir(parents=True)
+        (work / name / "config.json").write_text(json.dumps(config))
+        save_file({tensor: torch.zeros(1) for tensor in tensors}, work / name / "model.safetensors")
+
+
+def data(work: Path) -> None:
+    write_sharegpt(work / "sharegpt.json", conversations(COUNT, turns=1))
     (work / "alpaca.json").write_text(json.dumps([{"instruction": "Say hello.", "input": "", "output": "Hello."}]))
     chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
     (work / "chats.jsonl").write_text(json.dumps(chat) + "\n")

@@ -18,6 +18,9 @@ from eagle.entry import run
 
 def main(module: str, file: Path) -> None:
     guard()
+    from eagle.decode import recommendation
+
+    recommendation._SECONDS, recommendation._LEAST_ROUNDS = 0.0, 1  # what a pass takes is not asked here
     command = importlib.import_module(module).main
     said = []
     for words in json.loads(file.read_text()):

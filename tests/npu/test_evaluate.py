@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eagle.decode import evaluate
+from eagle.decode import evaluate, recommendation
 from eagle.decode.drafter import MODES
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import BEST, resolve_pointer, save_draft
@@ -20,6 +20,8 @@ from tests.e2e.conftest import draft_of
 from tests.npu.commands import on_npu, processes, several
 
 QUICK = ["--max_new_tokens", 12, "--num_prompts", 2, "--num_turns", 1, "--dtype", "float32"]
+
+TARGETS = ["llama", "qwen"]
 
 Runs = Callable[[str, str], Path]
 
@@ -32,9 +34,20 @@ def nodes(mode: str) -> list[object]:
     return ["--mode", mode, "--num_draft_tokens", 3 if mode == "chain" else 9]
 
 
-def test_every_mode(family: str, runs: Runs, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def base(target: str, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_mode(
+    target: str, family: str, base: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Greedy, on one card and spread over two, and sampled."""
-    common = ["--base-path", llama, "--draft-path", runs("llama", family), *QUICK]
+    monkeypatch.setattr(recommendation, "_SECONDS", 0.0)
+    monkeypatch.setattr(recommendation, "_LEAST_ROUNDS", 1)
+    common = ["--base-path", base, "--draft-path", runs(target, family), *QUICK]
     lines = {}
     for mode in MODES:
         lines[mode, "greedy"] = nodes(mode)
@@ -81,11 +94,15 @@ def test_an_untrained_draft_of_qwen2_in_bfloat16(qwen: Path, tmp_path: Path) -> 
     assert list(process.cards) == [5] and process.cards[5]["kernels"] > 1000
 
 
-def test_both_layouts_are_exported_and_checked(family: str, runs: Runs, llama: Path, tmp_path: Path) -> None:
-    run = runs("llama", family)
+@pytest.mark.parametrize("target", TARGETS)
+def test_both_layouts_are_exported_and_checked(
+    target: str, family: str, base: Path, runs: Runs, tmp_path: Path
+) -> None:
+    run = runs(target, family)
+    weights = "model.safetensors" if target == "llama" else "model.safetensors.index.json"
     answer = on_npu(
-        "convert_eagle_ckpt_to_vllm_compatible.py", "--base-path", llama, "--draft-path", run, "--base-weight-name",
-        "model.safetensors", "--draft-weight-name", "model.safetensors", "--output-path", tmp_path / "out",
+        "convert_eagle_ckpt_to_vllm_compatible.py", "--base-path", base, "--draft-path", run, "--base-weight-name",
+        weights, "--draft-weight-name", "model.safetensors", "--output-path", tmp_path / "out",
         "--layout", "both",
     )  # fmt: skip
     assert answer.out.count("checked") == 2

@@ -142,7 +142,7 @@ def test_the_solution_is_in_the_memory_of_what_is_given():
 
 
 #: The threads that torch has before and after a solution, and how many others than the first worked at it: what each
-#: has run is counted in nanoseconds.
+#: has run is counted in nanoseconds. The best of a few, since on a busy machine one thread may have done most of it.
 THREADS = """
 from pathlib import Path
 import os
@@ -153,12 +153,17 @@ def worked():
     tasks = Path("/proc/self/task").iterdir()
     return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
 
-xx, xy = 2 * torch.eye(1024, dtype=torch.float64), torch.ones(1024, 512, dtype=torch.float64)
-before, own = worked(), torch.get_num_threads()
-solve(xx, xy)
-took = {task: after - before.get(task, 0) for task, after in worked().items()}
-first = took.pop(os.getpid())
-print(own, torch.get_num_threads(), sum(other > first / 20 for other in took.values()))
+def others():
+    xx, xy = 2 * torch.eye(1024, dtype=torch.float64), torch.ones(1024, 512, dtype=torch.float64)
+    before = worked()
+    solve(xx, xy)
+    took = {task: after - before.get(task, 0) for task, after in worked().items()}
+    first = took.pop(os.getpid())
+    return sum(other > first / 20 for other in took.values())
+
+own = torch.get_num_threads()
+most = max(others() for _ in range(5))
+print(own, torch.get_num_threads(), most)
 """
 
 

@@ -35,6 +35,38 @@ def _() -> None:
     assert torch.equal(host, FLOATS)
 
 
+@check("of copies on several streams and cards those are there that were waited for")
+def _() -> None:
+    def copied(card: str) -> torch.Tensor:
+        host = torch.empty(4, 6, pin_memory=True)
+        return host.copy_(FLOATS.to(card), non_blocking=True)
+
+    side = npu().Stream(torch.device("npu:0"))
+    with npu().stream(side):
+        first = copied("npu:0")
+        after_first = _event()
+        second = copied("npu:0")
+    default, other = copied("npu:0"), copied("npu:1")
+    hosts = [first, second, default, other]
+
+    def there() -> list[bool]:
+        return [not bool(host.isnan().all()) for host in hosts]
+
+    assert there() == [False] * 4
+    FLOATS.to("npu:0").cpu()  # waits for its own stream
+    assert there() == [False, False, True, False]
+    with ThreadPoolExecutor(1, initializer=npu().set_device, initargs=(1,)) as pool:
+        pool.submit(FLOATS.to("npu:1")[0, 0].item).result()
+    assert there() == [False, False, True, True]
+    npu().current_stream().wait_event(after_first)
+    npu().current_stream().synchronize()
+    assert there() == [True, False, True, True]
+    npu().synchronize("npu:1")
+    assert not there()[1]
+    side.synchronize()
+    assert all(there()) and all(torch.equal(host, FLOATS) for host in hosts)
+
+
 def _event() -> Any:
     event = npu().Event()
     event.record()

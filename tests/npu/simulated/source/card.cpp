@@ -23,8 +23,48 @@ namespace {
 const std::thread::id main_thread = std::this_thread::get_id();
 thread_local c10::DeviceIndex card_of_thread = -1;
 
-std::mutex copies_lock;
-std::vector<std::function<void()>> copies;
+thread_local c10::StreamId stream_of_thread[MAX_CARDS] = {};
+
+// How far streams of cards have to have come: to the copies with numbers up to these.
+using Streams = std::map<std::pair<c10::DeviceIndex, c10::StreamId>, int64_t>;
+
+struct Copy {
+  c10::DeviceIndex card;
+  c10::StreamId stream;
+  int64_t number;
+  std::function<void()> make;
+};
+
+// Kept to the end of the process, as whatever tensors may be destroyed after.
+auto& copies_lock = *new std::mutex;
+auto& copies = *new std::vector<Copy>;
+auto& waited_for = *new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Streams>;
+int64_t copies_asked_for = 0;
+
+void add(Streams& streams, const Streams& more) {
+  for (const auto& [stream, number] : more) streams[stream] = std::max(streams[stream], number);
+}
+
+// With copies_lock held.
+Streams reached_by(c10::DeviceIndex card, c10::StreamId stream) {
+  Streams reached = waited_for[{card, stream}];
+  reached[{card, stream}] = copies_asked_for;
+  return reached;
+}
+
+// With copies_lock held: who comes while another thread makes them waits for that one. What is returned holds tensors of
+// Python and is to be destroyed without the lock.
+std::vector<Copy> finish(const Streams& streams) {
+  std::vector<Copy> made, left;
+  for (auto& copy : copies) {
+    const auto reached = streams.find({copy.card, copy.stream});
+    const bool wanted = reached != streams.end() && copy.number <= reached->second;
+    if (wanted) copy.make();
+    (wanted ? made : left).push_back(std::move(copy));
+  }
+  copies = std::move(left);
+  return made;
+}
 
 void check_card(c10::DeviceIndex index) {
   TORCH_CHECK(index >= 0 && index < card_count, "simulated npu: invalid device ID ", int(index), ", this process sees ",
@@ -51,16 +91,30 @@ void set_card(c10::DeviceIndex index) {
   card_of_thread = index;
 }
 
-void defer(std::function<void()> copy) {
+c10::StreamId current_stream(c10::DeviceIndex card) { return stream_of_thread[card]; }
+
+void defer(c10::DeviceIndex card, std::function<void()> copy) {
   std::lock_guard<std::mutex> guard(copies_lock);
-  copies.push_back(std::move(copy));
+  copies.push_back({card, current_stream(card), ++copies_asked_for, std::move(copy)});
 }
 
-// Who comes while another thread makes them waits for that one.
-void finish_copies() {
+void finish_copies(c10::DeviceIndex card, c10::StreamId stream) {
+  std::vector<Copy> made;
   std::lock_guard<std::mutex> guard(copies_lock);
-  for (const auto& copy : copies) copy();
-  copies.clear();
+  made = finish(reached_by(card, stream));
+}
+
+void finish_copies(c10::DeviceIndex card) {
+  std::vector<Copy> made;
+  std::lock_guard<std::mutex> guard(copies_lock);
+  Streams all;
+  for (const auto& [stream, streams] : waited_for) {
+    if (stream.first == card) add(all, streams);
+  }
+  for (const auto& copy : copies) {
+    if (copy.card == card) all[{card, copy.stream}] = copies_asked_for;
+  }
+  made = finish(all);
 }
 
 namespace {
@@ -104,8 +158,8 @@ CardAllocator card_allocator;
 REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &card_allocator);
 
 // Page-locked host memory: ordinary memory that is written down.
-std::mutex pinned_lock;
-std::map<const char*, size_t> pinned;
+auto& pinned_lock = *new std::mutex;  // kept to the end, as tensors may be destroyed after
+auto& pinned = *new std::map<const char*, size_t>;
 
 bool is_pinned(const void* data) {
   std::lock_guard<std::mutex> guard(pinned_lock);
@@ -197,8 +251,12 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
-// Everything is done when it is asked for; streams and events are names and times.
-thread_local c10::StreamId stream_of_thread[MAX_CARDS] = {};
+// But for copies to page-locked memory everything is done when it is asked for.
+struct Event {
+  std::chrono::steady_clock::time_point time;
+  Streams reached;
+};
+
 std::atomic<c10::StreamId> streams_made{0};
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -220,7 +278,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return c10::Stream(c10::Stream::UNSAFE, device.has_index() ? device : getDevice(), id);
   }
   c10::Stream getStream(c10::Device device) const override {
-    return stream(device, stream_of_thread[device.has_index() ? device.index() : current_card()]);
+    return stream(device, current_stream(device.has_index() ? device.index() : current_card()));
   }
   c10::Stream getDefaultStream(c10::Device device) const override { return stream(device, 0); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
@@ -230,25 +288,38 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     stream_of_thread[next.device_index()] = next.id();
     return before;
   }
-  static void wait() {
+  bool queryStream(const c10::Stream& stream) const override { return synchronizeStream(stream), true; }
+  void synchronizeStream(const c10::Stream& stream) const override {
     current_card();  // this thread has one
-    finish_copies();
+    finish_copies(stream.device_index(), stream.id());
   }
-  bool queryStream(const c10::Stream&) const override { return wait(), true; }
-  void synchronizeStream(const c10::Stream&) const override { wait(); }
-  void synchronizeDevice(const c10::DeviceIndex) const override { wait(); }
+  void synchronizeDevice(const c10::DeviceIndex card) const override {
+    const auto own = current_card();
+    finish_copies(card < 0 ? own : card);
+  }
 
-  using Time = std::chrono::steady_clock::time_point;
-  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
-    if (*event == nullptr) *event = new Time;
-    *static_cast<Time*>(*event) = std::chrono::steady_clock::now();
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (*event == nullptr) *event = new Event;
+    std::lock_guard<std::mutex> guard(copies_lock);
+    *static_cast<Event*>(*event) = {std::chrono::steady_clock::now(), reached_by(stream.device_index(), stream.id())};
   }
-  void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return wait(), true; }
-  void synchronizeEvent(void*) const override { wait(); }
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Time*>(event); }
+  void block(void* event, const c10::Stream& stream) const override {
+    if (event == nullptr) return;  // never recorded
+    std::lock_guard<std::mutex> guard(copies_lock);
+    add(waited_for[{stream.device_index(), stream.id()}], static_cast<Event*>(event)->reached);
+  }
+  bool queryEvent(void* event) const override { return synchronizeEvent(event), true; }
+  void synchronizeEvent(void* event) const override {
+    current_card();  // this thread has one
+    if (event == nullptr) return;
+    std::vector<Copy> made;
+    std::lock_guard<std::mutex> guard(copies_lock);
+    made = finish(static_cast<Event*>(event)->reached);
+  }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   double elapsedTime(void* first, void* second, const c10::DeviceIndex) const override {
-    return std::chrono::duration<double, std::milli>(*static_cast<Time*>(second) - *static_cast<Time*>(first)).count();
+    const auto passed = static_cast<Event*>(second)->time - static_cast<Event*>(first)->time;
+    return std::chrono::duration<double, std::milli>(passed).count();
   }
 };
 
@@ -281,7 +352,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("start", &start);
   module.def("current_card", &current_card);
   module.def("set_card", &set_card);
-  module.def("finish_copies", &finish_copies);
+  module.def("finish_copies", [](int card) {
+    const pybind11::gil_scoped_release waiting;
+    finish_copies(c10::DeviceIndex(card));
+  });
   module.def("counters", [](int card) {
     return std::map<std::string, int64_t>{{"kernels", cards[card].kernels},
                                           {"allocated", cards[card].allocated},

@@ -28,9 +28,14 @@ c10::DeviceIndex current_card();
 c10::DeviceIndex current_card_or_none();
 void set_card(c10::DeviceIndex index);
 
-// Copies to page-locked memory that were asked for and not waited for yet. The host's memory holds something else
-// (0xFF in every byte, which is NaN) until then.
-void defer(std::function<void()> copy);
-void finish_copies();
+// The stream that this thread gives a card its work on.
+c10::StreamId current_stream(c10::DeviceIndex card);
+
+// Copies to page-locked memory that were asked for, on this thread's stream of the card, and not waited for yet. The
+// host's memory holds something else (0xFF in every byte, which is NaN) until then.
+void defer(c10::DeviceIndex card, std::function<void()> copy);
+// Those of a stream, with what it was told to wait for, and of all streams of a card.
+void finish_copies(c10::DeviceIndex card, c10::StreamId stream);
+void finish_copies(c10::DeviceIndex card);
 
 }  // namespace simulated

@@ -179,10 +179,10 @@ Tensor copy_between(const Tensor& from, const Tensor& to, bool without_waiting) 
     TORCH_CHECK(same, "simulated npu: a copy that is not waited for needs memory of the same dtype, in one piece");
     auto value = as_host(from).clone();
     std::memset(to.data_ptr(), 0xFF, to.nbytes());
-    defer([value, to] { to.copy_(value); });
+    defer(card, [value, to] { to.copy_(value); });
     return to;
   }
-  if (!on_card(to)) finish_copies();
+  if (!on_card(to)) finish_copies(card, current_stream(card));
   as_host(to).copy_(as_host(from));
   return to;
 }
@@ -193,7 +193,8 @@ Tensor copy_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 at::Scalar number(const Tensor& self) {
-  finish_copies();
+  const auto card = self.device().index();
+  finish_copies(card, current_stream(card));
   return at::_local_scalar_dense(as_host(self));
 }
 

@@ -81,8 +81,7 @@ def device(card):
 
 
 def synchronize(device=None):
-    _index(device)
-    library.finish_copies()
+    library.finish_copies(_index(device))
 
 
 def get_device_name(device=None):
