@@ -19,6 +19,15 @@ which the target's ``lm_head`` turns into a distribution over token ``x[t+2]``.
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 10):  # noqa: UP036  (images for cards still bring 3.9)
+    why = f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}, {sys.executable}."
+    checkout, script = Path(__file__).resolve().parent.parent, Path((sys.argv or [""])[0])
+    if script.name == "-m" or (script.is_file() and script.resolve().parent in (checkout, checkout / "tools")):
+        sys.exit(f"error: {why}")
+    raise ImportError(why)
+
+from eagle.ascend import guard
+
 __version__ = "0.2.0"
 
 
@@ -39,3 +48,4 @@ def only_libraries_on_path() -> None:
 # With ``python -m eagle...`` argv says "-m" while this is imported. Another program's ``-m`` keeps its path.
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "eagle":
     only_libraries_on_path()
+    guard()

@@ -10,14 +10,20 @@ import importlib
 import runpy
 from collections.abc import Callable
 
+from eagle.ascend import guard
 from eagle.entry import run
 
 
-def _main_of(module: str) -> Callable[[], int]:
-    return lambda: run(importlib.import_module(module).main)
+def _main_of(module: str, *, needs_torch: bool = True) -> Callable[[], int]:
+    def main() -> int:
+        if needs_torch:
+            guard()
+        return run(importlib.import_module(module).main)
+
+    return main
 
 
-sharegpt_convert = _main_of("eagle.data.sharegpt.main")
+sharegpt_convert = _main_of("eagle.data.sharegpt.main", needs_torch=False)
 allocation = _main_of("eagle.generate.main")
 reassign = _main_of("eagle.store.reshard")
 convert = _main_of("eagle.vllm.convert")
@@ -25,8 +31,10 @@ evaluate = _main_of("eagle.decode.evaluate")
 verify = _main_of("eagle.vllm.verify")
 verify_store = _main_of("eagle.store.verify")
 view = _main_of("eagle.data.viewer")
+device = _main_of("eagle.device_check")
 
 
 def train() -> None:
     """As ``python -m eagle.train.main``: launchers leave it things to do before `main` and after."""
+    guard()
     runpy.run_module("eagle.train.main", run_name="__main__", alter_sys=True)

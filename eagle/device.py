@@ -1,9 +1,16 @@
-"""NPU, CUDA or CPU: the one place that knows which, and how a worker process is given its cards."""
+"""NPU, CUDA or CPU: the one place that knows which, and how a worker process is given its cards.
+
+python -m eagle.device       what this machine has for the work, and what it lacks (`eagle.device_check`)
+"""
 
 from __future__ import annotations
 
+import runpy
+
+if __name__ == "__main__":  # before torch is imported, which may be what this machine lacks
+    runpy.run_module("eagle.device_check", run_name="__main__", alter_sys=True)
+
 import contextlib
-import importlib.util
 import os
 import platform
 import re
@@ -16,17 +23,19 @@ from typing import Any
 
 import torch
 
+from eagle import ascend
 from eagle.errors import RequestError
 
 KINDS = ("npu", "cuda", "cpu")
 
 #: The variable that limits which cards a process sees. The CPU has none: its workers share the cores.
-VISIBILITY_VARIABLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+VISIBILITY_VARIABLE = {"npu": ascend.VISIBLE, "cuda": "CUDA_VISIBLE_DEVICES"}
 
 #: Has CUDA number the cards as nvidia-smi does; by itself it puts the fastest first.
 CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
-#: A card as people name it: the number that npu-smi or nvidia-smi shows, or on CUDA a UUID (`is_uuid`).
+#: A card as people name it: the number that npu-smi or nvidia-smi shows (of NPUs in a container, counted from 0), or on
+#: CUDA a UUID (`is_uuid`).
 Card = int | str
 
 _UUID = re.compile(r"(GPU|MIG|MIG-GPU)-[0-9A-Za-z][0-9A-Za-z-]*(/[0-9]+/[0-9]+)?")
@@ -43,56 +52,86 @@ def backend_of(kind: str) -> Any:
 
 @cache
 def _say(note: str) -> None:
-    """Once a process."""
-    print(note, file=sys.stderr)
+    """Once a process, and of those that a launcher started on this machine by the first alone."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(note, file=sys.stderr)
+
+
+_LOOK = f"See that npu-smi info shows them here; {ascend.IN_A_CONTAINER}."
 
 
 @cache
-def npu_failure() -> str | None:
-    """Why torch_npu, which is installed, cannot be imported, and what helps; None where it can."""
+def npu_trouble() -> str | None:
+    """Why the cards of a machine with torch_npu cannot be used; None where they can, or where it is not installed.
+
+    Raises: RequestError where the shell's list of visible cards is one that the runtime does not read to its end.
+    """
+    if (why := ascend.failure()) is not None:
+        return f"torch_npu is installed and cannot be used: {why}"
+    if not ascend.is_installed():
+        return None
+    visible = os.environ.get(ascend.VISIBLE)
+    if visible and (wrong := ascend.wrong_visible(visible)):
+        raise RequestError(wrong)
     try:
-        import torch_npu  # noqa: F401  (registers torch.npu)
-    except (ImportError, OSError, RuntimeError) as error:  # its libraries look for CANN's, and for the driver's
-        return (
-            f"{' '.join(str(error).split())}. In this shell run 'source "
-            "/usr/local/Ascend/ascend-toolkit/set_env.sh' (or that of wherever CANN is), and see that npu-smi info "
-            "shows the cards."
+        found = backend_of("npu").device_count() if backend_of("npu").is_available() else 0
+    except RuntimeError as error:  # what torch_npu makes of the driver's errors
+        return f"torch_npu finds no card: {' '.join(str(error).split())} {_LOOK}"
+    if visible in ("", "-1"):  # which hide them all
+        return None
+    if visible and found != len(visible.split(",")):
+        raise RequestError(
+            f"{ascend.VISIBLE}={visible} names {len(visible.split(','))} cards, and Ascend's runtime sees {found}: it "
+            "leaves out numbers that it does not know. In a container they count its own cards, from 0."
+            + ("" if found else f" To work without cards, unset {ascend.VISIBLE} or hide all: {ascend.VISIBLE}=-1.")
         )
+    if not found:
+        return f"torch_npu finds no card. {_LOOK}"
     return None
 
 
 def available(kind: str) -> bool:
-    """Whether this process could use a device of that kind."""
+    """Whether this process could use a device of that kind. Raises: RequestError, see `npu_trouble`."""
     if kind == "npu":
-        if importlib.util.find_spec("torch_npu") is None:
-            return False
-        if (why := npu_failure()) is not None:
-            _say(f"note: torch_npu is installed and cannot be used: {why}")
-            return False
-        return backend_of("npu").is_available()
+        return not npu_trouble() and ascend.is_installed() and backend_of("npu").is_available()
     return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
 
 
 def choose_kind(requested: str = "auto") -> str:
     """'npu', 'cuda' or 'cpu'. ``auto`` takes the first that is there, in that order.
 
+    What is worth knowing about the choice is said on stderr, once a process.
+
     Raises: RequestError when a kind was asked for by name and is not available.
     """
-    if requested == "auto":
-        return next(kind for kind in KINDS if available(kind))
-    if requested not in KINDS:
+    if requested not in ("auto", *KINDS):
         raise RequestError(f"--device {requested}: expected auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
-    if not available(requested):
-        if requested == "npu" and importlib.util.find_spec("torch_npu") and (why := npu_failure()):
-            raise RequestError(f"--device npu: torch_npu is installed and cannot be used: {why}")
-        needs = {"npu": "torch_npu and an Ascend card", "cuda": "a CUDA build of torch and a GPU"}[requested]
-        raise RequestError(f"--device {requested}: this process sees no such device; it needs {needs}.")
-    return requested
+    kind = next(kind for kind in KINDS if available(kind)) if requested == "auto" else requested
+    if requested == "auto" and kind != "npu" and (trouble := npu_trouble()):
+        _say(f"note: {trouble}")
+    if not available(kind):
+        if kind == "npu" and (trouble := npu_trouble()):
+            raise RequestError(f"--device npu: {trouble}")
+        needs = {"npu": "torch_npu and an Ascend card", "cuda": "a CUDA build of torch and a GPU"}[kind]
+        raise RequestError(f"--device {kind}: this process sees no such device; it needs {needs}.")
+    if kind == "npu" and (hidden := ascend.hidden_overflow()):
+        _say(f"warning: {hidden}")
+    return kind
 
 
 def torch_device(kind: str, index: int = 0) -> torch.device:
     """The torch device of that kind; `index` counts the cards this process sees."""
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, index)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The same card by its number, which torch leaves out where it means this thread's own (``torch.device("npu")``).
+
+    What asks about a card, or makes it a thread's own, may refuse it without one.
+    """
+    if device.type not in VISIBILITY_VARIABLE or device.index is not None:
+        return device
+    return torch.device(device.type, backend_of(device.type).current_device())
 
 
 def count(kind: str) -> int | None:
@@ -114,14 +153,18 @@ def is_mig(card: Card) -> bool:
 def check_indices(kind: str, cards: Sequence[Card], flag: str = "--npu_indices") -> None:
     """Refuse cards that do not exist or that the surrounding environment hides.
 
-    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show; UUIDs are CUDA's. Where the visibility variable is already
-    set (a scheduler gave us some of the cards), they must be among those.
+    Numbers are those that ``npu-smi`` / ``nvidia-smi`` show (of NPUs in a container: from 0); UUIDs are CUDA's. Where
+    the visibility variable is already set (a scheduler gave us some of the cards), they must be among those.
 
     Raises: RequestError.
     """
     uuids = [card for card in cards if isinstance(card, str)]
     if uuids and kind != "cuda":
-        expected = "the numbers that npu-smi shows" if kind == "npu" else "numbers, which count worker processes"
+        expected = (
+            "numbers as npu-smi has them (in a container from 0)"
+            if kind == "npu"
+            else "numbers, which count worker processes"
+        )
         raise RequestError(
             f"{flag} names {', '.join(uuids)}, which is the UUID of a CUDA card, but the job runs on the {kind}: "
             f"expected {expected}, e.g. 0,1."
@@ -217,7 +260,7 @@ def has_float64(device: torch.device) -> bool:
 def has_quick_float64(device: torch.device) -> bool:
     """Whether products in float64 take about as long as in float32, and not many times as long."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) in _QUICK_FLOAT64
+        return torch.cuda.get_device_capability(with_index(device)) in _QUICK_FLOAT64
     return has_float64(device)
 
 
@@ -235,7 +278,7 @@ def weight_memory(kind: str) -> dict[int | str, int] | None:
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to, so that a clock tells the truth."""
     if device.type != "cpu":
-        backend_of(device.type).synchronize(device)
+        backend_of(device.type).synchronize(with_index(device))
 
 
 def has_float8(kind: str) -> bool:
@@ -246,7 +289,7 @@ def has_float8(kind: str) -> bool:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors on the card took so far, or on the CPU the process."""
     if device.type != "cpu":
-        return backend_of(device.type).max_memory_allocated(device)
+        return backend_of(device.type).max_memory_allocated(with_index(device))
     return process_peak()
 
 
@@ -268,7 +311,7 @@ def process_peak(pid: int | None = None) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the card, or on the CPU what the system could give a new process."""
     if device.type != "cpu":
-        return backend_of(device.type).mem_get_info(device)[0]
+        return backend_of(device.type).mem_get_info(with_index(device))[0]
     import psutil  # accelerate needs it too
 
     return psutil.virtual_memory().available
@@ -277,7 +320,7 @@ def free_memory(device: torch.device) -> int:
 def describe(device: torch.device) -> str:
     """The hardware's name, for reports."""
     if device.type != "cpu":
-        return f"{device.type} {backend_of(device.type).get_device_name(device)}"
+        return f"{device.type} {backend_of(device.type).get_device_name(with_index(device))}"
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

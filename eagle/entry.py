@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from eagle import only_libraries_on_path
+from eagle.ascend import guard
 from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT
 from eagle.text import visible
@@ -58,9 +59,11 @@ def _report(error: Exception, code: int) -> int:
     return code
 
 
-def run_script(module: str) -> int:
+def run_script(module: str, *, needs_torch: bool = True) -> int:
     """Run the `main` of a module of the package, for a script beside it, whatever lies beside the script."""
     only_libraries_on_path()
+    if needs_torch:
+        guard()
     return run(importlib.import_module(module).main)
 
 

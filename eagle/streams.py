@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from eagle.device import VISIBILITY_VARIABLE, backend_of, synchronize
+from eagle.device import VISIBILITY_VARIABLE, backend_of, synchronize, with_index
+from eagle.releases import TORCH
 
 
 def make_current(device: torch.device) -> None:
-    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU.
-
-    A device without an index is the card that every thread begins with.
-    """
-    if device.type in VISIBILITY_VARIABLE and device.index is not None:
-        backend_of(device.type).set_device(device)
+    """Have this thread work on that card: a thread of its own may have none. Nothing on a CPU."""
+    if device.type in VISIBILITY_VARIABLE:
+        backend_of(device.type).set_device(with_index(device))
 
 
 def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
@@ -31,9 +29,8 @@ def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     if kind not in VISIBILITY_VARIABLE:
         return tensor
     # Before torch 2.8 another kind than CUDA has to be named; since then naming one is deprecated.
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     with contextlib.suppress(RuntimeError):  # torch_npu before it had any; the system's limit is reached
-        return tensor.pin_memory(kind) if kind != "cuda" and version < (2, 8) else tensor.pin_memory()
+        return tensor.pin_memory(kind) if kind != "cuda" and TORCH < (2, 8) else tensor.pin_memory()
     return tensor
 
 
@@ -44,7 +41,7 @@ def to_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def new_stream(device: torch.device) -> Any:
     """A stream beside the one that computes, for copies; None on a CPU."""
-    return None if device.type == "cpu" else backend_of(device.type).Stream(device)
+    return None if device.type == "cpu" else backend_of(device.type).Stream(with_index(device))
 
 
 def wait_for(event: Any, tensors: Sequence[torch.Tensor]) -> None:
@@ -64,7 +61,7 @@ class Clock:
     """Times what a device is given to do, without waiting for it: marks between the parts, read at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = with_index(device)
         self._marks: list[Any] = []
         self.mark()
 

@@ -9,7 +9,7 @@ cd "$root"
 export TOKENIZERS_PARALLELISM=false
 source "$root/runs/own_folder.sh"
 
-# make_environment FOLDER REQUIREMENTS: a virtual environment with these packages, made once per requirements file.
+# make_environment FOLDER REQUIREMENTS [PYTHON]: a virtual environment with these packages, made once per requirements file.
 # A folder that was not made here is left alone.
 make_environment() {
     local folder="$1" requirements="$2" base wanted
@@ -17,7 +17,7 @@ make_environment() {
     if [ "$(cat "$folder/installed.txt" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    base="$(command -v python3 || command -v python)"
+    base="${3:-$(command -v python3 || command -v python)}"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: $base is $("$base" --version); Python 3.10 or newer is needed." >&2
         exit 2
@@ -31,13 +31,26 @@ make_environment() {
 
 if [ "${EAGLE_ENV:-}" = current ]; then
     PYTHON="$(command -v python3 || command -v python)"
+    if "$PYTHON" -c "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)" 2>/dev/null; then
+        cure="pip list --format=freeze | grep -iE '^(torch|numpy|transformers|tokenizers)' > image.txt;"
+        cure+=" pip install -r requirements-container-vllm.txt -c image.txt (which keep the transformers that vLLM needs)."
+    else
+        cure="pip list --format=freeze | grep -iE '^(torch|numpy)' > image.txt;"
+        cure+=" pip install -r requirements-container.txt -c image.txt (with torch 2.1 to 2.4:"
+        cure+=" requirements-container-older.txt)."
+    fi
     for package in torch transformers accelerate safetensors numpy tqdm jinja2 psutil sentencepiece protobuf; do
         "$PYTHON" -c "import ${package/#protobuf/google.protobuf}" 2>/dev/null || {
-            echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install it, or unset EAGLE_ENV." >&2
+            echo "error: EAGLE_ENV=current, but $PYTHON has no $package. Install what is missing beside the torch that is" \
+                "there (docs/ascend.md, which versions go together), or unset EAGLE_ENV: $cure" >&2
             exit 2
         }
     done
-    for package in gguf matplotlib pytest hypothesis xdist; do
+    "$PYTHON" -c "import transformers.utils as u; raise SystemExit(not u.is_torch_available())" 2>/dev/null || {
+        echo "error: EAGLE_ENV=current, but $PYTHON's transformers does not work with its torch: $cure" >&2
+        exit 2
+    }
+    for package in gguf matplotlib pytest hypothesis xdist ninja; do
         "$PYTHON" -c "import $package" 2>/dev/null || "$PYTHON" -m pip install -q "${package/#xdist/pytest-xdist}"
     done
 elif [ -n "${EAGLE_ENV:-}" ]; then

@@ -16,4 +16,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle.entry import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_script("eagle.data.sharegpt.main"))
+    sys.exit(run_script("eagle.data.sharegpt.main", needs_torch=False))

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eagle.data.sharegpt.main
 import eagle.data.viewer
 import eagle.decode.evaluate
+import eagle.device_check
 import eagle.generate.main
 import eagle.store.reshard
 import eagle.store.verify
@@ -120,6 +121,13 @@ COMMANDS = (
         {"en": "See what is trained on", "zh": "查看哪些 token 参与训练"},
         "python -m eagle.data.viewer --model_name ./llama-2-7b-chat --data_path ./sharegpt.json --num 3",
         "eagle-view",
+    ),
+    Command(
+        "eagle.device",
+        eagle.device_check.make_parser,
+        {"en": "What this machine has and lacks", "zh": "检查本机环境"},
+        "python -m eagle.device",
+        "eagle-device",
     ),
 )
 

@@ -253,14 +253,19 @@ def system_of(record: Any) -> Message | None:
     return _message("system", prompt)
 
 
+#: In which order one turn that holds several says them.
+_ORDER = ("system", "user", "assistant")
+
+
 def read_turn(turn: Any) -> list[Message]:
-    """One raw turn; ``{"human": ..., "assistant": ...}`` is two. Raises: Dropped."""
+    """One raw turn; ``{"human": ..., "assistant": ...}`` is two, whatever comes first in it. Raises: Dropped."""
     if not isinstance(turn, dict):
         raise Dropped("malformed_turn")
     role, text = first_of(turn, "from", "role"), first_of(turn, "value", "content")
     said = {key: value for key, value in turn.items() if value is not None}
     if role is None and said and all(key.lower() in ROLES for key in said):
-        return [_message(key, value) for key, value in said.items()]
+        # In tables the keys may be in alphabetical order: pyarrow writes them so up to release 20 at least.
+        return sorted((_message(key, value) for key, value in said.items()), key=lambda m: _ORDER.index(m["role"]))
     if any(turn.get(name) for name in CALL_NAMES) or (isinstance(role, str) and role.lower() in TOOL_ROLES):
         raise Dropped("tool_turn")
     if any(turn.get(name) for name in MEDIA_NAMES):

@@ -66,8 +66,8 @@ class ParquetFile:
             import pyarrow
         except ImportError as error:
             raise RequestError(
-                f"{flag} {path} is a Parquet file, and pyarrow, which reads those, is not installed here; "
-                "pip install pyarrow, or give the records as JSON Lines."
+                f"{flag} {path} is a Parquet file, and pyarrow, which reads those, cannot be imported here ({error}); "
+                "pip install pyarrow ('pyarrow<24' beside numpy 1.x), or give the records as JSON Lines."
             ) from error
         self.path = Path(path)
         self._unreadable = (pyarrow.ArrowException, OSError)

@@ -203,7 +203,7 @@ def collate(records: Sequence[StoredRecord], reads: str, seeds: Sequence[int] = 
         padded = parts[0].new_empty(len(parts), longest, *parts[0].shape[1:])
         for row, part in enumerate(parts):
             padded[row, : len(part)] = part
-            padded[row, len(part) :] = 0
+            padded[row, len(part) :].view(torch.uint8).zero_()  # not every torch fills float8
         return padded
 
     def pad_features(name: str) -> Packed:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from eagle.releases import TORCH
 from eagle.target.config import ModelConfig
 
 
@@ -47,6 +48,9 @@ class Attention(nn.Module):
         groups = self.heads // self.kv_heads
         if groups > 1:  # torch before 2.5 knows no grouped queries
             keys, values = repeated(keys, groups), repeated(values, groups)
+        if mask is not None and queries.is_cuda and TORCH < (2, 5):
+            # CUDA's kernel for masks returned garbage of what is not contiguous (pytorch issue 112577); not run here.
+            queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
         mixed = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(self.head_dim)
         )

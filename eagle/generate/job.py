@@ -18,7 +18,7 @@ from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card
 from eagle.drafts.families import DRAFT_FAMILIES
-from eagle.dtypes import dtype_name, parse_dtype
+from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
@@ -75,6 +75,7 @@ def resolve(request: GenerationRequest) -> Job:
             f"Use --model_type {config.family}."
         )
     kind = device.choose_kind(request.device)
+    check_computes(parse_dtype(request.dtype), kind)
     device.check_indices(kind, request.npu_indices)
     should_compile(request.compile, kind, 0)  # refuses what its workers would have to
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)

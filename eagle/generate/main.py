@@ -48,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--npu_indices",
         default="0",
-        help='the cards to use, as npu-smi or nvidia-smi numbers them, e.g. "0,1,2,3", or with CUDA their UUIDs; '
-        "on a CPU the numbers count worker processes",
+        help='the cards to use, as npu-smi or nvidia-smi numbers them (on NPUs in a container from 0), e.g. "0,1,2,3", '
+        "or with CUDA their UUIDs; on a CPU the numbers count worker processes",
     )
     parser.add_argument(
         "--used_npus",

@@ -145,7 +145,7 @@ def _number(file: Path) -> int:
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
         try:
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError:  # the format of torch before 1.6 cannot be memory-mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises anything on a damaged or unsafe file

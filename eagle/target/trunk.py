@@ -5,23 +5,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eagle.device import weight_memory
+from eagle.device import VISIBILITY_VARIABLE, free_memory, weight_memory
+from eagle.dtypes import check_computes
 from eagle.errors import RequestError
+from eagle.releases import TORCH
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
+from eagle.versions import release
+
+
+def check_packages() -> None:
+    """Raises: RequestError where this transformers refuses this torch; it says itself that there is none."""
+    from transformers.utils import is_torch_available
+
+    if not is_torch_available():
+        raise RequestError(
+            f"transformers {version('transformers')} does not work with torch {torch.__version__}: 5.16 and newer need "
+            "torch 2.5. pip install -r requirements-container-older.txt, whose first lines say how torch stays."
+        )
 
 
 def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`from_pretrained`'s keyword for the dtype, which transformers renamed in 4.56."""
-    import transformers
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+    return {"dtype" if release(version("transformers")) >= (4, 56) else "torch_dtype": dtype}
 
 
 def load_trunk(
@@ -36,24 +48,33 @@ def load_trunk(
 ) -> torch.nn.Module:
     """The target without its ``lm_head``: ``trunk(ids).last_hidden_state`` is the feature ``[B, T, H]``.
 
-    attention: `attn_implementation` of transformers. spread: place the layers over every card this process sees
-    (70B-class targets) instead of on `device`, whose memory each tensor is read into: the host never holds the whole
-    model, however many workers load it. memory: bytes that weights may take, by card (default: what leaves room
-    for a batch). offload_folder: where layers go that fit on no card; without it they are not accepted, since every
-    batch would read them from disk.
+    attention: `attn_implementation` of transformers; eager in place of sdpa with torch 2.1.0, for which transformers
+    has no other. spread: place the layers over every card this process sees (70B-class targets) instead of on
+    `device`, whose memory each tensor is read into: the host never holds the whole model, however many workers load it.
+    memory: bytes that weights may take, by card (default: what leaves room for a batch).
+    offload_folder: where layers go that fit on no card; without it they are not accepted, since every batch would read
+    them from disk.
 
-    Raises: RequestError where the cards are too small for the target.
+    Raises: RequestError where the cards are too small for the target, or the device does not compute in that dtype.
     """
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would report lm_head as unused, which is the point
     logging.disable_progress_bar()
+    check_packages()
+    check_computes(dtype, device.type)
+    if attention == "sdpa" and TORCH < (2, 1, 1):
+        attention = "eager"
     placement: dict[str, Any] = {}
+    room: dict[int | str, int] = {}
     if spread:
-        placement = {"device_map": "auto", "max_memory": memory or weight_memory(device.type)}
+        room = memory or weight_memory(device.type) or {}
+        placement = {"device_map": "auto", "max_memory": room or None}
     elif device.type != "cpu":
         placement = {"device_map": {"": device}}
+        if device.type in VISIBILITY_VARIABLE:
+            room = {str(device): free_memory(device)}
     if offload_folder:
         placement["offload_folder"] = str(offload_folder)
     try:
@@ -63,10 +84,14 @@ def load_trunk(
     except ValueError as error:
         if not spread or "offload" not in str(error):
             raise
-        raise _too_small(folder, placement["max_memory"]) from error
+        raise _too_small(folder, room) from error
+    except RuntimeError as error:
+        if not room or "out of memory" not in str(error):
+            raise
+        raise _too_small(folder, room) from error
     outside = {"cpu", "disk"} - {device.type} if not offload_folder else set()
     if spread and outside & {str(place) for place in getattr(trunk, "hf_device_map", {}).values()}:
-        raise _too_small(folder, placement["max_memory"])
+        raise _too_small(folder, room)
     trunk.requires_grad_(False)
     trunk.eval()
     return trunk
@@ -75,8 +100,9 @@ def load_trunk(
 def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError:
     room = ", ".join(f"{place}: {size / 1e9:,.2f} GB" for place, size in memory.items())
     return RequestError(
-        f"--model_name {folder} does not fit on the cards of one worker (room for weights: {room}). Give every worker "
-        "more of them: --used_npus 4 or 8."
+        f"The base model {folder} does not fit on the cards that it was to use (room for weights: {room}). Spread it "
+        "over more of them: --used_npus 4 or 8 gives so many to each worker of allocation.py, --spread all that are "
+        "visible to eagle.evaluate."
     )
 
 
@@ -87,6 +113,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_packages()
     # A rope has no weights, and some types compute with what the meta device does not hold.
     raw = dataclasses.replace(config, rope_scaling=None).to_json()
     family = raw.pop("model_type")

@@ -128,7 +128,7 @@ class Weights:
     def _load_pickled(self, path: Path) -> dict[str, torch.Tensor]:
         if path not in self._pickled:
             try:
-                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                content = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
             except RuntimeError:  # the format of torch before 1.6 cannot be memory-mapped
                 content = _load_legacy(path)
             except Exception as error:  # pickle raises anything on a damaged or unsafe file

@@ -24,6 +24,7 @@ from accelerate import PartialState
 
 from eagle import device
 from eagle.errors import RequestError, WorkError
+from eagle.releases import let_cpus_be_set
 from eagle.train.agreement import disagreement, remarks
 from eagle.train.launch_check import GROUP_SIZE
 from eagle.train.watch import Ending, Keys, Watch, last_words
@@ -135,6 +136,7 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
     Raises: RequestError, WorkError where the processes do not come together.
     """
+    let_cpus_be_set()
     asked = [int(environment[name]) for name in GROUP_SIZE if environment.get(name, "").isdigit()]
     if max(asked, default=1) == 1:
         yield Group()
@@ -167,8 +169,14 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 def _join() -> PartialState:
     try:
+        on_cpu = device.choose_kind() == "cpu"
+    except RequestError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first says it; a launcher ends them all as one ends
+            time.sleep(TIME_TO_SAY)
+        raise
+    try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
-        return PartialState(cpu=device.choose_kind() == "cpu")
+        return PartialState(cpu=on_cpu)
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
     except RuntimeError as error:  # what torch raises for an address that does not answer, or not as it should

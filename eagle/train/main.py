@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from eagle import device
 from eagle.drafts.families import DEFAULT_DRAFT
 from eagle.drafts.saved import warm_start
 from eagle.entry import run
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, locked, output_folder, write_json
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
@@ -71,13 +71,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
+    on_cpu = device.choose_kind() == "cpu"
     try:
-        on_cpu = device.choose_kind() == "cpu"
         accelerator = Accelerator(
             cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
         )
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
+    for state in (PartialState(), accelerator.state):  # the second is made anew from the first, whoever asks for it
+        state.device = device.with_index(accelerator.device)
     return accelerator
 
 
@@ -186,8 +188,23 @@ def check_widths(found: dict[str, int], expected: dict[str, int], options: Train
 
 
 def main(argv: list[str] | None = None) -> int:
-    with meet() as group:
+    with meet() as group, room_named():
         return run_training(group.ready(lambda: read_options(argv)), group)
+
+
+@contextmanager
+def room_named() -> Iterator[None]:
+    """Raises: WorkError with what to do about it in place of a card's own words that its memory is full."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError, which older torch and torch_npu do not have
+        if "out of memory" not in str(error):
+            raise
+        raise WorkError(
+            f"The card has too little memory for this run: {str(error).splitlines()[0]} Lower --bs or --max_len, or "
+            "share the draft among several cards (configs/fsdp.yaml); the same command with --dry_run says what it "
+            "takes."
+        ) from error
 
 
 def run_training(options: TrainOptions, group: Group | None = None) -> int:

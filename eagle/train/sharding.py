@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
 
@@ -30,18 +31,21 @@ def check_sharding(environment: Mapping[str, str] = os.environ) -> None:
     """Raises: RequestError for a kind of FSDP that is not supported, or a torch without it."""
     if not is_sharded(environment):
         return
-    version = environment.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise RequestError(
-            f"fsdp_version {version} in accelerate's config: expected 2 (accelerate 1.6 or newer). Use "
-            "--config_file configs/fsdp.yaml, or leave FSDP out."
-        )
-    if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
-        raise RequestError("fsdp_offload_params true in accelerate's config: expected false; offloading is not there.")
     try:
         from torch.distributed.fsdp import fully_shard  # noqa: F401
     except ImportError as error:
-        raise RequestError(f"FSDP version 2 needs torch 2.6 or newer; this is {torch.__version__}.") from error
+        raise RequestError(
+            f"FSDP needs torch 2.6 and accelerate 1.6 or newer; these are {torch.__version__} and "
+            f"{accelerate.__version__}. Leave --config_file configs/fsdp.yaml out."
+        ) from error
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RequestError(
+            f"fsdp_version {version} in accelerate's config: expected 2, which accelerate has from 1.6 on (this is "
+            f"{accelerate.__version__}). Use --config_file configs/fsdp.yaml, or leave FSDP out."
+        )
+    if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise RequestError("fsdp_offload_params true in accelerate's config: expected false; offloading is not there.")
 
 
 def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim.Optimizer) -> UnrolledDraft:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from eagle.device import has_float64
 from eagle.drafts.alignment import Batch, named
 from eagle.drafts.objective import Objective
 from eagle.drafts.unroll import chain_supervision
@@ -101,7 +102,7 @@ def validate(
             "lower --lr."
         )
     own = torch.cat([torch.stack(counts).sum(0).cpu().double(), own_losses.sum(0)])
-    exact = torch.float32 if accelerator.device.type == "npu" else torch.float64  # NPUs have no float64 sums
+    exact = torch.float64 if has_float64(accelerator.device) else torch.float32
     everything = accelerator.reduce(own.to(accelerator.device, exact)).cpu().double()
     positions, agreed, whole = everything[: 3 * DEPTH].view(3, DEPTH)
     top_3, feature_loss, token_loss = everything[3 * DEPTH :]

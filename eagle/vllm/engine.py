@@ -50,8 +50,8 @@ class EngineRequest:
 
     prompts: token ids. draft: an exported folder, None to run without one; method: vLLM's name for its family. dtype:
     vLLM's name for it; ``auto`` is the target's own. batch_size: how many prompts it decodes at once. stop_token_ids:
-    end a reply; empty lets every reply run to `max_new_tokens`. warm_up: generate once before the clock and the
-    counters start.
+    end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs, as always on a CPU.
+    warm_up: generate once before the clock and the counters start.
     """
 
     model: str
@@ -64,6 +64,7 @@ class EngineRequest:
     batch_size: int = 1
     tensor_parallel_size: int = 1
     stop_token_ids: list[int] = dataclasses.field(default_factory=list)
+    enforce_eager: bool = False
     warm_up: bool = True
 
     def max_model_len(self) -> int:
@@ -170,8 +171,8 @@ def serve(request: EngineRequest) -> EngineResult:
         "disable_log_stats": False,  # or there are no counters
         "seed": 0,
     }
-    if current_platform.is_cpu():
-        options["enforce_eager"] = True  # compiling takes longer than all the rest
+    if request.enforce_eager or current_platform.is_cpu():  # where compiling takes longer than all the rest
+        options["enforce_eager"] = True
     if request.draft is not None:
         options["speculative_config"] = {
             "method": request.method,

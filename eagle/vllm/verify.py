@@ -75,6 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch_size", type=int, default=1, help="prompts decoded at once; speculation gains most at 1"
     )
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="cards of an engine")
+    parser.add_argument(
+        "--enforce-eager",
+        "--enforce_eager",
+        action="store_true",
+        help="both engines without graphs, as vLLM Ascend's manual serves EAGLE-1; on a CPU it is always so",
+    )
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
     parser.add_argument(
         "--write-note",
@@ -262,6 +268,7 @@ def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], st
         batch_size=args.batch_size,
         tensor_parallel_size=args.tensor_parallel_size,
         stop_token_ids=stop,
+        enforce_eager=args.enforce_eager,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,14 @@ def command_line(*words: object) -> list[str]:
     return [sys.executable, first, *rest]
 
 
-def command(*words: object, code: int = 0, cwd: Path = ROOT, **environment: str) -> Answer:
-    """Run a command in the checkout, or in `cwd`, and expect exit code `code`."""
+def command(
+    *words: object, code: int = 0, cwd: Path = ROOT, env: Mapping[str, str] = os.environ, **environment: str
+) -> Answer:
+    """Run a command in the checkout, or in `cwd`, and expect exit code `code`. env: what `environment` is added to."""
     result = subprocess.run(
         command_line(*words),
         cwd=cwd,
-        env={**os.environ, **ENVIRONMENT, **environment},
+        env={**env, **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -60,12 +62,12 @@ def command(*words: object, code: int = 0, cwd: Path = ROOT, **environment: str)
     return Answer(result.returncode, result.stdout, result.stderr)
 
 
-def start(*words: object, **environment: str) -> subprocess.Popen[str]:
-    """Start a command in the checkout and do not wait for it."""
+def start(*words: object, env: Mapping[str, str] = os.environ, **environment: str) -> subprocess.Popen[str]:
+    """Start a command in the checkout and do not wait for it. env: what `environment` is added to."""
     return subprocess.Popen(
         command_line(*words),
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, **environment},
+        env={**env, **ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ from eagle.target.weights import Weights, read_embedding
 from tests.e2e.commands import command
 from tests.tiny import conversations, make_target, write_sharegpt
 
-# These tests are about the command lines; on a machine with cards they run on the CPU too.
 torch.set_num_threads(1)
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["ASCEND_RT_VISIBLE_DEVICES"] = ""
 
 RECORDS = 40
 #: Of the longer job that is there to be interrupted.

@@ -15,6 +15,7 @@ from tests.e2e.commands import ROOT
 #: command line it ends, as a killed one does.
 PYTHON = """#!/bin/bash
 case "$*" in *"${DIES:-nothing dies}"*) exit 9 ;; esac
+case "$*" in *find_spec*) [ -n "${HAS_VLLM:-}" ]; exit ;; esac
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     *" download "*) mkdir -p "$DESTINATION/wheel" && touch "$DESTINATION/wheel/vllm.whl" ;;
@@ -124,6 +125,43 @@ def test_what_a_link_points_to_is_not_touched(script):
     assert "Remove the link" in script.run(code=2)
     assert (elsewhere / "bin" / "python").is_file()
     assert script.folder.is_symlink()
+
+
+def by_hand(checkout: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A script of the checkout, with the interpreter that stands for all others."""
+    environment = {**os.environ, **variables, "PATH": f"{checkout.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", *words], cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("missing", ["import sentencepiece", "is_torch_available"])
+def test_what_a_container_lacks_is_named_with_its_list(checkout, missing):
+    result = by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current", DIES=missing)
+    assert result.returncode == 2
+    assert "requirements-container-older.txt" in result.stderr and "-c image.txt" in result.stderr
+    assert ("no sentencepiece" in result.stderr) == (missing == "import sentencepiece")
+    assert by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current").returncode == 0
+
+
+def test_a_container_with_vllm_is_told_to_keep_its_transformers(checkout):
+    result = by_hand(checkout, "runs/environment.sh", EAGLE_ENV="current", DIES="import accelerate", HAS_VLLM="1")
+    assert result.returncode == 2 and "has no accelerate" in result.stderr
+    (listed,) = [
+        line[2:].strip()
+        for line in (ROOT / "requirements-container-vllm.txt").read_text(encoding="utf-8").splitlines()
+        if line.startswith("#     pip list")
+    ]
+    assert listed in result.stderr and "pip install -r requirements-container-vllm.txt -c image.txt" in result.stderr
+    assert "requirements-container.txt" not in result.stderr
+
+
+def test_the_gate_ends_where_the_oldest_packages_cannot_be_installed(checkout):
+    """They are installed beside the other tests, whose success must not hide it."""
+    result = by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1", DIES="requirements-older")
+    assert result.returncode == 1
+    assert ".venv-older could not be made (exit code 9)" in result.stderr
+    result = by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1")
+    assert result.returncode == 0, result.stderr
+    assert by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1", SKIP_OLDER="1", DIES="requirements-older").returncode == 0
 
 
 def test_an_interpreter_too_old_removes_nothing(script):

@@ -17,6 +17,7 @@ from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
 from eagle.target.config import load_config
+from eagle.target.trunk import from_pretrained_dtype
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.checkpoint import states
 from eagle.train.dataset import split_store
@@ -160,7 +161,7 @@ def test_the_store_holds_every_conversation_once(chain: Chain, data: Path) -> No
 def test_features_are_the_targets_own(chain: Chain) -> None:
     store = FeatureStore(chain.store)
     dtype = store[0].hidden_state.dtype
-    target = AutoModelForCausalLM.from_pretrained(chain.target, dtype=dtype)
+    target = AutoModelForCausalLM.from_pretrained(chain.target, **from_pretrained_dtype(dtype))
     for record in store:
         expected = target.model(record.input_ids[None].long()).last_hidden_state[0]
         if dtype == torch.bfloat16:  # in a batch, and with another attention, it is rounded elsewhere

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from eagle.drafts.eagle1.normal_equations import RIDGE, DoubleSum, NormalEquatio
 from eagle.drafts.memory import Setting
 from eagle.drafts.starts import StartData
 from eagle.errors import FailedElsewhere, WorkError
+from eagle.files import ROOT
+from eagle.releases import let_cpus_be_set
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding
 from eagle.train.exchange import Exchange
@@ -137,6 +141,41 @@ def test_the_solution_is_in_the_memory_of_what_is_given():
     assert torch.get_num_threads() == threads
 
 
+#: The threads that torch has before and after a solution, and how many others than the first worked at it: what each
+#: has run is counted in nanoseconds. The best of a few, since on a busy machine one thread may have done most of it.
+THREADS = """
+from pathlib import Path
+import os
+import torch
+from eagle.drafts.eagle1.normal_equations import solve
+
+def worked():
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
+
+def others():
+    xx, xy = 2 * torch.eye(1024, dtype=torch.float64), torch.ones(1024, 512, dtype=torch.float64)
+    before = worked()
+    solve(xx, xy)
+    took = {task: after - before.get(task, 0) for task, after in worked().items()}
+    first = took.pop(os.getpid())
+    return sum(other > first / 20 for other in took.values())
+
+own = torch.get_num_threads()
+most = max(others() for _ in range(5))
+print(own, torch.get_num_threads(), most)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are watched through /proc")
+@pytest.mark.skipif(devices.cores() == 1, reason="one core has one thread")
+def test_the_solution_takes_every_core_where_a_launcher_left_one_thread():
+    words, environment = [sys.executable, "-c", THREADS], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    before, after, others = map(int, done.stdout.split())
+    assert before == after == 1 and others >= min(devices.cores(), 4) - 1
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")
 def test_the_solution_takes_no_copy_of_the_matrix():
     size = 2600
@@ -176,6 +215,7 @@ def one_of_two(rank: int, port: int, target: Path, results: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
+    let_cpus_be_set()
     exchange = Exchange(Accelerator(cpu=True))
     assert exchange.accelerator.num_processes == 2
     config = load_config(target)

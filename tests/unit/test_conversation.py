@@ -207,6 +207,13 @@ def test_mended(turns, kept, repaired):
     assert dict(tally.repaired) == repaired
 
 
+@pytest.mark.parametrize("said", [{"user": "a", "assistant": "b"}, {"assistant": "b", "user": "a"}])
+def test_a_turn_of_two_is_a_question_and_its_reply_whatever_its_keys_order(said):
+    """In a table the fields may be in alphabetical order."""
+    messages = clean_record({"conversations": [said, said]}, Tally())
+    assert [(message["role"], message["content"]) for message in messages] == [("user", "a"), ("assistant", "b")] * 2
+
+
 def test_template_choice(tmp_path):
     llama = make_target(tmp_path / "llama")
     vicuna = make_target(tmp_path / "my-vicuna")

@@ -9,10 +9,14 @@ from eagle.decode.drafter import DynamicDrafter, StaticDrafter
 from eagle.decode.generate import SpeculativeDecoder, generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.tree import EAGLE1_PATHS, chain_paths
+from eagle.releases import TORCH
 from tests.drafts import CPU, RIGGED, RiggedDraft, greedy_by_transformers, random_draft, tiny_target, trained_draft
 from tests.tiny import make_target
 
 NEW = 24
+HALF = pytest.param(
+    torch.float16, marks=pytest.mark.skipif(TORCH < (2, 2), reason="float16 on a CPU came with torch 2.2")
+)
 GREEDY = Sampling()
 TARGETS = {
     "llama MHA": {"kv_heads": 4},
@@ -92,7 +96,7 @@ def test_ends_at_a_stop_token_even_inside_an_accepted_path(known, drafter):
     assert only.tokens == tokens[:1] and not only.steps
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("mode", ["chain", "tree", "dynamic"])
 def test_half_precision(tmp_path, dtype, temperature, mode):

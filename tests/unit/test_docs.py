@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from eagle.files import ROOT
+from tests.pages import FENCE, blocks, commands
 from tools.write_flags import COMMANDS
 
 DOCS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,9 +21,10 @@ FOREIGN_FLAGS = {
     "--help", "--check", "--multi_gpu", "--cpu", "--num_processes", "--num_cpu_threads_per_process", "--config_file",
     "--mixed_precision", "--standalone", "--nproc_per_node", "--speculative-config",
     "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
+    "--rm", "--name", "--network", "--shm-size", "--model", "--speculative-model", "--num-speculative-tokens",
+    "--use-v2-block-manager", "--tensor-parallel-size", "--compilation-config", "--version",
 }  # fmt: skip
 
-_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]\[]*\]\(([^()\s]+)\)")
 
 
@@ -31,21 +32,16 @@ def by_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of every block of code."""
-    return [(language, content) for _, language, content in _FENCE.findall(text)]
-
-
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", _FENCE.sub("", text), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def missing_links(path: Path) -> list[str]:
     """The relative links of a page that lead nowhere."""
     text, missing = path.read_text(encoding="utf-8"), []
-    for link in _LINK.findall(_FENCE.sub("", text)):
+    for link in _LINK.findall(FENCE.sub("", text)):
         if "://" in link:
             continue
         file, _, anchor = link.partition("#")
@@ -69,16 +65,6 @@ def missing_names(text: str) -> list[str]:
 def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
-
-
-def commands(text: str) -> list[list[str]]:
-    """The command lines in a page's blocks of shell, as words."""
-    lines = [line for language, content in blocks(text) if language == "bash" for line in _joined(content)]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def _joined(content: str) -> list[str]:
-    return content.replace("\\\n", " ").splitlines()
 
 
 def own_command(words: list[str]):
@@ -158,7 +144,7 @@ def test_twins_have_the_same_code_and_the_same_sections(path, twin):
         [(kind, without_comments(kind, code)) for kind, code in blocks(text)] for text in (english, chinese)
     )
     assert ours == theirs
-    levels = [re.findall(r"^(#+) ", _FENCE.sub("", text), re.MULTILINE) for text in (english, chinese)]
+    levels = [re.findall(r"^(#+) ", FENCE.sub("", text), re.MULTILINE) for text in (english, chinese)]
     assert levels[0] == levels[1]
     tables = [len(re.findall(r"^\s*\|", text, re.MULTILINE)) for text in (english, chinese)]
     assert tables[0] == tables[1]
@@ -177,6 +163,5 @@ def test_what_is_not_there_is_found(tmp_path):
         "`python -m eagle.evaluate`, `eagle.verify_vllm`, `python allocation.py`, tools/gone.py, runs/tests.sh, docs/."
     )
     assert missing_names(named) == ["eagle.verify_vllm", "tools/gone.py"]
-    assert commands("```bash\npython allocation.py --outdir x \\\n    --end_num 3  # some\n```\n") == [
-        ["python", "allocation.py", "--outdir", "x", "--end_num", "3"]
-    ]
+    shell = "```bash\nexport N=3  # three\n```\n```bash\npython allocation.py --outdir x \\\n    --end_num $N\n```\n"
+    assert commands(shell)[1:] == [["python", "allocation.py", "--outdir", "x", "--end_num", "3"]]

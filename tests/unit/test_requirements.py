@@ -10,7 +10,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from eagle.device_facts import OLDEST, OTHERS
 from eagle.train.options import TRACKERS
+from eagle.versions import dotted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +43,12 @@ def lowest(requirement: Requirement) -> Version:
 
 
 DEPENDENCIES, EXTRAS = parse(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
+
+
+def test_the_check_of_a_machine_asks_for_all_of_them():
+    asked = OLDEST | OTHERS
+    assert list(asked) == list(DEPENDENCIES)
+    assert all(Version(dotted(asked[name]) or "0") == lowest(DEPENDENCIES[name]) for name in asked)
 
 
 def test_tested_versions_are_allowed_ones():
@@ -75,6 +83,38 @@ def test_npu():
     assert in_file("requirements-npu.txt")["torch_npu"].specifier == in_file("requirements.txt")["torch"].specifier
 
 
+CONTAINER, CONTAINER_OLDER = "requirements-container.txt", "requirements-container-older.txt"
+
+
+@pytest.mark.parametrize("name", [CONTAINER, CONTAINER_OLDER])
+def test_lists_for_containers_leave_torch_alone(name):
+    listed, text = in_file(name), (ROOT / name).read_text(encoding="utf-8")
+    assert set(listed) == set(DEPENDENCIES) - {"torch"}
+    assert "-r " not in [line[:3] for line in text.splitlines()], "of another list, which may hold a torch"
+    assert f"pip install -r {name} -c image.txt" in text, "and neither does what these need, with that"
+    for package, requirement in listed.items():
+        assert lowest(DEPENDENCIES[package]) <= lowest(requirement) or not requirement.specifier, package
+    assert not listed["numpy"].specifier, "or it would contradict an image.txt"
+
+
+def test_a_container_with_a_new_torch_gets_what_the_tests_run_with():
+    tested = in_file("requirements.txt")
+    del tested["torch"]
+    images_own = {name: Requirement(name) for name in ("numpy", "protobuf")}
+    assert in_file(CONTAINER) == tested | images_own
+
+
+def test_a_container_with_an_old_torch_gets_what_the_second_run_has():
+    listed, tested = in_file(CONTAINER_OLDER), in_file("requirements-older.txt")
+    for name in ("transformers", "accelerate"):
+        assert lowest(listed[name]) == lowest(tested[name]), name
+        assert not listed[name].specifier.contains("4.57") and not listed[name].specifier.contains("1.0"), name
+
+
+def test_the_second_run_has_the_oldest_torch():
+    assert lowest(in_file("requirements-older.txt")["torch"]).release[:2] == lowest(DEPENDENCIES["torch"]).release[:2]
+
+
 def test_extras():
     assert set(EXTRAS) == {"vllm", "plots", "trackers", "parquet", "dev"}
     assert set(parse(EXTRAS["trackers"])) == set(TRACKERS) - {"none"}
@@ -90,3 +130,9 @@ def test_commands():
     for name, target in PROJECT["scripts"].items():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), name
+
+
+def test_a_container_with_vllm_keeps_its_transformers_too():
+    listed = in_file("requirements-container-vllm.txt")
+    assert set(listed) == set(DEPENDENCIES) - {"torch", "transformers"}
+    assert lowest(listed["accelerate"]) >= Version("1.6"), "the first with FSDP version 2"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eagle.errors import RequestError
+from eagle.releases import TORCH
 from eagle.train.sharding import check_sharding, clip, is_sharded
 
 
@@ -15,6 +16,7 @@ def test_not_asked_for(environment):
     check_sharding(environment)
 
 
+@pytest.mark.skipif(TORCH < (2, 6), reason="FSDP version 2 came with torch 2.6")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -30,6 +32,14 @@ def test_what_is_not_there_is_refused(more, message):
         check_sharding(environment)
 
 
+def test_an_old_torch_is_refused_with_what_is_needed_whatever_an_old_accelerate_passes_on(monkeypatch):
+    """accelerate before 1.6 knows no version, and would be told to use the very file that it was given."""
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard", raising=False)
+    with pytest.raises(RequestError, match=r"FSDP needs torch 2\.6 and accelerate 1\.6 or newer; these are "):
+        check_sharding({"ACCELERATE_USE_FSDP": "true"})
+
+
+@pytest.mark.skipif(TORCH < (2, 3), reason="a CPU's gradient scaler came with torch 2.3")
 @pytest.mark.parametrize(("most", "left"), [(1.0, 1.0), (10.0, 5.0), (float("inf"), 5.0)])
 def test_gradients_are_clipped_as_they_are_without_their_scale(most, left):
     """With a scaler as float16 has one, which refuses to unscale twice."""

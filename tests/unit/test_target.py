@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from eagle import dtypes
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
+from eagle.releases import release
+from eagle.target import trunk as trunks
 from eagle.target.config import load_config
 from eagle.target.trunk import load_trunk
 from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
@@ -117,9 +120,40 @@ def test_layers_spread_by_accelerate_give_the_same_features(tmp_path, family):
     assert torch.equal(found, expected)
 
 
+def test_float16_on_a_cpu_is_refused_where_torch_has_no_products_of_it(tmp_path, monkeypatch):
+    folder = make_target(tmp_path, "llama")
+    monkeypatch.setattr(dtypes, "TORCH", (2, 1, 2))
+    with pytest.raises(RequestError, match=r"float16 on a CPU needs torch 2\.2 or newer; .* bfloat16 or float32"):
+        load_trunk(folder, torch.float16, torch.device("cpu"))
+
+
+def test_torch_2_1_0_takes_the_eager_attention_and_gives_the_same_features(tmp_path, monkeypatch):
+    """transformers refuses its own sdpa with that release."""
+    folder, ids, cpu = make_target(tmp_path, "llama"), torch.arange(3, 40)[None], torch.device("cpu")
+    usual = load_trunk(folder, torch.float32, cpu)
+    monkeypatch.setattr(trunks, "TORCH", (2, 1, 0))
+    eager = load_trunk(folder, torch.float32, cpu)
+    assert eager.config._attn_implementation == "eager"
+    with torch.inference_mode():
+        wanted, found = (one(input_ids=ids).last_hidden_state for one in (usual, eager))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_that_refuses_torch_is_named_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_torch_available", lambda: False)
+    with pytest.raises(RequestError, match=r"does not work with torch .* requirements-container-older\.txt"):
+        load_trunk(make_target(tmp_path, "llama"), torch.float32, torch.device("cpu"))
+
+
+def test_releases():
+    assert release("2.1.0.post13") == (2, 1, 0) < (2, 1, 1)
+    assert release("2.13.0+cpu") == (2, 13, 0) > (2, 2)
+    assert release("2.6.0a0+git1234") == (2, 6, 0)
+
+
 def test_a_target_too_large_for_its_cards_is_refused(tmp_path):
     folder = make_target(tmp_path / "model", layers=4)
-    with pytest.raises(RequestError, match=r"does not fit on the cards of one worker.*--used_npus 4 or 8"):
+    with pytest.raises(RequestError, match=r"does not fit on the cards that it was to use.*--used_npus 4 or 8"):
         load_trunk(folder, torch.float32, torch.device("cpu"), spread=True, memory={"cpu": 90_000})
 
 

@@ -79,7 +79,7 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
     assert first.draft == str(pair[1].resolve() / "v1")  # found in an export of both layouts
     assert dataclasses.replace(first, draft=None) == second
     assert all(prompt for prompt in first.prompts)
-    assert first.stop_token_ids == [2]
+    assert first.stop_token_ids == [2] and not first.enforce_eager
     shown = capsys.readouterr().out
     assert "loaded    yes, by vLLM 0.32.0" in shown
     assert "identical with and without the draft (6 tokens)" in shown
@@ -91,6 +91,14 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
     assert report["accepted_per_position"] == [0.75, 0.5, 0.25]
     assert "made_by" in report
     assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()  # nobody asked for it
+
+
+def test_both_engines_run_without_graphs_where_asked_to(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = engines(monkeypatch, RESULT, RESULT)
+    assert call(*pair, "--enforce-eager") == 0
+    assert [request.enforce_eager for request in asked] == [True, True]
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])

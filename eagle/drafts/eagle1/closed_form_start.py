@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from eagle.device import synchronize
+from eagle.device import free_memory, synchronize
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.normal_equations import NormalEquations, products_dtype, solve
 from eagle.drafts.memory import Setting
@@ -60,7 +60,7 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
     weight = network.fc.weight.detach()
     if sums is not None:
         try:
-            weight.copy_(solve(*sums))
+            weight.copy_(solve(*sums).to(weight.dtype))  # on the CPU: an NPU may take no float64
         except Exception as error:
             failure = error
             weight.fill_(float("nan"))  # by which the others know
@@ -90,13 +90,16 @@ def own_sums(network: Eagle1Network, data: StartData) -> NormalEquations:
 
 def expected_seconds(setting: Setting, device: torch.device) -> dict[str, float]:
     """What the start's parts will take here besides reading the records, by a short probe of the products and of a
-    small solution; empty where the draft starts otherwise."""
+    small solution; empty where the draft starts otherwise, or where the card has no room for the probe."""
     if setting.init != "closed_form":
         return {}
     size, side = setting.config.hidden_size, PROBE if device.type == "cpu" else 4 * PROBE
     # On and above the diagonal of XᵀX, and XᵀY. A CPU multiplies the different tokens' embeddings only.
     squares = 1.5 + 2.5 * DIFFERENT if device.type == "cpu" else 4
     operations = 2 * squares * size**2 * setting.init_positions / setting.processes
+    # The matrix, its product, and as much again for what a product takes.
+    if device.type != "cpu" and free_memory(device) < 4 * side**2 * products_dtype(device).itemsize:
+        return {}
     one = torch.zeros(side, side, dtype=products_dtype(device), device=device)
     sums = operations * least_seconds(lambda: one @ one, device) / (2 * side**3)
     host = torch.device("cpu")

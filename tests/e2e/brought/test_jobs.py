@@ -853,15 +853,17 @@ def test_a_uuid_without_nvidia_smi(
     [
         ("1,0", 2, ["0,1"]),
         ("1,0", 1, ["1", "0"]),
+        ("3,1,2,0", 2, ["1,3", "0,2"]),
         ("GPU-aaaa", 1, "expected the numbers that npu-smi shows"),
     ],
-    ids=["cards out of order", "cards out of order, a worker each", "a GPU's UUID"],
+    ids=["cards out of order", "cards out of order, a worker each", "two workers of two", "a GPU's UUID"],
 )
 def test_cards_on_npus(
     indices: str, each: int, expected: list[str] | str, llama: Path, data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     on_cards("npu", monkeypatch, tmp_path, None)
+    monkeypatch.setattr(device, "count", lambda asked: 4)
     words = ["--outdir", tmp_path / "store", "--model_name", llama, "--data_path", data, "--npu_indices", indices]
     answer = ask(allocation.main, capsys, *words, "--used_npus", each, "--dry_run")
     if isinstance(expected, str):

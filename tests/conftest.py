@@ -1,0 +1,5 @@
+"""Comes before everything that any test imports."""
+
+from tests.cards import hide
+
+hide()
