@@ -71,7 +71,7 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
     del draft.embed_tokens.weight
     for unit in draft.units():
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    # A head of the draft's own is read behind the forward pass: what is in no other unit stays whole up to the backward.
+    # A head of the draft's own is read behind the forward pass: what is in no other unit stays whole until backward.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=not draft.has_own_head)
     draft.embed_tokens.weight = embedding
 
