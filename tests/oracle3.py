@@ -70,7 +70,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> tuple[dict[str, torch.
         return torch.randn(rows, columns, generator=generator) * gain / columns**0.5
 
     def weights() -> torch.Tensor:  # of a norm, none of them nearly one
-        return 0.5 + torch.rand(size, generator=generator)
+        return torch.exp(0.8 * torch.randn(size, generator=generator))
 
     embedding = torch.zeros(shape.vocab_size, size)
     embedding[:, 0] = 3.0  # the constant
@@ -81,7 +81,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> tuple[dict[str, torch.
     embedding *= SCALE / embedding[0].pow(2).mean().sqrt()
     normed = 1 / embedding[0].pow(2).mean().sqrt()  # what a norm multiplies an embedding by
     embedding[FIRST_TOKEN] = 0
-    into_c = torch.linalg.qr(torch.randn(size - c, B, generator=generator))[0] * 2.0
+    into_c = torch.linalg.qr(torch.randn(size - c, B, generator=generator))[0] * 8.0
 
     target = {"model.embed_tokens.weight": embedding, "model.norm.weight": weights()}
     for number in range(LAYERS):
@@ -120,7 +120,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> tuple[dict[str, torch.
             }
             for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 layer[f"{name}.weight"][:, A:c] = 0
-                layer[f"{name}.weight"][:, 1:A] *= 60  # beside C the token is small
+                layer[f"{name}.weight"][:, 1:A] *= 240  # beside C the token is small
                 layer[f"{name}.weight"][:, 0] = 0
             last = layer
         target |= {f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}
