@@ -25,6 +25,7 @@ import torch
 
 from eagle import ascend
 from eagle.errors import RequestError
+from eagle.progress import is_first_here
 
 KINDS = ("npu", "cuda", "cpu")
 
@@ -53,7 +54,7 @@ def backend_of(kind: str) -> Any:
 @cache
 def _say(note: str) -> None:
     """Once a process, and of those that a launcher started on this machine by the first alone."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_here():
         print(note, file=sys.stderr)
 
 
@@ -306,6 +307,11 @@ def process_peak(pid: int | None = None) -> int:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a card had too little of it: older torch and torch_npu have no exception of their own for that."""
+    return "out of memory" in str(error)
 
 
 def free_memory(device: torch.device) -> int:

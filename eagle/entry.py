@@ -18,6 +18,7 @@ from eagle import only_libraries_on_path
 from eagle.ascend import guard
 from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT
+from eagle.progress import is_first_here
 from eagle.text import visible
 
 
@@ -43,7 +44,7 @@ def run(main: Callable[[], int]) -> int:
 def _report(error: Exception, code: int) -> int:
     if os.environ.get("EAGLE_DEBUG") == "1":
         traceback.print_exc()
-    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+    if code == 2 and not is_first_here():
         return code  # every process of the machine refuses the same request; one says so
     message = str(error)
     if isinstance(error, OSError) and error.errno is not None:  # the system's own words name no fix

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+def is_first_here() -> bool:
+    """Whether this process speaks for all that a launcher started on this machine; true of one that is alone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class _LogLines:

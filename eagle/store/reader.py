@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from eagle.errors import RequestError, WorkError
-from eagle.progress import progress_bar
+from eagle.progress import is_first_here, progress_bar
 from eagle.store.classic_dumps import ClassicFolder, Head, is_dump_name, read_head
 from eagle.store.damage import Damage, Damaged, exhausted
 from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
@@ -85,7 +85,7 @@ class FeatureStore:
         groups: list[tuple[str, RecordSource]] = []
         heads: dict[Path, dict[Path, Head]] = {}
         with progress_bar(
-            len(shards) + len(dumps), "files", desc="opening", delay=2, disable=os.environ.get("LOCAL_RANK", "0") != "0"
+            len(shards) + len(dumps), "files", desc="opening", delay=2, disable=not is_first_here()
         ) as bar:
             for path in [*shards, *dumps]:
                 bar.update()

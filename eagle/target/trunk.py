@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eagle.device import VISIBILITY_VARIABLE, free_memory, weight_memory
+from eagle.device import VISIBILITY_VARIABLE, free_memory, is_out_of_memory, weight_memory
 from eagle.dtypes import check_computes
 from eagle.errors import RequestError
 from eagle.releases import TORCH
@@ -86,7 +86,7 @@ def load_trunk(
             raise
         raise _too_small(folder, room) from error
     except RuntimeError as error:
-        if not room or "out of memory" not in str(error):
+        if not room or not is_out_of_memory(error):
             raise
         raise _too_small(folder, room) from error
     outside = {"cpu", "disk"} - {device.type} if not offload_folder else set()

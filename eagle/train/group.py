@@ -24,6 +24,7 @@ from accelerate import PartialState
 
 from eagle import device
 from eagle.errors import RequestError, WorkError
+from eagle.progress import is_first_here
 from eagle.releases import let_cpus_be_set
 from eagle.train.agreement import disagreement, remarks
 from eagle.train.launch_check import GROUP_SIZE
@@ -171,7 +172,7 @@ def _join() -> PartialState:
     try:
         on_cpu = device.choose_kind() == "cpu"
     except RequestError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first says it; a launcher ends them all as one ends
+        if not is_first_here():  # the first says it; a launcher ends them all as one ends
             time.sleep(TIME_TO_SAY)
         raise
     try:

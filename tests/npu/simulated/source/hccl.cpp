@@ -48,15 +48,11 @@ class Hccl final : public c10d::Backend {
   }
   Work allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     auto host = shared(tensors);
-    auto summed = options;
-    summed.reduceOp = without_mean(options.reduceOp);
-    return divided(gloo_->allreduce(host, summed), options.reduceOp, host);
+    return divided(gloo_->allreduce(host, without_mean(options)), options.reduceOp, host);
   }
   Work reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
     auto host = shared(tensors);
-    auto summed = options;
-    summed.reduceOp = without_mean(options.reduceOp);
-    return divided(gloo_->reduce(host, summed), options.reduceOp, host);
+    return divided(gloo_->reduce(host, without_mean(options)), options.reduceOp, host);
   }
   Work allgather(Lists& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
     auto out = shared(outputs);
@@ -88,9 +84,7 @@ class Hccl final : public c10d::Backend {
   Work _reduce_scatter_base(at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) override {
     auto out = shared(output).view(-1);
     auto in = shared(input).view(-1);
-    auto summed = options;
-    summed.reduceOp = without_mean(options.reduceOp);
-    return divided(gloo_->_reduce_scatter_base(out, in, summed), options.reduceOp, {out});
+    return divided(gloo_->_reduce_scatter_base(out, in, without_mean(options)), options.reduceOp, {out});
   }
   Work alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_split,
                      std::vector<int64_t>& input_split, const c10d::AllToAllOptions& options) override {
@@ -116,8 +110,10 @@ class Hccl final : public c10d::Backend {
   c10::intrusive_ptr<c10d::Backend> gloo_;
 
   // HCCL has no mean: torch_npu adds and then divides.
-  static c10d::ReduceOp without_mean(const c10d::ReduceOp& op) {
-    return op == c10d::ReduceOp::AVG ? c10d::ReduceOp(c10d::ReduceOp::SUM) : op;
+  template <class Options>
+  static Options without_mean(Options options) {
+    if (options.reduceOp == c10d::ReduceOp::AVG) options.reduceOp = c10d::ReduceOp::SUM;
+    return options;
   }
   Work divided(Work work, const c10d::ReduceOp& op, const Tensors& tensors) {
     if (op == c10d::ReduceOp::AVG) {
