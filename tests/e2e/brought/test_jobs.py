@@ -854,7 +854,7 @@ def test_a_uuid_without_nvidia_smi(
         ("1,0", 2, ["0,1"]),
         ("1,0", 1, ["1", "0"]),
         ("3,1,2,0", 2, ["1,3", "0,2"]),
-        ("GPU-aaaa", 1, "expected the numbers that npu-smi shows"),
+        ("GPU-aaaa", 1, "expected numbers as npu-smi has them"),
     ],
     ids=["cards out of order", "cards out of order, a worker each", "two workers of two", "a GPU's UUID"],
 )
