@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmarks  # noqa: F401  keeps folders of the user's from being imported
 from eagle.device import choose_kind, cores, describe, peak_memory, process_peak, synchronize, torch_device
 from eagle.drafts.alignment import Example
+from eagle.drafts.eagle1.closed_form_start import sizes
 from eagle.drafts.eagle1.network import Eagle1Network
-from eagle.drafts.eagle1.normal_equations import RIDGE, NormalEquations, solve
+from eagle.drafts.normal_equations import RIDGE, NormalEquations, solve
 from eagle.entry import run
 from eagle.errors import WorkError
 from eagle.files import write_json
@@ -122,7 +123,7 @@ def examples(hidden: int, vocab: int, positions: int) -> Iterator[Example]:
 
 
 def summed(model: Eagle1Network, data: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    equations = NormalEquations(model, device)
+    equations = NormalEquations(model.embed_tokens, sizes(model.config), device)
     for example in data:
         equations.add(example)
     sums = equations.collect(lambda tensor: tensor.cpu())

@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from eagle import device as devices
+from eagle.drafts import normal_equations
 from eagle.drafts.alignment import Example
-from eagle.drafts.eagle1 import closed_form_start, normal_equations
-from eagle.drafts.eagle1.closed_form_start import closed_form, expected_seconds, start_from
+from eagle.drafts.closed_form import expected_seconds
+from eagle.drafts.eagle1 import closed_form_start
+from eagle.drafts.eagle1.closed_form_start import closed_form, sizes, start_from
 from eagle.drafts.eagle1.network import Eagle1Network
-from eagle.drafts.eagle1.normal_equations import RIDGE, DoubleSum, NormalEquations, PairSum, solve
 from eagle.drafts.memory import Setting
+from eagle.drafts.normal_equations import RIDGE, DoubleSum, NormalEquations, PairSum, solve
 from eagle.drafts.starts import StartData
 from eagle.errors import FailedElsewhere, WorkError
 from eagle.files import ROOT
@@ -51,7 +53,7 @@ def one_process(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def solved(model: Eagle1Network, examples: list[Example], *, by_token: bool = True) -> torch.Tensor:
-    equations = NormalEquations(model, torch.device("cpu"))
+    equations = NormalEquations(model.embed_tokens, sizes(model.config), torch.device("cpu"))
     equations.by_token = by_token
     for example in examples:
         equations.add(example)
@@ -147,7 +149,7 @@ THREADS = """
 from pathlib import Path
 import os
 import torch
-from eagle.drafts.eagle1.normal_equations import solve
+from eagle.drafts.normal_equations import solve
 
 def worked():
     tasks = Path("/proc/self/task").iterdir()
@@ -270,10 +272,10 @@ def test_two_processes(tmp_path):
 def test_what_the_start_will_take(model):
     setting = Setting(model.config, {"hidden_state": 32}, "hidden_state", 2, 100, init_positions=10**6)
     cpu = torch.device("cpu")
-    once = expected_seconds(setting, cpu)
+    once = expected_seconds(setting, sizes(model.config), cpu)
     assert set(once) == {"sums", "solution"} and min(once.values()) > 0
-    assert expected_seconds(dataclasses.replace(setting, init="random"), cpu) == {}
-    more = expected_seconds(dataclasses.replace(setting, init_positions=10**9), cpu)
+    assert expected_seconds(dataclasses.replace(setting, init="random"), sizes(model.config), cpu) == {}
+    more = expected_seconds(dataclasses.replace(setting, init_positions=10**9), sizes(model.config), cpu)
     assert more["sums"] > 100 * once["sums"]
 
 

@@ -10,8 +10,9 @@ import torch
 
 from eagle.drafts import starts
 from eagle.drafts.choices import DraftChoices
+from eagle.drafts.closed_form import expected_seconds, start_host_bytes, start_phases
 from eagle.drafts.eagle1 import memory
-from eagle.drafts.eagle1.closed_form_start import closed_form, expected_seconds
+from eagle.drafts.eagle1.closed_form_start import closed_form, sizes, workspace_bytes
 from eagle.drafts.eagle1.draft_config import draft_config_for
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.objective import Eagle1Objective
@@ -94,10 +95,10 @@ class Eagle1(DraftFamily):
         return memory.validation_bytes(setting, depth)
 
     def start_phases(self, setting: Setting) -> list[Phase]:
-        return memory.start_phases(setting)
+        return start_phases(setting, sizes(setting.config), workspace_bytes(setting.config))
 
     def start_host_bytes(self, setting: Setting) -> dict[str, int]:
-        return memory.start_host_bytes(setting)
+        return start_host_bytes(setting, sizes(setting.config), workspace_bytes(setting.config))
 
     def start_seconds(self, setting: Setting, device: torch.device) -> dict[str, float]:
-        return expected_seconds(setting, device)
+        return expected_seconds(setting, sizes(setting.config), device)

@@ -1,9 +1,8 @@
-"""What EAGLE-1's network and its closed-form start take of memory; see `eagle.drafts.memory`."""
+"""What EAGLE-1's network takes of memory; see `eagle.drafts.memory`."""
 
 from __future__ import annotations
 
-from eagle.drafts.eagle1.normal_equations import EXCHANGED, GATHERED, products_bytes, sums_bytes
-from eagle.drafts.memory import SINGLE, Phase, Setting, attention_mask_bytes, score_bytes
+from eagle.drafts.memory import SINGLE, Setting, attention_mask_bytes, score_bytes
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
@@ -41,35 +40,3 @@ def validation_bytes(setting: Setting, depth: int) -> int:
     outputs = depth * hidden * (2 * setting.compute + (SINGLE if setting.compute < SINGLE else 0))
     scores = attention_mask_bytes(setting, depth) + score_bytes(setting, depth, copies=1)
     return setting.positions * (setting.compute * layer + outputs) + scores
-
-
-def start_phases(setting: Setting) -> list[Phase]:
-    """The closed-form start, on the device; the last phase on the main process alone."""
-    if setting.init != "closed_form":
-        return []
-    size, on_cpu = setting.config.hidden_size, setting.kind == "cpu"
-    positions = min(GATHERED, setting.init_positions) + setting.max_len
-    products = products_bytes(size, positions, setting.config.vocab_size, setting.base_dtype, on_cpu=on_cpu)
-    sums, exchanged = {"sums": sums_bytes(size)}, {}
-    if setting.processes > 1:  # NPUs receive what all have, having no float64 to add it in
-        parts = setting.processes + 1 if setting.kind == "npu" else 2
-        exchanged = {"parts of other processes' sums": parts * min(EXCHANGED, sums_bytes(size))}
-    phases = [
-        Phase("start: normal equations", {**sums, "products": products}),
-        Phase("start: their exchange", {**sums, **exchanged}),
-    ]
-    if on_cpu:
-        phases.append(Phase("start: their solution", {**sums, "solver's workspace": sums_bytes(size) // 8}))
-    return phases
-
-
-def start_host_bytes(setting: Setting) -> dict[str, int]:
-    """Where the device is not the host: the sums on the main process, and gathered positions on every one."""
-    if setting.init != "closed_form":
-        return {}
-    size = setting.config.hidden_size
-    positions = min(GATHERED, setting.init_positions) + setting.max_len
-    return {
-        "closed-form start, on the main process": sums_bytes(size),
-        "positions gathered for it": 4 * positions * size * setting.base_dtype,
-    }

@@ -11,7 +11,9 @@ import torch
 
 from eagle.drafts import starts
 from eagle.drafts.choices import DraftChoices
+from eagle.drafts.closed_form import expected_seconds, start_host_bytes, start_phases
 from eagle.drafts.eagle3 import memory
+from eagle.drafts.eagle3.closed_form_start import closed_form, sizes, workspace_bytes
 from eagle.drafts.eagle3.draft_config import (
     AUX_LAYERS,
     CONFIG_KEYS,
@@ -38,13 +40,12 @@ class Eagle3(DraftFamily):
     name = "eagle3"
     describes = "an EAGLE-3 draft"
     method = PLAIN.speculative["method"]
-    starts = {"random": starts.random}  # noqa: RUF012  (never changed)
+    starts = {"closed_form": closed_form, "random": starts.random}  # noqa: RUF012  (never changed)
     layouts = {layout.name: layout for layout in (PLAIN, SPECULATORS)}  # noqa: RUF012
     same_as_target = ("hidden_size", "vocab_size")
-    defaults = {"init": "random", "ttt_steps": 5, "ttt_decay": 0.8, "noise": 0.0, "vloss_weight": 0.0}  # noqa: RUF012
+    defaults = {"ttt_steps": 5, "ttt_decay": 0.8, "noise": 0.0, "vloss_weight": 0.0}  # noqa: RUF012
     idle = {  # noqa: RUF012
         "vloss_weight": "an EAGLE-3 draft has no feature loss. Leave it out, or train an EAGLE-1 draft.",
-        "init_positions": "an EAGLE-3 draft has no closed-form start. Leave it out, or train an EAGLE-1 draft.",
     }
     targets_own = ("embed_tokens.weight",)
     config_keys = CONFIG_KEYS
@@ -136,4 +137,10 @@ class Eagle3(DraftFamily):
         return memory.validation_bytes(setting, depth)
 
     def start_phases(self, setting: Setting) -> list[Phase]:
-        return memory.start_phases(setting)
+        return start_phases(setting, sizes(setting.config), workspace_bytes(setting.config))
+
+    def start_host_bytes(self, setting: Setting) -> dict[str, int]:
+        return start_host_bytes(setting, sizes(setting.config), workspace_bytes(setting.config))
+
+    def start_seconds(self, setting: Setting, device: torch.device) -> dict[str, float]:
+        return expected_seconds(setting, sizes(setting.config), device)

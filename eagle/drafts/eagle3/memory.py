@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eagle.drafts.memory import SINGLE, Phase, Setting, attention_mask_bytes, score_bytes
+from eagle.drafts.memory import SINGLE, Setting, attention_mask_bytes, score_bytes
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
@@ -33,8 +33,3 @@ def validation_bytes(setting: Setting, depth: int) -> int:
     layer = pairs + max(pairs + repeated + 2 * queries, 3 * config.intermediate_size) + 6 * hidden
     outputs = depth * hidden * (2 * setting.compute + (SINGLE if setting.compute < SINGLE else 0))
     return setting.positions * (layer * setting.compute + outputs) + attention_mask_bytes(setting, depth)
-
-
-def start_phases(setting: Setting) -> list[Phase]:
-    """A random start holds nothing."""
-    return []

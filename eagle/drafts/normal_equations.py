@@ -1,5 +1,8 @@
-"""The normal equations of a linear draft: ``XᵀX`` and ``XᵀY`` over supervised positions, X = ``[embed(x[t+1]), f[t]]``,
-Y = ``f[t+1]``, summed over positions and processes, and their ridge solution.
+"""The normal equations of a linear draft: ``XᵀX`` and ``XᵀY`` over supervised positions, X = ``[e(x[t+1]), f[t]]``, Y =
+``f[t+1]``, summed over positions and processes, and their ridge solution.
+
+``e`` is what a token comes to, ``[E]`` (its embedding, say); ``f[t]`` what the draft reads of the target at t, ``[W]``;
+``f[t+1]`` the target's last hidden state, ``[H]``.
 
     CPU, and CUDA cards with quick float64    products and sums in float64
     other CUDA cards                          products of few positions in float32, sums in float64
@@ -14,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from eagle import device as devices
 from eagle.drafts.alignment import Example
-from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.errors import WorkError
 
 #: Supervised positions are gathered, as they are stored, until this many are together.
@@ -91,37 +94,57 @@ def products_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if devices.has_quick_float64(device) else torch.float32
 
 
-def sums_bytes(hidden: int) -> int:
-    """Of both sums: ``[2H, 2H]`` and ``[2H, H]`` in float64 or in two float32 numbers."""
-    return 6 * hidden * hidden * 8
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a linear draft. token: E. read: W. target: H."""
+
+    token: int
+    read: int
+    target: int
+
+    @property
+    def inputs(self) -> int:
+        return self.token + self.read
+
+    @property
+    def all(self) -> int:
+        return self.inputs + self.target
 
 
-def products_bytes(hidden: int, positions: int, vocab: int, itemsize: int, *, on_cpu: bool) -> int:
+def sums_bytes(sizes: Sizes) -> int:
+    """Of both sums: ``[E+W, E+W]`` and ``[E+W, H]`` in float64 or in two float32 numbers."""
+    return sizes.inputs * sizes.all * 8
+
+
+def products_bytes(sizes: Sizes, positions: int, vocab: int, itemsize: int, *, on_cpu: bool) -> int:
     """What is held beside the sums, at most: gathered positions of `itemsize` bytes a value, and what they become."""
-    rows = 2 * positions * hidden * itemsize
+    rows = positions * (sizes.read + sizes.target) * itemsize
     if on_cpu:  # gathered one by one, then together; later a row for every different token, two pieces in float64
-        return rows + max(rows, 8 * hidden * (3 * min(positions, vocab) + 4 * min(PIECE, positions)))
-    return rows + 8 * hidden * (8 * min(PIECE, positions) + 5 * SLAB)
+        pieces = 2 * (sizes.read + sizes.target) * min(PIECE, positions)
+        return rows + max(rows, 8 * (sizes.all * min(positions, vocab) + pieces))
+    return rows + 8 * ((2 * sizes.all + sizes.read + sizes.target) * min(PIECE, positions) + 2 * sizes.all * SLAB)
 
 
 class NormalEquations:
-    """The sums over one process's positions. xx: ``[2H, 2H]``, of which only what is on and above the diagonal is
-    meant. xy: ``[2H, H]``. by_token: whether embeddings are multiplied once for each different token, which saves work
-    and costs memory."""
+    """The sums over one process's positions. xx: ``[E+W, E+W]``, of which only what is on and above the diagonal is
+    meant. xy: ``[E+W, H]``. by_token: whether tokens are multiplied once for each different one, which saves work and
+    costs memory.
 
-    def __init__(self, model: Eagle1Network, device: torch.device) -> None:
-        size = model.config.hidden_size
-        self.model, self.device = model, device
+    embed: tokens ``[N]`` on the device -> ``[N, E]``.
+    """
+
+    def __init__(self, embed: Callable[[torch.Tensor], torch.Tensor], sizes: Sizes, device: torch.device) -> None:
+        self.embed, self.sizes, self.device = embed, sizes, device
         self.dtype = products_dtype(device)
         kind: type[DoubleSum | PairSum] = DoubleSum if devices.has_float64(device) else PairSum
         where = device
-        needed = sums_bytes(size) + products_bytes(size, 2 * GATHERED, 0, 4, on_cpu=False)
+        needed = sums_bytes(sizes) + products_bytes(sizes, 2 * GATHERED, 0, 4, on_cpu=False)
         if device.type != "cpu" and devices.free_memory(device) < needed:
             kind, where, self.dtype = DoubleSum, torch.device("cpu"), torch.float32
         self.piece = PIECE if self.dtype == torch.float64 else SHORT_PIECE
         if where != device:  # every product has a long way to go
             self.piece = 4 * SHORT_PIECE
-        self.xx, self.xy = kind(2 * size, 2 * size, where), kind(2 * size, size, where)
+        self.xx, self.xy = kind(sizes.inputs, sizes.inputs, where), kind(sizes.inputs, sizes.target, where)
         self.by_token = device.type == "cpu"
         self.positions = 0
         self._gathered: list[Rows] = []
@@ -152,34 +175,33 @@ class NormalEquations:
         pieces = zip(features.split(self.piece), targets.split(self.piece), strict=True)
         doubles = ((f.to(self.dtype), t.to(self.dtype)) for f, t in pieces)
         if self.by_token:
-            self._add_by_token(tokens, features.shape[1], doubles)
+            self._add_by_token(tokens, doubles)
             return
         for own, (read, behind) in zip(tokens.split(self.piece), doubles, strict=True):
-            inputs = self.model.inputs(own, read)
+            inputs = torch.cat((self.embed(own).to(self.dtype), read), dim=-1)
             self._add(0, inputs, inputs, behind)
 
-    def _add_by_token(
-        self, tokens: torch.Tensor, size: int, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        """As products over ``[embed(token), feature]``, with one row for each different token in the embedding's part.
+    def _add_by_token(self, tokens: torch.Tensor, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """As products over ``[e(token), feature]``, with one row for each different token in the token's part.
 
         Text repeats its tokens, so most of the work is left to the features: in float64 it is no more than float32
         products over all positions would be.
         """
         different, row, counts = tokens.unique(return_inverse=True, return_counts=True)
-        by_token = torch.zeros(len(different), 3 * size, dtype=torch.float64)
-        embeddings, features, targets = by_token.split(size, dim=1)
-        embeddings.copy_(self.model.embed_tokens(different))
+        sizes = self.sizes
+        by_token = torch.zeros(len(different), sizes.all, dtype=torch.float64)
+        embeddings, features, targets = by_token.split([sizes.token, sizes.read, sizes.target], dim=1)
+        embeddings.copy_(self.embed(different))
         for own, (read, behind) in zip(row.split(self.piece), pieces, strict=True):
             features.index_add_(0, own, read)
             targets.index_add_(0, own, behind)
-            self._add(size, read, read, behind)
-        # The embedding of a token times what stands beside it at all of its positions.
+            self._add(sizes.token, read, read, behind)
+        # What a token comes to, times what stands beside it at all of its positions.
         weight = counts[:, None].double().sqrt()
         embeddings.mul_(weight)
         features.div_(weight)
         targets.div_(weight)
-        self._add(0, embeddings, by_token[:, : 2 * size], targets)
+        self._add(0, embeddings, by_token[:, : sizes.inputs], targets)
 
     def _add(self, offset: int, left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor) -> None:
         """Rows `offset` on of both sums: ``leftᵀ [right | targets]``, ``leftᵀ right``'s upper triangle in slabs."""
@@ -237,14 +259,18 @@ def all_cores() -> Iterator[None]:
 
 
 def solve(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-    """The ridge solution as ``fc.weight`` ``[H, 2H]`` float64, in the memory of `xy`; `xx` holds the factor then.
+    """The ridge solution ``[H, E+W]`` float64, in the memory of `xy`; `xx` holds the factor then.
 
-    xx: ``[2H, 2H]`` float64 on the CPU, on and above the diagonal. xy: ``[2H, H]``. No copy of either is made.
+    xx: ``[E+W, E+W]`` float64 on the CPU, on and above the diagonal. xy: ``[E+W, H]``. No copy of either is made.
 
     Raises: WorkError where the equations have no solution.
     """
-    ridge = RIDGE * xx.diagonal().mean()
-    xx.diagonal().add_(ridge)
+    xx.diagonal().add_(RIDGE * xx.diagonal().mean())
+    return solve_exactly(xx, xy)
+
+
+def solve_exactly(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+    """As `solve`, with `xx` as it is."""
     # LAPACK counts by columns: to it the rows' upper triangle is the columns' lower one, and `xy` is transposed.
     factor, right = xx.mT, xy.mT
     with all_cores():
@@ -253,8 +279,8 @@ def solve(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
         if int(info):
             raise WorkError(
                 "The closed-form start found no solution: its normal equations are not positive definite (row "
-                f"{int(info)} of {len(xx)}, ridge {float(ridge):.3g}). The features are out of all proportion, or not "
-                "those of this base model. Check the store (python -m eagle.store.verify), or start with --init random."
+                f"{int(info)} of {len(xx)}). The features are out of all proportion, or not those of this base model. "
+                "Check the store (python -m eagle.store.verify), or start with --init random."
             )
         torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False, out=right)
         torch.linalg.solve_triangular(factor, right, upper=False, left=False, out=right)
