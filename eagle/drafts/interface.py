@@ -105,6 +105,16 @@ class DraftFamily(ABC):
         """A saved draft's tensors under the names the network has, whichever public ones they came with."""
         return dict(state)
 
+    def filled(
+        self, config: ModelConfig, state: Mapping[str, torch.Tensor], head: Callable[[], torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """A saved draft's tensors, with those it leaves to the target. config: a completed one. head: gives the
+        target's ``lm_head`` ``[V, H]``, None where it is not at hand.
+
+        Raises: RequestError for what is no draft of this config.
+        """
+        return dict(state)
+
     @abstractmethod
     def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Objective:
         """The losses. head: the target's ``lm_head`` ``[V, H]``, frozen, on the device and in the dtype of the run."""

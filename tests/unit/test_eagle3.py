@@ -219,7 +219,7 @@ def test_an_export_comes_back_the_same(network: Eagle3Network, target: Path, sav
 
 
 def test_public_names(network: Eagle3Network, target: Path, saved: Path, tmp_path: Path):
-    """``layers.0.`` for ``midlayer.``, a t2d, no layer ids: what other trainers save."""
+    """``layers.0.`` for ``midlayer.``; see `tests.unit.test_public_eagle3` for what else other trainers save."""
     from safetensors.torch import load_file, save_file
 
     tensors = {
@@ -227,7 +227,7 @@ def test_public_names(network: Eagle3Network, target: Path, saved: Path, tmp_pat
         for name, tensor in load_file(saved / "model.safetensors").items()
         if name != "embed_tokens.weight"
     }
-    save_file(tensors | {"t2d": torch.zeros(424, dtype=torch.bool)}, saved / "model.safetensors")
+    save_file(tensors, saved / "model.safetensors")
     folder = export(target, saved, tmp_path / "export", "plain")["plain"]
     _, found = read(folder)
     assert torch.equal(found["midlayer.self_attn.q_proj.weight"], network.midlayer.self_attn.q_proj.weight)
@@ -244,7 +244,7 @@ def test_public_names(network: Eagle3Network, target: Path, saved: Path, tmp_pat
         (lambda config, tensors: config.update(draft_vocab_size=9), "lm_head.weight is"),
         (lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[0, 2]), "fc.weight is"),
         (lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[3, 2, 0]), "once, ascending"),
-        (lambda config, tensors: config.update(attention_bias=True), "biases are declared"),
+        (lambda config, tensors: config.update(attention_bias=True), "attention_bias declares biases that are not among the tensors"),
         (lambda config, tensors: config.update(tie_word_embeddings=True), "tie_word_embeddings must be false"),
         (lambda config, tensors: config.update(architectures=["LlamaForCausalLM"]), "a plain config says"),
         (lambda config, tensors: config.update(norm_before_residual=True), "norm_before_residual"),

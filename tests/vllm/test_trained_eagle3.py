@@ -45,7 +45,7 @@ def as_noted(folder: Path) -> dict:
 def alone_as_noted(folder: Path) -> str:
     """The folder that its README.md says to serve in place of both."""
     note = (folder / "README.md").read_text(encoding="utf-8")
-    (line,) = [line for line in note.splitlines() if "draft's folder alone" in line]
+    (line,) = [line for line in note.splitlines() if "draft's folder alone," in line]
     return shlex.split(line[line.index("vllm serve") : line.rindex(")")])[2]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from eagle.drafts import starts
 from eagle.drafts.choices import DraftChoices
-from eagle.drafts.eagle3 import memory
+from eagle.drafts.eagle3 import memory, public
 from eagle.drafts.eagle3.draft_config import (
     AUX_LAYERS,
     CONFIG_KEYS,
@@ -27,6 +27,7 @@ from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossOptions
+from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
 from eagle.target.families import LLAMA
 from eagle.target.features import HIDDEN_STATE, aux_layers
@@ -65,20 +66,24 @@ class Eagle3(DraftFamily):
 
     def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
         """The saved one's layer, in the target's context; its own heads may be others than the target's."""
-        return completed_config(
-            dataclasses.replace(
-                saved,
-                family=LLAMA,
-                num_hidden_layers=1,
-                max_position_embeddings=target.max_position_embeddings,
-                qkv_bias="midlayer.self_attn.q_proj.bias" in tensors,
-                o_bias="midlayer.self_attn.o_proj.bias" in tensors,
-                mlp_bias="midlayer.mlp.gate_proj.bias" in tensors,
-                tie_word_embeddings=False,
-            ),
-            tensors,
-            target.num_hidden_layers,
+        wrong = [
+            f"{name} is {getattr(saved, name)}, the base model's is {getattr(target, name)}"
+            for name in self.same_as_target
+            if getattr(saved, name) != getattr(target, name)
+        ]
+        if wrong:
+            raise RequestError(
+                f"the EAGLE-3 draft does not fit the base model: {'; '.join(wrong)}. Name the base model it was "
+                "trained for."
+            )
+        layer = dataclasses.replace(
+            saved,
+            family=LLAMA,
+            num_hidden_layers=1,
+            max_position_embeddings=target.max_position_embeddings,
+            tie_word_embeddings=False,
         )
+        return completed_config(layer, tensors, target.num_hidden_layers)
 
     def completed(
         self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], target: ModelConfig | None
@@ -120,8 +125,12 @@ class Eagle3(DraftFamily):
         )
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``layers.0.`` is another public name of ``midlayer.``; t2d says again what d2t says."""
-        return {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in state.items() if name != "t2d"}
+        return public.canonical(state)
+
+    def filled(
+        self, config: ModelConfig, state: Mapping[str, torch.Tensor], head: Callable[[], torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        return public.filled(config, state, head)
 
     def optional(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         return {}
