@@ -131,18 +131,19 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
             f"the EAGLE-3 draft says {', '.join(variants)}, which is not read here; expected the plain network. vLLM "
             "serves it as it is."
         )
-    said[NORMED_RESIDUAL] = bool(said.get(NORMED_RESIDUAL, False))
-    if DRAFT_VOCAB not in said:
-        head = tensors.get("lm_head.weight", tensors.get("d2t"))
-        said[DRAFT_VOCAB] = config.vocab_size if head is None else len(head)
-    said[AUX_LAYERS] = _layers_read(said.get(AUX_LAYERS), layers)
+    drafted = tensors.get("lm_head.weight", tensors.get("d2t"))
+    own = {
+        AUX_LAYERS: _layers_read(said.get(AUX_LAYERS), layers),
+        DRAFT_VOCAB: said.get(DRAFT_VOCAB, config.vocab_size if drafted is None else len(drafted)),
+        NORMED_RESIDUAL: bool(said.get(NORMED_RESIDUAL, False)),
+    }
     has_bias = any(name.startswith("midlayer.self_attn.") and name.endswith(".bias") for name in tensors)
     return dataclasses.replace(
         config,
         qkv_bias=has_bias,
         o_bias=has_bias,
         mlp_bias=any(name.startswith("midlayer.mlp.") and name.endswith(".bias") for name in tensors),
-        extra=said,
+        extra=own,
     )
 
 
