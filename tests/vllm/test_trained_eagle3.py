@@ -22,7 +22,7 @@ from tests.vllm.engines import run_engines
 from tests.vllm.test_agreement import WITHIN, ours
 
 #: As many as the folder proposes where it is served alone.
-K, NEW = 3, 48
+K, NEW = 3, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     asked["without"] = EngineRequest(str(root / "base"), prompts)
     asked["alone"] = EngineRequest(alone_as_noted(folders["speculators"]), prompts)
     asked = {
-        name: dataclasses.replace(request, max_new_tokens=NEW, dtype="float32", batch_size=2, warm_up=False)
+        name: dataclasses.replace(request, max_new_tokens=NEW, dtype="float32", batch_size=8, warm_up=False)
         for name, request in asked.items()
     }
     results = dict(zip(asked, run_engines(list(asked.values()), root), strict=True))
