@@ -245,6 +245,7 @@ REFUSED: dict[str, tuple[dict, Callable[[], Tensors], str]] = {
     "another vocabulary": (PLAIN | {"vocab_size": D}, lambda: draft() | d2t(), "vocab_size is 150, the base model"),
     "another width": (PLAIN | {"hidden_size": 64}, lambda: draft() | d2t(), "hidden_size is 64, the base model"),
     "layers out of range": (PLAIN | {AUX: [2, 3, 7]}, lambda: draft() | d2t(), "there is no 7"),
+    "layers as words": (PLAIN | {AUX: "2,3,4"}, lambda: draft() | d2t(), "is '2,3,4', expected a list of layers"),
     "layers unsorted": (PLAIN | {AUX: [4, 2, 3]}, lambda: draft() | d2t(), "once, in ascending order.*: 2,3,4"),
     "two layers' fc": (PLAIN | {AUX: [2, 3]}, lambda: draft() | d2t(), r"fc.weight is \[32, 96\], expected \[32, 64\]"),
     "no norm": (PLAIN, lambda: without(draft() | d2t(), "norm.weight"), "norm.weight is missing"),
@@ -278,5 +279,5 @@ def test_the_targets_own_embedding_may_come_along(base: Path, tmp_path: Path):
 def test_too_few_layers_for_what_vllm_would_read(tmp_path: Path):
     base = make_target(tmp_path / "base", layers=4)
     source = write(tmp_path / "draft", PLAIN, draft() | d2t())
-    with pytest.raises(RequestError, match=f"has no {AUX}, and the base model's 4 layers are too few"):
+    with pytest.raises(RequestError, match=f"has no {AUX}, and the base model has 4 layers, too few"):
         export(base, source, tmp_path / "out", "plain")

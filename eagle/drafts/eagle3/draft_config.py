@@ -147,9 +147,16 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
     )
 
 
-def _layers_read(said: list[int] | None, layers: int | None) -> list[int]:
+def _is_list_of_layers(found: object) -> bool:
+    return isinstance(found, list) and bool(found) and all(type(layer) is int for layer in found)
+
+
+def _layers_read(said: object, layers: int | None) -> list[int]:
     """The layers that a saved draft reads. layers: of the target, None where it is not known."""
     if said:
+        if not _is_list_of_layers(said):
+            raise RequestError(f"the draft's config.json: {AUX_LAYERS} is {said!r}, expected a list of layers.")
+        assert isinstance(said, list)
         return list(said if layers is None else check_aux_layers(tuple(said), layers, f"the draft's {AUX_LAYERS}"))
     if layers is None:
         raise RequestError(f"the draft's config.json has no {AUX_LAYERS}, and the base model is not known.")
@@ -157,6 +164,6 @@ def _layers_read(said: list[int] | None, layers: int | None) -> list[int]:
         return list(default_aux_layers(layers))
     except RequestError:
         raise RequestError(
-            f"the draft's config.json has no {AUX_LAYERS}, and the base model's {layers} layers are too few for "
-            "vLLM's usual choice. Write the layers that it was trained with into its config.json."
+            f"the draft's config.json has no {AUX_LAYERS}, and the base model has {layers} layers, too few for "
+            "EAGLE-3's usual choice. Write the layers that it was trained with into its config.json."
         ) from None

@@ -54,9 +54,9 @@ def layer(prefix: str, attention: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def eagle3(prefix: str, layers: int = 3) -> dict[str, tuple[int, ...]]:
+def eagle3(prefix: str) -> dict[str, tuple[int, ...]]:
     return {
-        "fc.weight": (H, layers * H),
+        "fc.weight": (H, 3 * H),
         **layer(prefix, 2 * H),
         "norm.weight": (H,),
         "lm_head.weight": (64, H),
@@ -75,6 +75,23 @@ MEDUSA = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_pat
 
 #: What is brought: how it is made, and what it is said to be. Everybody says what was expected, and a way on.
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "EAGLE-3 by midlayer": (lambda f: folder_of(f, EAGLE3, eagle3("midlayer.")), "an EAGLE-3 draft"),
+    "EAGLE-3 by layers.0": (lambda f: folder_of(f, EAGLE3, eagle3("layers.0.")), "an EAGLE-3 draft"),
+    "EAGLE-3 with the whole vocabulary": (
+        lambda f: folder_of(f, LLAMA, {n: s for n, s in eagle3("layers.0.").items() if n not in ("d2t", "lm_head")}),
+        "an EAGLE-3 draft",
+    ),
+    "EAGLE-3 as a pickle": (
+        lambda f: (
+            folder_of(f, EAGLE3, None),
+            torch.save({n: torch.ones(s) for n, s in eagle3("midlayer.").items()}, f / "pytorch_model.bin"),
+        ),
+        "an EAGLE-3 draft",
+    ),
+    "EAGLE-3 of the speculators library": (
+        lambda f: folder_of(f, SPECULATORS, eagle3("layers.0.")),
+        "a draft in the form of the speculators library (eagle3)",
+    ),
     "EAGLE-1 of the speculators library": (
         lambda f: folder_of(
             f,
@@ -274,48 +291,3 @@ def test_read(
             found = load_file(tmp_path / "new" / layout / "model.safetensors")
             assert all(torch.equal(found[n], expected[n].to(found[n].dtype)) for n in found if n in expected)
             assert "fc.weight" in found
-
-
-#: Public EAGLE-3 drafts that read both layers of the target: how the folder is made.
-READ_EAGLE3: dict[str, Callable[[Path], object]] = {
-    "by midlayer": lambda f: folder_of(f, EAGLE3 | TWO, public_eagle3("midlayer.")),
-    "by layers.0": lambda f: folder_of(f, EAGLE3 | TWO, public_eagle3("layers.0.")),
-    "of the speculators library": lambda f: folder_of(f, SPECULATORS | TWO, public_eagle3("layers.0.")),
-    "the whole vocabulary": lambda f: folder_of(
-        f, LLAMA | TWO, {n: s for n, s in public_eagle3("midlayer.").items() if n not in ("d2t", "lm_head.weight")}
-    ),
-    "as a pickle": lambda f: (
-        folder_of(f, EAGLE3 | TWO, None),
-        torch.save(
-            {n: torch.ones(s, dtype=torch.long if n == "d2t" else None) for n, s in public_eagle3("midlayer.").items()},
-            f / "pytorch_model.bin",
-        ),
-    ),
-}
-TWO = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
-
-
-def public_eagle3(prefix: str) -> dict[str, tuple[int, ...]]:
-    return eagle3(prefix, layers=2)
-
-
-@pytest.mark.parametrize("name", ["evaluate", "convert", "verify"])
-@pytest.mark.parametrize("brought", READ_EAGLE3)
-def test_public_eagle3_drafts_are_read(
-    pair: Path,
-    store: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    brought: str,
-    name: str,
-) -> None:
-    monkeypatch.setattr(verify, "installed_vllm", lambda: None)
-    READ_EAGLE3[brought](tmp_path / "draft")
-    answer = answer_of(name, pair, store, tmp_path / "draft", tmp_path / "new", capsys)
-    if name == "verify":  # it wants a vLLM, and no other draft
-        assert answer.code == 2 and "vLLM is not installed" in answer.error
-        return
-    assert answer.code == 0, answer.err
-    if name == "convert":
-        assert {path.name for path in (tmp_path / "new").iterdir()} == {"plain", "speculators"}
