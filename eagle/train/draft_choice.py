@@ -37,8 +37,8 @@ def config_file(options: TrainOptions) -> Path | None:
         for other in DRAFT_FAMILIES.values():
             if named := load_config(given, other.config_keys).extra:
                 raise RequestError(
-                    f"--configpath {given} is the config of {other.describes} ({', '.join(named)}), and this run trains "
-                    f"{family.describes}. Add --draft {other.name}, or leave --configpath out."
+                    f"--configpath {given} is the config of {other.describes} ({', '.join(named)}), and this run "
+                    f"trains {family.describes}. Add --draft {other.name}, or leave --configpath out."
                 )
     if given or options.init in family.starts or not family.config_keys:
         return given
