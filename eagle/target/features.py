@@ -36,6 +36,11 @@ def aux_layers(name: str) -> tuple[int, ...] | None:
     return tuple(map(int, match[1][1:].split("_"))) if match else None
 
 
+def states_in(name: str) -> int:
+    """How many hidden states, of as many layers, stand side by side in the features of that name."""
+    return len(aux_layers(name) or (0,))
+
+
 def describe_feature(name: str) -> str:
     """For messages: 'the inputs of layers 2, 16, 29 (--aux_layers 2,16,29)'."""
     layers = aux_layers(name)
