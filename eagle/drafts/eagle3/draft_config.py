@@ -149,4 +149,10 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
         if layers is None:
             raise RequestError(f"the draft's config.json has no {AUX_LAYERS}, and the base model is not known.")
         extra[AUX_LAYERS] = list(default_aux_layers(layers))
+    elif not _is_list_of_layers(extra[AUX_LAYERS]):
+        raise RequestError(
+            f"the draft's config.json: {AUX_LAYERS} is {extra[AUX_LAYERS]!r}, expected a list of layers."
+        )
+    if layers is not None:
+        check_aux_layers(tuple(extra[AUX_LAYERS]), layers, f"the draft's {AUX_LAYERS}")
     return dataclasses.replace(config, extra=extra)
