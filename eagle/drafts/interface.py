@@ -58,8 +58,11 @@ class DraftFamily(ABC):
         family's.
         """
 
-    def choices(self, made: DraftChoices, widths: Mapping[str, int]) -> DraftChoices:
-        """The user's choices, and where there are none those that the features of a store come to. widths: theirs."""
+    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str) -> DraftChoices:
+        """The user's choices, and beside them what the features of a store come to. widths: theirs. where: its name.
+
+        Raises: RequestError for a store that no draft of the family can be trained on.
+        """
         return made
 
     @abstractmethod
@@ -99,6 +102,10 @@ class DraftFamily(ABC):
         head: the target's ``[V, H]``. norm: its final norm's weight ``[H]``. counts: how often each of its tokens is
         supervised, ``[V]``.
         """
+        return []
+
+    def remarks(self, network: DraftNetwork, counts: Callable[[], np.ndarray]) -> list[str]:
+        """What to know of a draft that starts as a saved one did, for people. counts: as in `prepare`."""
         return []
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

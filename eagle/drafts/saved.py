@@ -36,7 +36,8 @@ def without_values(family: DraftFamily, config: ModelConfig) -> DraftNetwork:
 
 def shape_problems(network: DraftNetwork, found: Mapping[str, torch.Tensor]) -> list[str]:
     """What a saved draft lacks to fit the network, what does not belong, and what has another shape, in words."""
-    expected, family = network.own_state(), family_of(network.own_state())
+    expected = network.own_state()
+    family = family_of(expected)
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not part of {family.describes}" for name in found.keys() - expected.keys()]
     problems += [
@@ -123,15 +124,42 @@ def load_trained_state(network: DraftNetwork, state: Mapping[str, torch.Tensor],
     network.load_state_dict(dict(state), strict=False)
 
 
-def warm_start(network: DraftNetwork, path: Path, flag: str) -> list[str]:
+def start_folder(path: Path, flag: str, family: DraftFamily) -> Path:
+    """The folder of the saved draft behind a path, of the family that is to start from it.
+
+    Raises: FileNotFoundError, RequestError (no draft, or one of another family).
+    """
+    source = resolve_pointer(path)
+    check_is_draft(source, flag)
+    names = draft_names(Weights(source, flag=flag))
+    found = family_of(names)
+    if found.name != family.name and found.recognises(names):
+        raise RequestError(
+            f"{flag} {source} is {found.describes}, and this run trains {family.describes} (--draft {family.name}). "
+            f"Add --draft {found.name} to go on from it, or name a draft of the other kind."
+        )
+    return source
+
+
+def warm_start(network: DraftNetwork, path: Path, flag: str, family: DraftFamily, target: ModelConfig) -> list[str]:
     """Start `network` from a saved draft; notes on what of it is left behind.
 
     Raises: FileNotFoundError, RequestError (no draft of this network's shape).
     """
-    source = resolve_pointer(path)
-    check_is_draft(source, flag)
+    source = start_folder(path, flag, family)
     state = read_draft_state(Weights(source, flag=flag))
-    family = family_of(state)
+    if family.config_keys:
+        config = family.completed(load_config(source, family.config_keys), state, target)
+        differing = [
+            f"{name} is {config.extra.get(name)!r} there and {value!r} here"
+            for name, value in network.config.extra.items()
+            if config.extra.get(name) != value
+        ]
+        if differing:
+            raise RequestError(
+                f"{flag} {source} is a draft of other choices: {'; '.join(differing)}. Leave these to it, or start "
+                "from another draft."
+            )
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in (*family.targets_own, *optional)}
     own = network.own_state().get("lm_head.weight")  # made from the target's

@@ -84,18 +84,24 @@ def test_choices_that_do_not_fit_the_target(target: Path, choices: DraftChoices,
         draft_config_for(load_config(target), None, choices)
 
 
-@pytest.mark.parametrize("made", [{"aux_layers": (0, 1)}, {"draft_vocab_size": 10}])
-def test_eagle1_has_no_such_choice(target: Path, made: dict):
-    with pytest.raises(
-        RequestError, match=f"--{next(iter(made))}: an EAGLE-1 draft has no such choice.*--draft eagle3"
-    ):
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [({"aux_layers": (0, 1)}, "--aux_layers 0,1"), ({"draft_vocab_size": 10}, "--draft_vocab_size 10")],
+)
+def test_eagle1_has_no_such_choice(target: Path, made: dict, named: str):
+    with pytest.raises(RequestError, match=f"{named}: an EAGLE-1 draft has no such choice.*--draft eagle3"):
         DRAFT_FAMILIES["eagle1"].config(load_config(target), None, DraftChoices(**made))
 
 
 def test_a_store_says_which_layers(target: Path):
-    held = EAGLE3.choices(DraftChoices(), {"hidden_state": 32, "aux_0_1_3": 96})
-    assert held.aux_layers == (0, 1, 3)
-    assert EAGLE3.choices(DraftChoices((0, 2)), {"aux_0_1_3": 96}).aux_layers == (0, 2)
+    """Where neither the command nor a config file does."""
+    held = EAGLE3.choices(DraftChoices(), {"hidden_state": 32, "aux_0_1_3": 96}, "--tmpdir store")
+    config = load_config(target)
+    assert EAGLE3.reads(EAGLE3.config(config, None, held)) == "aux_0_1_3"
+    named = EAGLE3.choices(DraftChoices((0, 2)), {"aux_0_1_3": 96}, "--tmpdir store")
+    assert EAGLE3.reads(EAGLE3.config(config, None, named)) == "aux_0_2"
+    with pytest.raises(RequestError, match="--tmpdir store holds the base model's last hidden states alone"):
+        EAGLE3.choices(DraftChoices((0, 2)), {"hidden_state": 32}, "--tmpdir store")
 
 
 def test_a_file_of_another_width(target: Path, tmp_path: Path):

@@ -73,7 +73,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     Raises: RequestError for what does not fit the target.
     """
     given = load_config(configpath, CONFIG_KEYS) if configpath else None
-    shape = given or target
+    shape, extra = given or target, given.extra if given else {}
     if given is not None:
         wrong = [
             f"{name} is {getattr(given, name)!r}, the base model's is {getattr(target, name)!r}"
@@ -82,14 +82,30 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
         ]
         if given.num_hidden_layers != 1:
             wrong.append(f"num_hidden_layers is {given.num_hidden_layers}, a draft has 1")
+        wrong += [f"{name} is said, which is not read here" for name in VARIANTS if extra.get(name)]
+        wrong += [
+            f"{name} is {extra[name]!r}, expected {expected}"
+            for name, expected, is_right in (
+                (AUX_LAYERS, "a list of layers", _is_list_of_layers),
+                (DRAFT_VOCAB, "a whole number", lambda size: type(size) is int),
+            )
+            if extra.get(name) is not None and not is_right(extra[name])
+        ]
         if wrong:
-            raise RequestError(f"--configpath {configpath} does not fit the base model: {'; '.join(wrong)}.")
-    extra = dict(given.extra) if given else {}
-    layers = choices.aux_layers or extra.get(AUX_LAYERS) or default_aux_layers(target.num_hidden_layers)
-    size = choices.draft_vocab_size or extra.get(DRAFT_VOCAB) or min(DEFAULT_DRAFT_VOCAB, target.vocab_size)
+            raise RequestError(f"{configpath}, the draft's config, does not fit the base model: {'; '.join(wrong)}.")
+    count = target.num_hidden_layers
+    said = choices.aux_layers is None and extra.get(AUX_LAYERS)
+    layers = choices.aux_layers or said or choices.held_layers or default_aux_layers(count)
+    flag = f"{configpath}: {AUX_LAYERS}" if said else "--aux_layers"
+    layers = check_aux_layers(tuple(layers), count, flag)
+    size, flag = choices.draft_vocab_size, "--draft_vocab_size"
+    if size is None and extra.get(DRAFT_VOCAB) is not None:
+        size, flag = extra[DRAFT_VOCAB], f"{configpath}: {DRAFT_VOCAB}"
+    if size is None:
+        size = min(DEFAULT_DRAFT_VOCAB, target.vocab_size)
     if not 1 <= size <= target.vocab_size:
         raise RequestError(
-            f"--draft_vocab_size {size}: expected 1 to {target.vocab_size:,}, the size of the base model's vocabulary."
+            f"{flag} {size}: expected 1 to {target.vocab_size:,}, the size of the base model's vocabulary."
         )
     return dataclasses.replace(
         target.draft(),
@@ -102,7 +118,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
         o_bias=False,
         mlp_bias=False,
         extra={
-            AUX_LAYERS: list(check_aux_layers(tuple(layers), target.num_hidden_layers)),
+            AUX_LAYERS: list(layers),
             DRAFT_VOCAB: size,
             NORMED_RESIDUAL: bool(extra.get(NORMED_RESIDUAL, False)),
         },

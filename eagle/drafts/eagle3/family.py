@@ -22,7 +22,7 @@ from eagle.drafts.eagle3.draft_config import (
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.eagle3.objective import Eagle3Objective
 from eagle.drafts.eagle3.vllm_layouts import PLAIN, SPECULATORS
-from eagle.drafts.eagle3.vocabulary import LOW_COVERAGE, coverage, most_frequent
+from eagle.drafts.eagle3.vocabulary import coverage_notes, most_frequent
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
@@ -53,9 +53,14 @@ class Eagle3(DraftFamily):
     def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
         return draft_config_for(target, configpath, choices)
 
-    def choices(self, made: DraftChoices, widths: Mapping[str, int]) -> DraftChoices:
+    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str) -> DraftChoices:
         held = [layers for name in widths if (layers := aux_layers(name))]
-        return dataclasses.replace(made, aux_layers=held[0]) if held and made.aux_layers is None else made
+        if not held:
+            raise RequestError(
+                f"{where} holds the base model's last hidden states alone, and {self.describes} reads the inputs of "
+                "several of its layers. Make a store with allocation.py --draft eagle3, or train an EAGLE-1 draft."
+            )
+        return dataclasses.replace(made, held_layers=held[0])
 
     def reads(self, config: ModelConfig) -> str:
         return aux_feature(config)
@@ -73,8 +78,8 @@ class Eagle3(DraftFamily):
         ]
         if wrong:
             raise RequestError(
-                f"the EAGLE-3 draft does not fit the base model: {'; '.join(wrong)}. Name the base model it was "
-                "trained for."
+                f"the EAGLE-3 draft was trained for another model: its {'; its '.join(wrong)}. Name the base model of "
+                "its training."
             )
         layer = dataclasses.replace(
             saved,
@@ -105,14 +110,11 @@ class Eagle3(DraftFamily):
             network.choose(chosen)
             network.lm_head.weight.copy_(head[chosen.to(head.device)])
             network.norm.weight.copy_(norm)
-        share = coverage(found, ids)
-        notes = [f"the draft chooses among {size:,} of {len(found):,} tokens: {share:.1%} of the supervised positions"]
-        if share < LOW_COVERAGE:
-            notes.append(
-                f"at {1 - share:.1%} of the positions the draft cannot be right: raise --draft_vocab_size above "
-                f"{size:,}"
-            )
-        return notes
+        return coverage_notes(found, ids)
+
+    def remarks(self, network: DraftNetwork, counts: Callable[[], np.ndarray]) -> list[str]:
+        assert isinstance(network, Eagle3Network)
+        return coverage_notes(counts(), network.ids.cpu().numpy())
 
     def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Eagle3Objective:
         assert isinstance(network, Eagle3Network)
