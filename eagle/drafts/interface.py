@@ -58,8 +58,9 @@ class DraftFamily(ABC):
         family's.
         """
 
-    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str) -> DraftChoices:
-        """The user's choices, and beside them what the features of a store come to. widths: theirs. where: its name.
+    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str = "--tmpdir") -> DraftChoices:
+        """The user's choices, and beside them what the features of a store come to. widths: theirs, none without a
+        store. where: its name.
 
         Raises: RequestError for a store that no draft of the family can be trained on.
         """

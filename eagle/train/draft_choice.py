@@ -13,16 +13,15 @@ from eagle.target.features import describe_feature
 from eagle.train.options import TrainOptions
 
 
-def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str, int] | None) -> ModelConfig:
-    """The draft's config. widths: of the features that ``--tmpdir`` holds, by name; None without a store.
+def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str, int]) -> ModelConfig:
+    """The draft's config. widths: of the features that ``--tmpdir`` holds, by name; none without a store.
 
     Raises: FileNotFoundError, RequestError for what does not fit the base model or is not in the store.
     """
-    family, choices = options.family, options.choices
-    if widths is not None:
-        choices = family.choices(choices, widths, f"--tmpdir {options.tmpdir}")
+    family = options.family
+    choices = family.choices(options.choices, widths, f"--tmpdir {options.tmpdir}")
     config = family.config(target, config_file(options), choices)
-    if widths is not None:
+    if widths:
         check_widths(widths, family.features(config), options)
     return config
 

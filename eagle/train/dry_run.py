@@ -111,16 +111,16 @@ class StoreSizes:
 
     files: int
     value: int
+    widths: Mapping[str, int]
     stored: int | None = None
     tokens: int | None = None
-    widths: Mapping[str, int] | None = None
 
 
 def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes:
     """Of a store; without one, by the base model's dtype."""
     if tmpdir is None:
         named = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2))
+        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2), {})
     store = FeatureStore(tmpdir)
     if store.hidden_size != target.hidden_size:
         raise RequestError(
@@ -131,7 +131,7 @@ def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes
     size = sum(file.stat().st_size for path in files for file in ([path] if path.is_file() else path.iterdir()))
     one_byte = any(source.stored_code != source.dtype_code for source in store.sources)
     tokens = int(np.minimum(store.lengths, max_len).sum())
-    return StoreSizes(size, store[0].hidden_state.element_size(), 1 if one_byte else None, tokens, store.widths)
+    return StoreSizes(size, store[0].hidden_state.element_size(), store.widths, 1 if one_byte else None, tokens)
 
 
 def runtime_bytes(config: ModelConfig, kind: str) -> int:

@@ -119,7 +119,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     target, weights, identity = checked.config, checked.weights, checked.identity
     family = options.family
     held = open_store(options, accelerator, identity) if options.tmpdir else None
-    config = draft_config(options, target, held.widths if held else None)
+    config = draft_config(options, target, held.widths if held else {})
     store: RecordStore = held or live_features(options, accelerator, family.features(config))
     where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
     usable, notes = usable_records(store, options.max_len, where)

@@ -53,14 +53,14 @@ class Eagle3(DraftFamily):
     def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
         return draft_config_for(target, configpath, choices)
 
-    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str) -> DraftChoices:
+    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str = "--tmpdir") -> DraftChoices:
         held = [layers for name in widths if (layers := aux_layers(name))]
-        if not held:
+        if widths and not held:
             raise RequestError(
                 f"{where} holds the base model's last hidden states alone, and {self.describes} reads the inputs of "
                 "several of its layers. Make a store with allocation.py --draft eagle3, or train an EAGLE-1 draft."
             )
-        return dataclasses.replace(made, held_layers=held[0])
+        return dataclasses.replace(made, held_layers=held[0] if held else None)
 
     def reads(self, config: ModelConfig) -> str:
         return aux_feature(config)
