@@ -132,7 +132,7 @@ def test_a_new_draft_takes_the_targets_head(target: Path):
 
 def test_inputs_of_layers(target: Path):
     """What transformers calls hidden_states; the layers are as they were afterwards."""
-    trunk = AutoModel.from_pretrained(target, torch_dtype=torch.float32)
+    trunk = AutoModel.from_pretrained(target, dtype=torch.float32)
     ids = torch.arange(3, 15)[None]
     with torch.inference_mode():
         every = trunk(input_ids=ids, output_hidden_states=True, use_cache=False)
