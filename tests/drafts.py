@@ -10,7 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from eagle.decode.target import Target, load_target
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1.network import Eagle1Network
+from eagle.drafts.eagle3.draft_config import draft_config_for
+from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.network import DraftNetwork
 from eagle.target.trunk import from_pretrained_dtype
 
@@ -28,6 +31,18 @@ def random_draft(target: Target, seed: int = 1, std: float = 0.3) -> Eagle1Netwo
     for parameter in draft.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=std)
+    return draft.requires_grad_(False).eval().to(target.head.dtype)
+
+
+def random_eagle3_draft(target: Target, vocabulary: torch.Tensor, seed: int = 1, std: float = 0.3) -> Eagle3Network:
+    """Every weight random. vocabulary: ``[D]``, the tokens it chooses among, ascending."""
+    torch.manual_seed(seed)
+    config = draft_config_for(target.config, None, DraftChoices((0, 1), len(vocabulary)))
+    draft = Eagle3Network(config, target.embedding.data)
+    for parameter in draft.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=std)
+    draft.choose(vocabulary)
     return draft.requires_grad_(False).eval().to(target.head.dtype)
 
 

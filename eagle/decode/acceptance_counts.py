@@ -12,11 +12,14 @@ from eagle.decode.generate import Step
 class Acceptance:
     """Counts over verifications. accepted, tried: by depth, how many steps got so far.
 
-    depth: the deepest that was drafted. orders: the ranks (see `Tree`) of all accepted nodes.
+    depth: the deepest that was drafted. orders: the ranks (see `Tree`) of all accepted nodes. rejected: steps at whose
+    last depth nothing was accepted; outside: of these, those whose token is not in the draft's vocabulary.
     """
 
     depth: int
     steps: int = 0
+    rejected: int = 0
+    outside: int = 0
     accepted: list[int] = field(init=False)
     tried: list[int] = field(init=False)
     orders: list[int] = field(default_factory=list)
@@ -33,6 +36,8 @@ class Acceptance:
 
     def add(self, step: Step) -> None:
         self.steps += 1
+        self.rejected += step.tried > step.accepted
+        self.outside += step.is_outside
         for depth in range(step.tried):
             self.tried[depth] += 1
             self.accepted[depth] += depth < step.accepted

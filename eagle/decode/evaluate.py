@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         "max_new_tokens": options.max_new_tokens,
         "dtype": dtype_name(dtype),
         "hardware": describe(target.device),
-        **build_report(replies, depth, sampling.greedy, estimate_sizes(decoder, drafting, replies)),
+        **build_report(replies, depth, sampling.greedy, estimate_sizes(decoder, drafting, replies), decoder.vocabulary),
         "peak_memory_gb": peak_memory(target.device) / 1e9,
         "skipped_prompts": skipped,
     }

@@ -33,6 +33,7 @@ class Step:
 
     accepted: drafted tokens that the target chose too. tried: depths at which it had drafted tokens to choose from on
     its way, `accepted` or one more. order: the ranks (see `Tree`) of the accepted nodes. Seconds of either side.
+    is_outside: all of the last depth was rejected for a token that is not in the draft's vocabulary.
     """
 
     accepted: int
@@ -40,6 +41,7 @@ class Step:
     order: tuple[int, ...]
     draft_seconds: float
     target_seconds: float
+    is_outside: bool = False
 
 
 @dataclass(slots=True)
@@ -68,6 +70,10 @@ class SpeculativeDecoder:
         self.generator = sampling.generator(target.device)
         #: What a pass of the target has to give: its own logits come from the first, the draft reads the other.
         self.names = tuple(dict.fromkeys((HIDDEN_STATE, draft.reads)))
+        #: The tokens that the draft chooses among, where these are not all. The host has read them once and for all.
+        self.vocabulary = None if draft.ids is None else frozenset(draft.ids.tolist())
+        if self.vocabulary is not None and len(self.vocabulary) == len(target.head):
+            self.vocabulary = None
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], max_new_tokens: int, stop: Collection[int] = ()) -> Generation:
@@ -103,7 +109,9 @@ class SpeculativeDecoder:
         result.prefill_seconds, *seconds = clock.seconds()
         result.seconds = time.perf_counter() - started
         for verdict, drafting, verifying in zip(verdicts, seconds[::2], seconds[1::2], strict=True):
-            result.steps.append(Step(len(verdict.order), verdict.tried, verdict.order, drafting, verifying))
+            accepted, last = len(verdict.order), verdict.tokens[-1]
+            is_outside = verdict.tried > accepted and self.vocabulary is not None and last not in self.vocabulary
+            result.steps.append(Step(accepted, verdict.tried, verdict.order, drafting, verifying, is_outside))
         return result
 
     def choices(self, logits: torch.Tensor, proposal: Proposal) -> torch.Tensor:

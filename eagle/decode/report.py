@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from eagle.decode.acceptance_counts import Acceptance
@@ -12,8 +12,8 @@ from eagle.decode.replies import Reply
 NO_CATEGORY = "uncategorised"
 
 
-def summary(replies: Sequence[Reply], depth: int) -> dict[str, Any]:
-    """The numbers of some replies, drafted `depth` tokens deep.
+def summary(replies: Sequence[Reply], depth: int, vocabulary: Collection[int] | None) -> dict[str, Any]:
+    """The numbers of some replies, drafted `depth` tokens deep. vocabulary: the draft's, None where it has all tokens.
 
     Speeds count whole replies, prefill included; None where nothing was measured.
     """
@@ -35,7 +35,13 @@ def summary(replies: Sequence[Reply], depth: int) -> dict[str, Any]:
         "tokens_per_s": speed,
         "baseline_tokens_per_s": baseline,
         "speedup": speed / baseline if speed and baseline else None,
-    }
+        "draft_vocabulary": None if vocabulary is None else {
+            "size": len(vocabulary),
+            "coverage": ratio(sum(token in vocabulary for reply in replies for token in reply.drafted.tokens), tokens),
+            "rejected": acceptance.rejected,
+            "rejected_outside": acceptance.outside,
+        },
+    }  # fmt: skip
 
 
 def ratio(count: float, seconds: float) -> float | None:
@@ -47,8 +53,14 @@ def mean_ms(seconds: Any) -> float | None:
     return 1000 * sum(values) / len(values) if values else None
 
 
-def build_report(replies: Sequence[Reply], depth: int, greedy: bool, estimates: Sequence[Estimate]) -> dict[str, Any]:
-    """Overall, by category, and what would be fastest.
+def build_report(
+    replies: Sequence[Reply],
+    depth: int,
+    greedy: bool,
+    estimates: Sequence[Estimate],
+    vocabulary: Collection[int] | None = None,
+) -> dict[str, Any]:
+    """Overall, by category, and what would be fastest. vocabulary: the draft's, None where it has all tokens.
 
     identical_to_target: whether every reply equals the target's own greedy one; None when sampling, or where the
     target was not run alone.
@@ -59,11 +71,11 @@ def build_report(replies: Sequence[Reply], depth: int, greedy: bool, estimates: 
     for reply in replies:
         categories.setdefault(reply.category or NO_CATEGORY, []).append(reply)
     return {
-        **summary(replies, depth),
+        **summary(replies, depth, vocabulary),
         "identical_to_target": not differing if compared else None,
         "identical_replies": len(compared) - len(differing) if compared else None,
         "differing_replies": differing,
-        "categories": {name: summary(some, depth) for name, some in categories.items()},
+        "categories": {name: summary(some, depth, vocabulary) for name, some in categories.items()},
         "recommendation": recommendation(estimates) if estimates else None,
     }
 
@@ -89,6 +101,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         "",
         f"n-α        {alphas}   (accepted where the n tokens before were)",
         f"step       draft {drafting} ms, target {verifying} ms; {report['steps']:,} steps",
+        *_vocabulary_lines(report["draft_vocabulary"]),
         f"memory     {report['peak_memory_gb']:.2f} GB at most ({report['hardware']}, {report['dtype']})",
         f"output     {_identity(report)}",
     ]
@@ -97,6 +110,17 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if report["recommendation"]:
         lines += _recommendation_lines(report)
     return lines
+
+
+def _vocabulary_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    rejected, outside = found["rejected"], found["rejected_outside"]
+    share = "-" if found["coverage"] is None else f"{found['coverage']:.1%}"
+    return [
+        f"vocabulary the draft's {found['size']:,} tokens are {share} of the output; of {rejected:,} rejections "
+        f"{outside:,} are of a token that is not among them"
+    ]
 
 
 def _identity(report: dict[str, Any]) -> str:

@@ -135,7 +135,7 @@ def _rows(packed: Packed, places: torch.Tensor) -> torch.Tensor:
         return values[places]
     # As bytes: not every device can index float8.
     taken = values.view(torch.uint8)[places].view(values.dtype)
-    return Packed(taken, packed.scale.flatten()[places], packed.dtype).unpack()
+    return Packed(taken, packed.scale.flatten(0, 1)[places], packed.dtype).unpack()
 
 
 def unpacked(packed: Packed, lengths: Sequence[int]) -> torch.Tensor:

@@ -9,16 +9,21 @@ from eagle.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class DraftChoices:
-    """``--aux_layers`` and ``--draft_vocab_size``; None where the family is to choose."""
+    """``--aux_layers`` and ``--draft_vocab_size``; None where the family is to choose.
+
+    held_layers: what a store holds the inputs of, for whoever chose no layers.
+    """
 
     aux_layers: tuple[int, ...] | None = None
     draft_vocab_size: int | None = None
+    held_layers: tuple[int, ...] | None = None
 
     def refuse(self, names: tuple[str, ...], describes: str, instead: str) -> None:
         """Raises: RequestError where one of these was made. describes: the draft; instead: what they are for."""
         for name in names:
-            if getattr(self, name) is not None:
-                raise RequestError(f"--{name}: {describes} has no such choice. Leave it out, or {instead}.")
+            if (value := getattr(self, name)) is not None:
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                raise RequestError(f"--{name} {shown}: {describes} has no such choice. Leave it out, or {instead}.")
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -58,8 +58,12 @@ class DraftFamily(ABC):
         family's.
         """
 
-    def choices(self, made: DraftChoices, widths: Mapping[str, int]) -> DraftChoices:
-        """The user's choices, and where there are none those that the features of a store come to. widths: theirs."""
+    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str = "--tmpdir") -> DraftChoices:
+        """The user's choices, and beside them what the features of a store come to. widths: theirs, none without a
+        store. where: its name.
+
+        Raises: RequestError for a store that no draft of the family can be trained on.
+        """
         return made
 
     @abstractmethod
@@ -101,8 +105,22 @@ class DraftFamily(ABC):
         """
         return []
 
+    def remarks(self, network: DraftNetwork, counts: Callable[[], np.ndarray]) -> list[str]:
+        """What to know of a draft that starts as a saved one did, for people. counts: as in `prepare`."""
+        return []
+
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A saved draft's tensors under the names the network has, whichever public ones they came with."""
+        return dict(state)
+
+    def filled(
+        self, config: ModelConfig, state: Mapping[str, torch.Tensor], head: Callable[[], torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """A saved draft's tensors, with those it leaves to the target. config: a completed one. head: gives the
+        target's ``lm_head`` ``[V, H]``, None where it is not at hand.
+
+        Raises: RequestError for what is no draft of this config.
+        """
         return dict(state)
 
     @abstractmethod

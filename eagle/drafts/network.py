@@ -30,6 +30,11 @@ class DraftNetwork(nn.Module):
     config: ModelConfig
     embed_tokens: nn.Embedding
 
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """The target's tokens ``[D]`` that the draft chooses among, ascending; None: all of them."""
+        return None
+
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """States ``[..., H]`` from the target's features ``[..., W]`` at the same positions."""
         raise NotImplementedError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ def without_values(family: DraftFamily, config: ModelConfig) -> DraftNetwork:
 
 def shape_problems(network: DraftNetwork, found: Mapping[str, torch.Tensor]) -> list[str]:
     """What a saved draft lacks to fit the network, what does not belong, and what has another shape, in words."""
-    expected, family = network.own_state(), family_of(network.own_state())
+    expected = network.own_state()
+    family = family_of(expected)
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not part of {family.describes}" for name in found.keys() - expected.keys()]
     problems += [
@@ -68,7 +70,17 @@ def read_draft_state(weights: Weights) -> dict[str, torch.Tensor]:
         bare = name.removeprefix("model.")
         if "rotary_emb" not in bare:
             state[bare] = weights[name]
-    return family_of(state).canonical(state)
+    with said_of(f"{weights.flag} {weights.folder}"):
+        return family_of(state).canonical(state)
+
+
+@contextmanager
+def said_of(source: str) -> Iterator[None]:
+    """What a family says of a draft, with where the draft is in front."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{source}: {error}") from None
 
 
 def draft_names(weights: Weights) -> set[str]:
@@ -77,17 +89,24 @@ def draft_names(weights: Weights) -> set[str]:
 
 
 def load_draft(
-    folder: str | Path, embedding: torch.Tensor | None = None, target: ModelConfig | None = None
+    folder: str | Path,
+    embedding: torch.Tensor | None = None,
+    target: ModelConfig | None = None,
+    head: Callable[[], torch.Tensor] | None = None,
 ) -> DraftNetwork:
     """The draft in a checkpoint or export folder, in its stored dtype.
 
     embedding: the target's, for exports that leave it out. target: its config, for drafts that leave choices to it.
+    head: gives its ``lm_head``, for drafts that leave that out.
 
     Raises: FileNotFoundError, RequestError (missing or misshapen tensors).
     """
     state = read_draft_state(Weights(folder, flag="--draft-path"))
     family = family_of(state)
-    config = family.completed(load_config(folder, family.config_keys), state, target)
+    saved = load_config(folder, family.config_keys)
+    with said_of(f"--draft-path {folder}"):
+        config = family.completed(saved, state, target)
+        state = family.filled(config, state, head)
     theirs = {name: state.pop(name) for name in family.targets_own if name in state}
     embedding = theirs.get(EMBEDDING, embedding)
     if embedding is None:
@@ -105,23 +124,57 @@ def load_trained_state(network: DraftNetwork, state: Mapping[str, torch.Tensor],
     network.load_state_dict(dict(state), strict=False)
 
 
-def warm_start(network: DraftNetwork, path: Path, flag: str) -> list[str]:
+def start_folder(path: Path, flag: str, family: DraftFamily) -> Path:
+    """The folder of the saved draft behind a path, of the family that is to start from it.
+
+    Raises: FileNotFoundError, RequestError (no draft, or one of another family).
+    """
+    source = resolve_pointer(path)
+    check_is_draft(source, flag)
+    names = draft_names(Weights(source, flag=flag))
+    found = family_of(names)
+    if found.name != family.name and found.recognises(names):
+        raise RequestError(
+            f"{flag} {source} is {found.describes}, and this run trains {family.describes} (--draft {family.name}). "
+            f"Add --draft {found.name} to go on from it, or name a draft of the other kind."
+        )
+    return source
+
+
+def warm_start(network: DraftNetwork, path: Path, flag: str, family: DraftFamily, target: ModelConfig) -> list[str]:
     """Start `network` from a saved draft; notes on what of it is left behind.
 
     Raises: FileNotFoundError, RequestError (no draft of this network's shape).
     """
-    source = resolve_pointer(path)
-    check_is_draft(source, flag)
+    source = start_folder(path, flag, family)
     state = read_draft_state(Weights(source, flag=flag))
-    family = family_of(state)
+    if family.config_keys:
+        config = family.completed(load_config(source, family.config_keys), state, target)
+        differing = [
+            f"{name} is {config.extra.get(name)!r} there and {value!r} here"
+            for name, value in network.config.extra.items()
+            if config.extra.get(name) != value
+        ]
+        if differing:
+            raise RequestError(
+                f"{flag} {source} is a draft of other choices: {'; '.join(differing)}. Leave these to it, or start "
+                "from another draft."
+            )
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in (*family.targets_own, *optional)}
+    own = network.own_state().get("lm_head.weight")  # made from the target's
+    with said_of(f"{flag} {source}"):
+        kept = family.filled(network.config, kept, None if own is None else own.detach)
     load_trained_state(network, kept, f"{flag} {source}")
     return [f"{flag} {source} has {what}; it is left out" for what in optional.values() if what]
 
 
-def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> SavedDraft:
+def read_saved(
+    path: Path, weight_name: str | None, target: ModelConfig, head: Callable[[], torch.Tensor]
+) -> SavedDraft:
     """Read a draft from a checkpoint of ours, a run's folder, or a public EAGLE folder, for export.
+
+    target, head: its config; gives its ``lm_head``.
 
     Raises: FileNotFoundError, RequestError (wrong keys or shapes for this target).
     """
@@ -130,24 +183,27 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
     check_is_draft(folder, "--draft-path", weight_name)
     state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
     family = family_of(state)
-    for name in family.targets_own:  # the layouts that want them take them from the target
-        tensor = state.pop(name, None)
+    brought = {name: state.pop(name, None) for name in family.targets_own}
+    for name, tensor in brought.items():  # the layouts that want them take them from the target
         expected = (target.vocab_size, target.hidden_size)
         if tensor is not None and tuple(tensor.shape) != expected:
             raise RequestError(
                 f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
                 "draft was trained for another model."
             )
-    config = family.config_of(target, load_config(folder, family.config_keys), state)
+    saved = load_config(folder, family.config_keys)
+    with said_of(f"--draft-path {folder}"):
+        config = family.config_of(target, saved, state)
+        state = family.filled(config, state, head)
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in optional}
     problems = shape_problems(without_values(family, config), kept)
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise RequestError(f"--draft-path {folder} does not hold a draft of --base-path's model: {shown}.")
-    saved = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
-    measured, trained_for = saved.get("metrics", {}), saved.get("run", {}).get("target")
-    return SavedDraft(family.name, config, state, folder, measured, trained_for)
+    said = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
+    measured, trained_for = said.get("metrics", {}), said.get("run", {}).get("target")
+    return SavedDraft(family.name, config, state, folder, measured, trained_for, embedding=brought.get(EMBEDDING))
 
 
 def resolve_pointer(path: Path) -> Path:

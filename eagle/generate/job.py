@@ -30,7 +30,7 @@ from eagle.store.shard import FORMAT_VERSION
 from eagle.target.check import check_target
 from eagle.target.compiled import should_compile
 from eagle.target.config import ModelConfig
-from eagle.target.features import aux_layers
+from eagle.target.features import aux_layers, describe_feature
 from eagle.target.identity import Identity
 from eagle.target.tokenizer import tokens_without_row
 
@@ -244,7 +244,10 @@ def _differences(old: dict, new: dict) -> list[str]:
         before, after = old, new
         for key in keys:
             before, after = before[key], after[key]
-        if isinstance(after, dict):
+        if keys == ("features",):
+            if before != after:
+                found.append(f"it holds {_listed(before)}, now asked for are {_listed(after)}")
+        elif isinstance(after, dict):
             names = sorted((set(before) | set(after)).difference(FREE_OPTIONS))
             found += [
                 f"{n} was {before.get(n)!r}, now {after.get(n)!r}" for n in names if before.get(n) != after.get(n)
@@ -253,6 +256,10 @@ def _differences(old: dict, new: dict) -> list[str]:
             shown = [str(value)[:12] if keys[-1] in ("digest", "fingerprint") else value for value in (before, after)]
             found.append(f"{' '.join(keys)} was {shown[0]}, now {shown[1]}")
     return found
+
+
+def _listed(features: dict[str, int]) -> str:
+    return " and ".join(map(describe_feature, features))
 
 
 def encode_job(job: Job, *, save: bool = True) -> Tokens:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from eagle.generate.launch import worker_command, worker_variables
 from eagle.store.dtypes import STORE_DTYPES, bytes_per_value
 from eagle.store.manifest import MANIFEST
 from eagle.store.writer import SHARD_BYTES, shard_bytes_for
+from eagle.target.features import states_in
 
 #: Seconds of computing that a dry run judges the speed by.
 PROBE_SECONDS = 10
@@ -84,11 +85,11 @@ def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def store_bytes(tokens: int, records: int, widths: Iterable[int], dtype: str, store_dtype: str) -> int:
-    """What shards of that many tokens and records hold: features of these widths, scales, ids, mask and index."""
+def store_bytes(tokens: int, records: int, widths: Mapping[str, int], dtype: str, store_dtype: str) -> int:
+    """What shards of that many tokens and records hold: features of these widths, by name, scales, ids, mask, index."""
     scale = 0 if store_dtype == STORE_DTYPES[0] else 4
     size = bytes_per_value(store_dtype, parse_dtype(dtype))
-    per_token = sum(width * size + scale for width in widths) + 4 + 1
+    per_token = sum(width * size + states_in(name) * scale for name, width in widths.items()) + 4 + 1
     return tokens * per_token + records * 3 * 8
 
 
@@ -99,16 +100,14 @@ def sized(job: Job, tokens: Tokens) -> Job:
     if job.request.shard_mb is not None:
         return job
     count = len(tokens.lengths)
-    total = store_bytes(
-        int(tokens.lengths.sum()), count, job.widths.values(), job.manifest["dtype"], job.request.store_dtype
-    )
+    total = store_bytes(int(tokens.lengths.sum()), count, job.widths, job.manifest["dtype"], job.request.store_dtype)
     shard_mb = shard_bytes_for(-(-total // len(job.groups))) >> 20
     return dataclasses.replace(job, request=dataclasses.replace(job.request, shard_mb=shard_mb))
 
 
 def make_plan(job: Job, tokens: Tokens) -> Plan:
     """What every worker has left to do."""
-    folder, lengths, widths = job.request.folder, tokens.lengths, job.widths.values()
+    folder, lengths, widths = job.request.folder, tokens.lengths, job.widths
     shard_mb = sized(job, tokens).request.shard_mb
     assert shard_mb
     shares = left_by_worker(tokens, job.manifest, folder, len(job.groups))

@@ -202,7 +202,9 @@ class FeatureStore:
                 f"{path}: {', '.join(f'{name} of size {size}' for name, size in widths)}, {dtype}"
                 for (*widths, dtype), path in shapes.items()
             )
-            raise RequestError(f"{flag} {self.folder} mixes stores of different targets ({found}). Separate them.")
+            raise RequestError(
+                f"{flag} {self.folder} mixes stores of different targets or features ({found}). Separate them."
+            )
 
     @property
     def hidden_size(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eagle.store.dtypes import SAME, Packed, pack
-from eagle.target.features import HIDDEN_STATE
+from eagle.target.features import HIDDEN_STATE, states_in
 
 #: What a file of records calls its other tensors (see `eagle.store.shard`).
 RESERVED = (HIDDEN_STATE, "scale", "input_ids", "loss_mask", "offsets", "conversation", "crc32")
@@ -58,7 +58,7 @@ class Record:
 
     def stored(self, store_dtype: str = SAME) -> StoredRecord:
         """This record as a shard of that store dtype holds it."""
-        features = {name: pack(tensor, store_dtype) for name, tensor in self.features().items()}
+        features = {name: pack(tensor, store_dtype, states_in(name)) for name, tensor in self.features().items()}
         return StoredRecord(self.conversation, self.input_ids, self.loss_mask, features)
 
 

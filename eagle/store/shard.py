@@ -3,7 +3,7 @@
     hidden_state [N, H] store dtype    features, N the tokens of all its records
     scale        [N]    float32        only where the store dtype is int8 or float8: see `eagle.store.dtypes`
     <name>       [N, W] store dtype    more features, where a draft family reads others than the last hidden state,
-    <name>.scale [N]    float32        and their scales
+    <name>.scale [N]    float32        and their scales: [N, A] where the states of A layers stand side by side
     input_ids    [N]    int32
     loss_mask    [N]    uint8          unshifted
     offsets      [R+1]  int64          record r is the rows offsets[r]:offsets[r+1]
@@ -34,7 +34,7 @@ from eagle.store.damage import Damaged, Replaced, exhausted
 from eagle.store.dtypes import Packed
 from eagle.store.open_files import OPEN, Restamped, Span, Stamp, stamp_of
 from eagle.store.record import Record, StoredRecord, checksum, supervised_counts, token_counts
-from eagle.target.features import HIDDEN_STATE
+from eagle.target.features import HIDDEN_STATE, states_in
 from eagle.tensor_file import DTYPE_CODES, Entry, NotWhole, read_array, read_header, write_pieces
 
 #: Shards of scaled features say 2: a reader that knows nothing of scales must not take them for features. Those with
@@ -160,7 +160,10 @@ def _check_header(path: Path, entries: dict[str, Entry], metadata: dict[str, str
     expected, scales = {*_INDEX, *names}, {_scale_of(name) for name in names}
     if not known or HIDDEN_STATE not in names or set(entries) not in (expected, expected | scales):
         raise NotWhole("its header names what no shard holds")
-    sound = all(len(entry.shape) == (2 if name in names else 1) for name, entry in entries.items())
+    rows = {_scale_of(name): (states,) for name in names if (states := states_in(name)) > 1}
+    sound = all(len(entries[name].shape) == 2 for name in names)
+    sound &= all(entry.shape[1:] == rows.get(name, ()) for name, entry in entries.items() if name not in names)
+    sound &= all(len(entry.shape) > 0 for entry in entries.values())
     sound &= all(entries[name].code == code for name, code in _INDEX.items())
     sound &= metadata.get("dtype", "") in _NAMED and ("dtype" in metadata) == (_scale_of(HIDDEN_STATE) in entries)
     if not sound:
@@ -308,6 +311,8 @@ class Shard:
     def _span(self, name: str, start: int, end: int) -> Span:
         """Rows start..end of a tensor."""
         dtype, width = self._layout.dtypes[name], self.widths.get(name)
+        if name.endswith(_SCALE) and (states := states_in(name.removesuffix(f".{_SCALE}"))) > 1:
+            width = states
         at = self._starts[name] + start * dtype.itemsize * (1 if width is None else width)
         return Span(at, dtype, (end - start,) if width is None else (end - start, width))
 

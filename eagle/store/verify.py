@@ -31,6 +31,7 @@ from eagle.store.damage import Damaged
 from eagle.store.manifest import DONE
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
+from eagle.target.features import describe_feature
 from eagle.text import visible
 
 #: Lower edges of the length histogram's bins, in tokens.
@@ -55,6 +56,7 @@ class Summary:
     tokens: int
     supervised_tokens: int
     hidden_size: int
+    features: dict[str, int]
     dtype: str
     stored_as: str
     files: int
@@ -80,6 +82,8 @@ class Summary:
             f"hidden size {self.hidden_size}, {stored}, {self.files:,} files, {self.bytes / 1e6:,.1f} MB, "
             f"{self.bytes / max(self.tokens, 1):,.0f} bytes a token",
         ]
+        if len(self.features) > 1:
+            lines.append(f"features: {' and '.join(map(describe_feature, self.features))}")
         widest = max(self.lengths.values(), default=1)
         for edge, count in self.lengths.items():
             lines.append(f"  {_bin_name(edge):>12} tokens  {count:>9,}  {'█' * round(40 * count / widest)}")
@@ -133,6 +137,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         tokens=tokens,
         supervised_tokens=supervised,
         hidden_size=store.hidden_size,
+        features=store.widths,
         dtype=store.sources[0].dtype_code,
         stored_as=", ".join(sorted({source.stored_code for source in store.sources})),
         files=len(files),

@@ -36,6 +36,20 @@ def aux_layers(name: str) -> tuple[int, ...] | None:
     return tuple(map(int, match[1][1:].split("_"))) if match else None
 
 
+def states_in(name: str) -> int:
+    """How many hidden states, of as many layers, stand side by side in the features of that name."""
+    return len(aux_layers(name) or (0,))
+
+
+def describe_feature(name: str) -> str:
+    """For messages: 'the inputs of layers 2, 16, 29 (--aux_layers 2,16,29)'."""
+    layers = aux_layers(name)
+    if layers is None:
+        return "the last hidden states" if name == HIDDEN_STATE else f"the features {name!r}"
+    listed = ",".join(map(str, layers))
+    return f"the inputs of the layers {listed.replace(',', ', ')} (--aux_layers {listed})"
+
+
 @dataclass(frozen=True, slots=True)
 class TrunkFeature:
     """take: the features ``[B, T, W]`` from a trunk's output. asks: what the forward pass must be told for that."""

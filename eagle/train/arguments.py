@@ -11,6 +11,7 @@ from eagle.drafts.choices import parse_layers
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.entry import HelpFormatter
+from eagle.errors import RequestError
 from eagle.given import given, refuse_idle
 from eagle.train.options import INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 
@@ -52,7 +53,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
     add("draft", str, "the kind of draft", choices=tuple(DRAFT_FAMILIES))
-    add("aux_layers", parse_layers, "with --draft eagle3: the layers whose inputs the draft reads (default: those that "
+    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: those that "
         "--tmpdir holds, else vLLM's)")  # fmt: skip
     add("draft_vocab_size", int, "with --draft eagle3: how many tokens the draft chooses among, the most frequent ones "
         "of the replies (default: 32000, or all)")  # fmt: skip
@@ -107,7 +108,14 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser(argv).parse_args(argv)
+    if args.recipe and args.recipe not in DRAFT_FAMILIES[args.draft].recipes:
+        of = next(family for family in DRAFT_FAMILIES.values() if args.recipe in family.recipes)
+        raise RequestError(
+            f"--recipe {args.recipe}: these are the hyperparameters of {of.describes}, and this is --draft "
+            f"{args.draft}. Leave it out, or train with --draft {of.name}."
+        )
     del args.recipe  # it has done its work
+    args.aux_layers = parse_layers(args.aux_layers)
     return args
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.saved import (
     BEST,
@@ -149,6 +150,13 @@ def check_same_run(cpdir: Path, saved: dict[str, Any], current: dict[str, Any]) 
 
     Raises: RequestError where the checkpoint in `cpdir` belongs to a run with other data, base or options.
     """
+    was, now = (run.get("draft", DEFAULT_DRAFT) for run in (saved, current))
+    if was != now:
+        raise RequestError(
+            f"--cpdir {cpdir} holds checkpoints of another run, which trains {_described(was)} (--draft {was}), and "
+            f"this is --draft {now}. Add --draft {was} and repeat that run's options to continue it, or name another "
+            "folder."
+        )
     differences = [
         f"{key} was {saved.get(key)!r}, now {current.get(key)!r}"
         for key in sorted((saved.keys() | current.keys()) - set(DEALT))
@@ -161,6 +169,10 @@ def check_same_run(cpdir: Path, saved: dict[str, Any], current: dict[str, Any]) 
             f"--cpdir {cpdir} holds checkpoints of another run: {'; '.join(differences)}. Repeat that run's options to "
             "continue it, or name another folder."
         )
+
+
+def _described(draft: str) -> str:
+    return DRAFT_FAMILIES[draft].describes if draft in DRAFT_FAMILIES else "a draft of a kind that is not known here"
 
 
 def _global_batch(run: dict[str, Any]) -> int:

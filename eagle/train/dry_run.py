@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +23,15 @@ from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
+from eagle.train.draft_choice import draft_config
 from eagle.train.loader import AHEAD
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, make_plan
 from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded
 
 MIB = 1 << 20
+#: Layers of a base model of which only a draft's config is there: enough for whichever the draft reads.
+DEEP = 1 << 10
 
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
@@ -48,7 +53,11 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     trunk = 0
     if options.data_path and options.basepath:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
-    draft = family.config(target, options.configpath if options.basepath else None, options.choices)
+    if options.basepath is None:  # the draft's config does not say how deep its base model is
+        target = dataclasses.replace(target, num_hidden_layers=DEEP)
+        if not family.config_keys:  # and says no more than its sizes
+            options = dataclasses.replace(options, configpath=None)
+    draft = draft_config(options, target, store.widths)
     return Setting(
         config=draft,
         widths=family.features(draft),
@@ -97,11 +106,12 @@ def planned_target(options: TrainOptions) -> ModelConfig:
 @dataclass(frozen=True, slots=True)
 class StoreSizes:
     """files: bytes of the store's files. value: bytes of a value as it is read; stored: as it lies there, where that
-    differs. tokens: within ``--max_len``; None where it is not known how many there will be.
+    differs. tokens: within ``--max_len``; None where it is not known how many there will be. widths: of its features.
     """
 
     files: int
     value: int
+    widths: Mapping[str, int]
     stored: int | None = None
     tokens: int | None = None
 
@@ -110,7 +120,7 @@ def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes
     """Of a store; without one, by the base model's dtype."""
     if tmpdir is None:
         named = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2))
+        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2), {})
     store = FeatureStore(tmpdir)
     if store.hidden_size != target.hidden_size:
         raise RequestError(
@@ -121,7 +131,7 @@ def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes
     size = sum(file.stat().st_size for path in files for file in ([path] if path.is_file() else path.iterdir()))
     one_byte = any(source.stored_code != source.dtype_code for source in store.sources)
     tokens = int(np.minimum(store.lengths, max_len).sum())
-    return StoreSizes(size, store[0].hidden_state.element_size(), 1 if one_byte else None, tokens)
+    return StoreSizes(size, store[0].hidden_state.element_size(), store.widths, 1 if one_byte else None, tokens)
 
 
 def runtime_bytes(config: ModelConfig, kind: str) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
@@ -37,6 +38,7 @@ from eagle.train import checkpoint
 from eagle.train.agreement import describe
 from eagle.train.arguments import read_options
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store, usable_records
+from eagle.train.draft_choice import draft_config
 from eagle.train.dry_run import dry_run
 from eagle.train.group import Group, meet
 from eagle.train.launch_check import check_launch, launch_notes
@@ -116,12 +118,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     checked = check_target(options.base, "--basepath")
     target, weights, identity = checked.config, checked.weights, checked.identity
     family = options.family
-    store: RecordStore | None = open_store(options, accelerator, identity) if options.tmpdir else None
-    choices = family.choices(options.choices, store.widths if store else {})
-    config = family.config(target, options.configpath, choices)
-    if store is None:
-        store = live_features(options, accelerator, family.features(config))
-    check_widths(store.widths, family.features(config), options)
+    held = open_store(options, accelerator, identity) if options.tmpdir else None
+    config = draft_config(options, target, held.widths if held else {})
+    store: RecordStore = held or live_features(options, accelerator, family.features(config))
     where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
     usable, notes = usable_records(store, options.max_len, where)
     train, held_out = split_store(store, options.val_ratio, options.seed, usable)
@@ -138,12 +137,16 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     tied = target.tie_word_embeddings
     head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
-    if not saved:
-        notes += family.prepare(draft, head, read_norm(weights, target), lambda: store.token_counts(target.vocab_size))
-    if options.init not in family.starts and not saved:
-        for note in warm_start(draft, Path(options.init), "--init"):
+    def counts() -> np.ndarray:
+        return store.token_counts(target.vocab_size)
+
+    if not saved and options.init in family.starts:
+        notes += family.prepare(draft, head, read_norm(weights, target), counts)
+    elif not saved:
+        for note in warm_start(draft, Path(options.init), "--init", family, target):
             if accelerator.is_main_process:
                 print(f"note: {note}")
+        notes += family.remarks(draft, counts)
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {
@@ -155,10 +158,12 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         **settings,
+        **config.extra,
     }
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
-        for name in ("draft", "aux_layers", "draft_vocab_size", "ttt_decay"):
-            del run_identity[name]
+        del run_identity["draft"]
+    if options.ttt_decay == 1.0:  # and no other weights
+        del run_identity["ttt_decay"]
     return Trainer(
         options,
         accelerator,
@@ -170,21 +175,6 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         run_identity,
         notes,
     )
-
-
-def check_widths(found: dict[str, int], expected: dict[str, int], options: TrainOptions) -> None:
-    """Raises: RequestError where a store holds other features than the draft is trained on."""
-    for name, width in expected.items():
-        if name not in found:
-            raise RequestError(
-                f"--tmpdir {options.tmpdir} holds no {name!r} features, which {options.family.describes} reads. Make a "
-                f"store for that kind of draft with allocation.py."
-            )
-        if found[name] != width:
-            raise RequestError(
-                f"--tmpdir {options.tmpdir} holds {name} of size {found[name]}, but a draft of --basepath "
-                f"{options.base} needs {width}. They are of different models."
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from eagle.drafts.losses import LOSS_PARTS
 from eagle.drafts.memory import SINGLE, Phase, Setting
 from eagle.drafts.saved import without_values
 from eagle.drafts.token_loss import TokenLossHead
-from eagle.target.features import HIDDEN_STATE
+from eagle.target.features import HIDDEN_STATE, states_in
 from eagle.train.validation import DEPTH
 
 #: A CUDA or CANN context with its libraries; on a CPU the runtime is measured instead.
@@ -132,10 +132,10 @@ def loader_bytes(setting: Setting) -> dict[str, int]:
 def stored_batch_bytes(setting: Setting) -> int:
     """A micro-batch as it is read and sent: features as they are stored, tokens, what is supervised and where.
 
-    Stores with a byte a value keep a scale for every token.
+    Stores with a byte a value keep a scale for every token and layer.
     """
     names = {HIDDEN_STATE, setting.reads}
-    scale = SINGLE * len(names) if setting.stored else 0
+    scale = SINGLE * sum(map(states_in, names)) if setting.stored else 0
     features = sum(setting.widths[name] for name in names) * (setting.stored or setting.base_dtype)
     return setting.positions * (features + scale + 13)
 

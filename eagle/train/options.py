@@ -116,7 +116,9 @@ class TrainOptions:
         if self.max_len < 3:
             raise RequestError(f"--max_len {self.max_len}: expected 3 tokens or more.")
         if self.vloss_weight == self.ploss_weight == 0:
-            raise RequestError("--vloss_weight 0 --ploss_weight 0: nothing would be trained; set one above 0.")
+            weights = ["vloss_weight", "ploss_weight"]
+            named = " ".join(f"--{name} 0" for name in weights if name not in self.family.idle)
+            raise RequestError(f"{named}: nothing would be trained; set one above 0.")
         if self.init not in self.family.starts and not Path(self.init).exists():
             raise RequestError(
                 f"--init {self.init}: expected {' or '.join(self.family.starts)}, or the folder of a draft to start "
@@ -188,6 +190,9 @@ FREE_ON_RESUME = (
     "cpdir",
     "basepath",
     "configpath",
+    # What they come to is said by the draft's config.
+    "aux_layers",
+    "draft_vocab_size",
     "skip_damaged",
     "num_workers",
     "keep",

@@ -81,9 +81,11 @@ class RunLog:
     def validation(self, step: int, epoch: int, when: str, result: Validation, took: float) -> None:
         alpha = " ".join(f"{value:.3f}" for value in result.alpha)
         tau = " ".join(f"{value:.2f}" for value in result.tau)
+        # Not every family has one.
+        feature_loss = f"feature loss {result.feature_loss:.4f}, " if result.feature_loss else ""
         self.say(
             f"{when:>15}: validation accuracy {result.accuracy:.3f} (top-3 {result.top_3:.3f}), "
-            f"τ {result.tau[-1]:.3f}, feature loss {result.feature_loss:.4f}, token loss {result.token_loss:.3f}, "
+            f"τ {result.tau[-1]:.3f}, {feature_loss}token loss {result.token_loss:.3f}, "
             f"{result.positions:,} positions in {took:.0f} s\n"
             f"{'':>17}n-α {alpha}; τ for K = 1..{len(result.tau)}: {tau}"
         )

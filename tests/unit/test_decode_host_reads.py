@@ -16,7 +16,7 @@ from eagle.decode.drafter import DynamicDrafter, StaticDrafter
 from eagle.decode.generate import SpeculativeDecoder, generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.tree import EAGLE1_PATHS, chain_paths
-from tests.drafts import CPU, random_draft, tiny_target
+from tests.drafts import CPU, random_draft, random_eagle3_draft, tiny_target
 from tests.tiny import make_target
 
 METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
@@ -66,10 +66,12 @@ def traffic(monkeypatch):
     return found
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+@pytest.fixture(scope="module", params=["eagle1", "eagle3"])
+def pair(request, tmp_path_factory):
     target = tiny_target(make_target(tmp_path_factory.mktemp("target"), "qwen2"))
-    return target, random_draft(target)
+    if request.param == "eagle1":
+        return target, random_draft(target)
+    return target, random_eagle3_draft(target, torch.arange(0, 400, 2))
 
 
 DRAFTERS = {
@@ -85,6 +87,7 @@ def test_one_read_a_step(pair, traffic, mode, temperature):
     target, draft = pair
     sampling = Sampling(temperature=temperature, top_k=50, top_p=0.9)
     decoder = SpeculativeDecoder(target, draft, DRAFTERS[mode](sampling), sampling)
+    traffic.reads.clear()  # which tokens the draft has is read once, before the first prompt
     with traffic:
         steps = len(decoder.generate([5, 9, 33], 12).steps)
     assert steps > 2

@@ -3,13 +3,19 @@
 import json
 
 import pytest
+import torch
 
 from eagle.decode.acceptance_counts import Acceptance
-from eagle.decode.generate import Generation, Step
+from eagle.decode.drafter import DynamicDrafter, StaticDrafter
+from eagle.decode.generate import Generation, SpeculativeDecoder, Step, generate_alone
 from eagle.decode.picture import draw_report
 from eagle.decode.recommendation import Estimate, fastest, lowest
 from eagle.decode.replies import Reply
-from eagle.decode.report import build_report, report_lines
+from eagle.decode.report import build_report, report_lines, summary
+from eagle.decode.sampling import Sampling
+from eagle.decode.tree import EAGLE1_PATHS, chain_paths
+from tests.drafts import CPU, random_draft, random_eagle3_draft, tiny_target
+from tests.tiny import make_target
 
 
 def step(accepted: int, tried: int, order: tuple[int, ...]) -> Step:
@@ -30,6 +36,47 @@ def test_acceptance_by_its_definitions():
 def test_nothing_decoded():
     acceptance = Acceptance.of([], depth=2)
     assert (acceptance.tau(), acceptance.per_position(), acceptance.n_alpha()) == (1.0, [0.0, 0.0], [None, None])
+
+
+MODES = {
+    "chain": lambda sampling: StaticDrafter(chain_paths(3), CPU, sampling),
+    "tree": lambda sampling: StaticDrafter(EAGLE1_PATHS, CPU, sampling),
+    "dynamic tree": lambda sampling: DynamicDrafter(20, 4, 5),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_rejections_of_tokens_outside_the_drafts_vocabulary(tmp_path, mode, temperature):
+    """Recounted from the tokens: a step ends with the token that was not drafted."""
+    target, sampling = tiny_target(make_target(tmp_path)), Sampling(temperature=temperature)
+    vocabulary = torch.arange(1, target.config.vocab_size, 2)
+    draft = random_eagle3_draft(target, vocabulary)
+    result = SpeculativeDecoder(target, draft, MODES[mode](sampling), sampling).generate([5, 9, 33], 80)
+    ends, at = [], 0
+    for one in result.steps:
+        at += one.accepted + 1
+        ends.append((one.tried > one.accepted, at))
+    known = [(is_rejected, result.tokens[end] % 2 == 0) for is_rejected, end in ends if end < len(result.tokens)]
+    steps = result.steps[: len(known)]
+    assert [one.is_outside for one in steps] == [is_rejected and is_even for is_rejected, is_even in known]
+    if temperature == 0:
+        assert result.tokens == generate_alone(target, [5, 9, 33], 80, sampling).tokens
+    found = summary([Reply("p", "", 1, 3, result, None)], 5, frozenset(vocabulary.tolist()))
+    assert found["draft_vocabulary"] == {
+        "size": len(vocabulary),
+        "coverage": sum(token % 2 for token in result.tokens) / 80,
+        "rejected": sum(one.tried > one.accepted for one in result.steps),
+        "rejected_outside": sum(one.is_outside for one in result.steps),
+    }
+    assert 0 < found["draft_vocabulary"]["rejected_outside"] < found["draft_vocabulary"]["rejected"]
+
+
+def test_a_draft_of_all_tokens_has_no_vocabulary_of_its_own(tmp_path):
+    target, greedy = tiny_target(make_target(tmp_path)), Sampling()
+    every = torch.arange(target.config.vocab_size)
+    for draft in (random_draft(target), random_eagle3_draft(target, every)):
+        assert SpeculativeDecoder(target, draft, StaticDrafter(chain_paths(2), CPU, greedy), greedy).vocabulary is None
 
 
 def reply(category: str, tokens: list[int], alone: list[int] | None, steps: list[Step]) -> Reply:
@@ -58,9 +105,21 @@ def test_report_and_what_people_see(tmp_path):
     lines = "\n".join(report_lines(report))
     for expected in ("code", "maths", "all", "0-α 0.750", "differs from the target's own in 1 of 2", "<- fastest"):
         assert expected in lines
+    assert report["draft_vocabulary"] is None and "vocabulary" not in lines
     json.dumps(report)
     picture = draw_report(report, tmp_path).read_text(encoding="utf-8")
     assert "τ = 2.50" in picture and "maths" in picture
+
+
+def test_what_a_vocabulary_costs_is_said():
+    outside = Step(1, 2, (1,), 0.01, 0.03, is_outside=True)
+    replies = [reply("code", [1, 2, 3], None, [*CHAIN, outside]), reply("maths", [4], None, [])]
+    report = build_report(replies, 3, greedy=True, estimates=[], vocabulary=frozenset({1, 2, 9}))
+    assert report["draft_vocabulary"] == {"size": 3, "coverage": 0.5, "rejected": 4, "rejected_outside": 1}
+    assert report["categories"]["maths"]["draft_vocabulary"]["coverage"] == 0
+    extra = {"mode": "chain", "temperature": 0.0, "dtype": "float32", "hardware": "cpu", "peak_memory_gb": 1.0}
+    lines = "\n".join(report_lines(report | extra | {"skipped_prompts": []}))
+    assert "3 tokens are 50.0% of the output; of 4 rejections 1 are of a token that is not among them" in lines
 
 
 def test_without_the_target_alone_nothing_is_compared(tmp_path):

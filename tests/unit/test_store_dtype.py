@@ -8,6 +8,7 @@ from eagle.store.dtypes import block_size, check_store_dtype, pack
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
 from eagle.store.reshard import reshard
+from eagle.store.shard import Shard, write_shard
 from eagle.store.writer import ShardWriter
 
 
@@ -32,6 +33,27 @@ def test_round_trip(dtype, store_dtype, error):
     assert relative_error(found, wanted) <= error
     if store_dtype != "same":
         assert packed.nbytes == wanted.shape[0] * (wanted.shape[1] + 4)
+
+
+@pytest.mark.parametrize(("store_dtype", "error"), [("int8", 0.013), ("float8", 0.03)])
+def test_states_side_by_side_have_scales_of_their_own(store_dtype, error, tmp_path):
+    """A late layer's are many times larger than an early one's, of which one scale for both would leave little."""
+    early, late = features(hidden=64), 300 * features(hidden=64)
+    both = torch.cat([early, late], -1)
+    packed = pack(both, store_dtype, 2)
+    assert packed.scale.shape == (200, 2) and packed.nbytes == 200 * (128 + 2 * 4)
+    assert relative_error(packed.unpack()[:, :64], early) <= error >= relative_error(packed.unpack()[:, 64:], late)
+    if store_dtype == "int8":
+        assert relative_error(pack(both, store_dtype).unpack()[:, :64], early) > 0.5
+    record = Record(
+        3, torch.arange(200, dtype=torch.int32), torch.ones(200, dtype=torch.uint8), early, {"aux_1_2": both}
+    )
+    write_shard(tmp_path / "shard-00000.safetensors", [record.stored(store_dtype)] * 2)
+    shard = Shard(tmp_path / "shard-00000.safetensors")
+    for position in (0, 1):
+        found = shard.read(position)
+        assert torch.equal(found.more["aux_1_2"], packed.unpack())
+        assert torch.equal(found.hidden_state, pack(early, store_dtype).unpack())
 
 
 def test_rotation_makes_int8_finer():
@@ -61,7 +83,7 @@ def test_store_is_half_the_size_and_resharding_copies_it(tmp_path):
         for number in range(6):
             length = 20 + number
             ids, mask = torch.arange(length, dtype=torch.int32), torch.ones(length, dtype=torch.uint8)
-            writer.add(Record(number, ids, mask, features(length, 512)))
+            writer.add(Record(number, ids, mask, features(length, 512), {"aux_1_2": features(length, 1024)}))
         writer.close_shard()
         return sum(path.stat().st_size for path in (tmp_path / store_dtype).rglob("*.safetensors"))
 
@@ -71,7 +93,8 @@ def test_store_is_half_the_size_and_resharding_copies_it(tmp_path):
         before = FeatureStore(tmp_path / store_dtype)
         reshard(tmp_path / store_dtype, tmp_path / f"{store_dtype}-3", 3)
         after = FeatureStore(tmp_path / f"{store_dtype}-3")
-        assert all(torch.equal(a.hidden_state, b.hidden_state) for a, b in zip(before, after, strict=True))
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a.hidden_state, b.hidden_state) and torch.equal(a.more["aux_1_2"], b.more["aux_1_2"])
         assert before[0].hidden_state.dtype == torch.bfloat16
 
 

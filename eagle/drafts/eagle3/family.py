@@ -12,7 +12,7 @@ import torch
 from eagle.drafts import starts
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.closed_form import expected_seconds, start_host_bytes, start_phases
-from eagle.drafts.eagle3 import memory
+from eagle.drafts.eagle3 import memory, public
 from eagle.drafts.eagle3.closed_form_start import closed_form, sizes, workspace_bytes
 from eagle.drafts.eagle3.draft_config import (
     AUX_LAYERS,
@@ -24,11 +24,12 @@ from eagle.drafts.eagle3.draft_config import (
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.eagle3.objective import Eagle3Objective
 from eagle.drafts.eagle3.vllm_layouts import PLAIN, SPECULATORS
-from eagle.drafts.eagle3.vocabulary import LOW_COVERAGE, coverage, most_frequent
+from eagle.drafts.eagle3.vocabulary import coverage_notes, most_frequent
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.objective import LossOptions
+from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
 from eagle.target.families import LLAMA
 from eagle.target.features import HIDDEN_STATE, aux_layers
@@ -53,9 +54,14 @@ class Eagle3(DraftFamily):
     def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
         return draft_config_for(target, configpath, choices)
 
-    def choices(self, made: DraftChoices, widths: Mapping[str, int]) -> DraftChoices:
+    def choices(self, made: DraftChoices, widths: Mapping[str, int], where: str = "--tmpdir") -> DraftChoices:
         held = [layers for name in widths if (layers := aux_layers(name))]
-        return dataclasses.replace(made, aux_layers=held[0]) if held and made.aux_layers is None else made
+        if widths and not held:
+            raise RequestError(
+                f"{where} holds the base model's last hidden states alone, and {self.describes} reads the inputs of "
+                "several of its layers. Make a store with allocation.py --draft eagle3, or train an EAGLE-1 draft."
+            )
+        return dataclasses.replace(made, held_layers=held[0] if held else None)
 
     def reads(self, config: ModelConfig) -> str:
         return aux_feature(config)
@@ -66,20 +72,24 @@ class Eagle3(DraftFamily):
 
     def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
         """The saved one's layer, in the target's context; its own heads may be others than the target's."""
-        return completed_config(
-            dataclasses.replace(
-                saved,
-                family=LLAMA,
-                num_hidden_layers=1,
-                max_position_embeddings=target.max_position_embeddings,
-                qkv_bias="midlayer.self_attn.q_proj.bias" in tensors,
-                o_bias="midlayer.self_attn.o_proj.bias" in tensors,
-                mlp_bias="midlayer.mlp.gate_proj.bias" in tensors,
-                tie_word_embeddings=False,
-            ),
-            tensors,
-            target.num_hidden_layers,
+        wrong = [
+            f"{name} is {getattr(saved, name)}, the base model's is {getattr(target, name)}"
+            for name in self.same_as_target
+            if getattr(saved, name) != getattr(target, name)
+        ]
+        if wrong:
+            raise RequestError(
+                f"the EAGLE-3 draft was trained for another model: its {'; its '.join(wrong)}. Name the base model of "
+                "its training."
+            )
+        layer = dataclasses.replace(
+            saved,
+            family=LLAMA,
+            num_hidden_layers=1,
+            max_position_embeddings=target.max_position_embeddings,
+            tie_word_embeddings=False,
         )
+        return completed_config(layer, tensors, target.num_hidden_layers)
 
     def completed(
         self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], target: ModelConfig | None
@@ -101,14 +111,11 @@ class Eagle3(DraftFamily):
             network.choose(chosen)
             network.lm_head.weight.copy_(head[chosen.to(head.device)])
             network.norm.weight.copy_(norm)
-        share = coverage(found, ids)
-        notes = [f"the draft chooses among {size:,} of {len(found):,} tokens: {share:.1%} of the supervised positions"]
-        if share < LOW_COVERAGE:
-            notes.append(
-                f"at {1 - share:.1%} of the positions the draft cannot be right: raise --draft_vocab_size above "
-                f"{size:,}"
-            )
-        return notes
+        return coverage_notes(found, ids)
+
+    def remarks(self, network: DraftNetwork, counts: Callable[[], np.ndarray]) -> list[str]:
+        assert isinstance(network, Eagle3Network)
+        return coverage_notes(counts(), network.ids.cpu().numpy())
 
     def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Eagle3Objective:
         assert isinstance(network, Eagle3Network)
@@ -121,8 +128,12 @@ class Eagle3(DraftFamily):
         )
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``layers.0.`` is another public name of ``midlayer.``; t2d says again what d2t says."""
-        return {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in state.items() if name != "t2d"}
+        return public.canonical(state)
+
+    def filled(
+        self, config: ModelConfig, state: Mapping[str, torch.Tensor], head: Callable[[], torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        return public.filled(config, state, head)
 
     def optional(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         return {}

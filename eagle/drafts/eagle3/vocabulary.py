@@ -17,3 +17,14 @@ def most_frequent(counts: np.ndarray, size: int) -> np.ndarray:
 def coverage(counts: np.ndarray, ids: np.ndarray) -> float:
     """Share of the positions whose token is among `ids`."""
     return float(counts[ids].sum() / max(counts.sum(), 1))
+
+
+def coverage_notes(counts: np.ndarray, ids: np.ndarray) -> list[str]:
+    """What a draft that chooses among these tokens can be right about, for people. counts: ``[V]``."""
+    share, size = coverage(counts, ids), len(ids)
+    notes = [f"the draft chooses among {size:,} of {len(counts):,} tokens: {share:.1%} of the supervised positions"]
+    if share < LOW_COVERAGE:
+        notes.append(
+            f"at {1 - share:.1%} of the positions the draft cannot be right: raise --draft_vocab_size above {size:,}"
+        )
+    return notes

@@ -15,7 +15,7 @@ from eagle.decode import evaluate
 from eagle.drafts.saved import save_draft
 from eagle.train import main as train
 from eagle.vllm import convert, verify
-from tests.e2e.commands import Answer, ask
+from tests.e2e.commands import Answer, ask, command
 from tests.e2e.conftest import draft_of
 from tests.e2e.test_requests import check, snapshot
 from tests.tiny import make_target
@@ -32,10 +32,15 @@ def folder_of(folder: Path, config: dict | None, tensors: dict[str, tuple[int, .
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     if tensors is not None:
-        save_file({name: torch.ones(shape) for name, shape in tensors.items()}, folder / "model.safetensors")
+        save_file(ones(tensors), folder / "model.safetensors")
     for name, content in files.items():
         path = folder / name.replace("__", ".")
         path.write_text(json.dumps(content)) if isinstance(content, dict) else torch.save(content, path)
+
+
+def ones(tensors: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """A d2t of ones names the tokens behind the first."""
+    return {n: torch.ones(s, dtype=torch.int64 if n == "d2t" else torch.float32) for n, s in tensors.items()}
 
 
 def layer(prefix: str, attention: int) -> dict[str, tuple[int, ...]]:
@@ -54,13 +59,13 @@ def layer(prefix: str, attention: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def eagle3(prefix: str) -> dict[str, tuple[int, ...]]:
+def eagle3(prefix: str, drafted: int = 64) -> dict[str, tuple[int, ...]]:
     return {
         "fc.weight": (H, 3 * H),
         **layer(prefix, 2 * H),
         "norm.weight": (H,),
-        "lm_head.weight": (64, H),
-        "d2t": (64,),
+        "lm_head.weight": (drafted, H),
+        "d2t": (drafted,),
     }
 
 
@@ -69,29 +74,31 @@ EAGLE3 = {**LLAMA, "draft_vocab_size": 64, "eagle_aux_hidden_state_layer_ids": [
 SPECULATORS = {
     "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": 64,
     "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "org/base-7b"}},
-    "transformer_layer_config": LLAMA,
+    "eagle_aux_hidden_state_layer_ids": [1, 2, 3], "transformer_layer_config": LLAMA,
 }  # fmt: skip
 MEDUSA = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "org/base-7b"}
 
+#: EAGLE-3 drafts as other trainers save them.
+PUBLIC_EAGLE3: dict[str, Callable[[Path], object]] = {
+    "by midlayer": lambda f: folder_of(f, EAGLE3, eagle3("midlayer.")),
+    "by layers.0": lambda f: folder_of(f, EAGLE3, eagle3("layers.0.")),
+    "with model. in front": lambda f: folder_of(
+        f,
+        EAGLE3,
+        {f"model.{name}": shape for name, shape in eagle3("layers.0.").items() if name != "d2t"} | {"d2t": (64,)},
+    ),
+    "with the whole vocabulary and no d2t": lambda f: folder_of(
+        f, {**EAGLE3, "draft_vocab_size": V}, {n: s for n, s in eagle3("midlayer.", V).items() if n != "d2t"}
+    ),
+    "as a pickle": lambda f: (
+        folder_of(f, EAGLE3, None),
+        torch.save(ones(eagle3("midlayer.")), f / "pytorch_model.bin"),
+    ),
+    "of the speculators library": lambda f: folder_of(f, SPECULATORS, eagle3("layers.0.")),
+}
+
 #: What is brought: how it is made, and what it is said to be. Everybody says what was expected, and a way on.
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "EAGLE-3 by midlayer": (lambda f: folder_of(f, EAGLE3, eagle3("midlayer.")), "an EAGLE-3 draft"),
-    "EAGLE-3 by layers.0": (lambda f: folder_of(f, EAGLE3, eagle3("layers.0.")), "an EAGLE-3 draft"),
-    "EAGLE-3 with the whole vocabulary": (
-        lambda f: folder_of(f, LLAMA, {n: s for n, s in eagle3("layers.0.").items() if n not in ("d2t", "lm_head")}),
-        "an EAGLE-3 draft",
-    ),
-    "EAGLE-3 as a pickle": (
-        lambda f: (
-            folder_of(f, EAGLE3, None),
-            torch.save({n: torch.ones(s) for n, s in eagle3("midlayer.").items()}, f / "pytorch_model.bin"),
-        ),
-        "an EAGLE-3 draft",
-    ),
-    "EAGLE-3 of the speculators library": (
-        lambda f: folder_of(f, SPECULATORS, eagle3("layers.0.")),
-        "a draft in the form of the speculators library (eagle3)",
-    ),
     "EAGLE-1 of the speculators library": (
         lambda f: folder_of(
             f,
@@ -158,6 +165,23 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "a training run that has not saved a checkpoint yet",
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deep enough for EAGLE-3."""
+    return make_target(tmp_path_factory.mktemp("llama") / "llama", tied=True, layers=4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, llama: Path, data: Path) -> Path:
+    """On which drafts of either family are trained."""
+    outdir = tmp_path_factory.mktemp("store") / "store"
+    command(
+        "allocation.py", "--outdir", outdir, "--model_name", llama, "--data_path", data, "--dtype", "float32",
+        "--draft", "eagle3", "--aux_layers", "1,2,3",
+    )  # fmt: skip
+    return outdir
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +315,82 @@ def test_read(
             found = load_file(tmp_path / "new" / layout / "model.safetensors")
             assert all(torch.equal(found[n], expected[n].to(found[n].dtype)) for n in found if n in expected)
             assert "fc.weight" in found
+
+
+@pytest.mark.parametrize("brought", PUBLIC_EAGLE3)
+def test_public_eagle3_drafts_are_read(
+    pair: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], brought: str
+) -> None:
+    """Measured, exported in both forms with the same tensors, and gone on from with the draft's own choices."""
+    draft = tmp_path / "draft"
+    PUBLIC_EAGLE3[brought](draft)
+    drafted = V if brought.startswith("with the whole") else 64
+    evaluated = answer_of("evaluate", pair, store, draft, tmp_path / "report", capsys)
+    assert evaluated.code == 0, evaluated.err
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["identical_to_target"] is True
+    assert (report["draft_vocabulary"] or {"size": V})["size"] == drafted
+
+    converted = answer_of("convert", pair, store, draft, tmp_path / "out", capsys)
+    assert converted.code == 0, converted.err
+    plain, speculators = (load_file(tmp_path / "out" / form / "model.safetensors") for form in ("plain", "speculators"))
+    assert plain.keys() == speculators.keys() >= {"midlayer.hidden_norm.weight", "lm_head.weight"}
+    table = plain.get("d2t", torch.zeros(V, dtype=torch.long))  # vLLM has no place for one over the whole vocabulary
+    assert ("d2t" in plain) == ("t2d" in plain) == (drafted < V)
+    assert len(table) == drafted
+
+    more = ["--draft", "eagle3", "--lr", 1e-9]
+    trained = answer_of("--init", pair, store, draft, tmp_path / "run", capsys, *more)
+    assert trained.code == 0, trained.err
+    assert f"the draft chooses among {drafted} of {V} tokens" in trained.out
+    saved = json.loads((tmp_path / "run" / "state_1" / "config.json").read_text())
+    assert saved["draft_vocab_size"] == drafted and saved["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    assert saved["norm_before_residual"] == (brought == "of the speculators library"), "that form's default"
+    found = load_file(tmp_path / "run" / "state_1" / "model.safetensors")
+    assert torch.equal(found["d2t"], table), "its own tokens, not the store's"
+    torch.testing.assert_close(found["midlayer.mlp.up_proj.weight"], plain["midlayer.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], ["is an EAGLE-3 draft, and this run trains an EAGLE-1 draft", "Add --draft eagle3 to go on from it"]),
+        (["--draft", "eagle3", "--draft_vocab_size", 50], ["draft_vocab_size is 64 there and 50 here"]),
+        (
+            ["--draft", "eagle3", "--aux_layers", "0,1,2"],
+            ["holds the last hidden states and the inputs of the layers 1"],
+        ),
+    ],
+    ids=["the default family", "another vocabulary", "other layers"],
+)
+def test_an_eagle3_draft_that_cannot_be_gone_on_from(
+    pair: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list, says: list[str]
+) -> None:
+    PUBLIC_EAGLE3["by midlayer"](tmp_path / "draft")
+    before = snapshot(tmp_path)
+    check(answer_of("--init", pair, store, tmp_path / "draft", tmp_path / "new", capsys, *more), says)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["evaluate", "convert"])
+@pytest.mark.parametrize(
+    ("changes", "without", "says"),
+    [
+        ({}, "lm_head.weight", "lm_head.weight is missing"),
+        ({}, "d2t", "d2t is missing"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 4]}, "", "the base model has the layers 0 to 3; there is no 4"),
+        ({"eagle_aux_hidden_state_layer_ids": [3, 2, 1]}, "", "each layer once, in ascending order"),
+        ({"eagle_aux_hidden_state_layer_ids": "1,2,3"}, "", "expected a list of layers"),
+        ({"eagle_aux_hidden_state_layer_ids": None}, "", "has 4 layers, too few for EAGLE-3's usual choice"),
+        ({"fc_norm": True}, "", "fc_norm, which is not read here"),
+        ({"vocab_size": V + 1}, "", "vocab_size is 425, the base model's is 424"),
+    ],
+)
+def test_a_public_eagle3_draft_that_does_not_fit(
+    pair: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, changes: dict,
+    without: str, says: str,
+) -> None:  # fmt: skip
+    tensors = {n: s for n, s in eagle3("midlayer.").items() if n != without}
+    folder_of(tmp_path / "draft", EAGLE3 | changes, tensors)
+    check(answer_of(name, pair, store, tmp_path / "draft", tmp_path / "new", capsys), [says])
+    assert not list((tmp_path / "new").glob("*"))

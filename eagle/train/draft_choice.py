@@ -1,0 +1,61 @@
+"""Which draft a run trains: what the command, a config file, a saved draft and the store say, checked to agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.saved import start_folder
+from eagle.errors import RequestError
+from eagle.target.config import ModelConfig, load_config
+from eagle.target.features import describe_feature
+from eagle.train.options import TrainOptions
+
+
+def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str, int]) -> ModelConfig:
+    """The draft's config. widths: of the features that ``--tmpdir`` holds, by name; none without a store.
+
+    Raises: FileNotFoundError, RequestError for what does not fit the base model or is not in the store.
+    """
+    family = options.family
+    choices = family.choices(options.choices, widths, f"--tmpdir {options.tmpdir}")
+    config = family.config(target, config_file(options), choices)
+    if widths:
+        check_widths(widths, family.features(config), options)
+    return config
+
+
+def config_file(options: TrainOptions) -> Path | None:
+    """The file that says what draft to train: ``--configpath``, or that of a draft which is gone on from.
+
+    Raises: FileNotFoundError, RequestError (that draft is none, or of another family).
+    """
+    family, given = options.family, options.configpath
+    if given and not family.config_keys:
+        for other in DRAFT_FAMILIES.values():
+            if named := load_config(given, other.config_keys).extra:
+                raise RequestError(
+                    f"--configpath {given} is the config of {other.describes} ({', '.join(named)}), and this run "
+                    f"trains {family.describes}. Add --draft {other.name}, or leave --configpath out."
+                )
+    if given or options.init in family.starts or not family.config_keys:
+        return given
+    return start_folder(Path(options.init), "--init", family) / "config.json"
+
+
+def check_widths(found: Mapping[str, int], expected: Mapping[str, int], options: TrainOptions) -> None:
+    """Raises: RequestError where a store holds other features than the draft is trained on."""
+    for name, width in expected.items():
+        if name not in found:
+            held = " and ".join(map(describe_feature, found))
+            raise RequestError(
+                f"--tmpdir {options.tmpdir} holds {held}, and {options.family.describes} is to read "
+                f"{describe_feature(name)}. Train one that reads what is there, or make another store with "
+                "allocation.py."
+            )
+        if found[name] != width:
+            raise RequestError(
+                f"--tmpdir {options.tmpdir} holds {name} of size {found[name]}, but a draft of --basepath "
+                f"{options.basepath} needs {width}. They are of different models."
+            )
