@@ -79,8 +79,8 @@ class Eagle3(DraftFamily):
         ]
         if wrong:
             raise RequestError(
-                f"the EAGLE-3 draft was trained for another model: its {'; its '.join(wrong)}. Name the base model of "
-                "its training."
+                f"the EAGLE-3 draft does not fit the base model: {'; '.join(wrong)}. Name the base model it was "
+                "trained for."
             )
         layer = dataclasses.replace(
             saved,
