@@ -36,7 +36,7 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
     check_base(folder, base)
     embedding = target.embedding
     # Its own copy of the embedding, if there is one, is dropped for the target's: the same values, once in memory.
-    draft = load_draft(folder, torch.empty(embedding.shape, device="meta"), target.config)
+    draft = load_draft(folder, torch.empty(embedding.shape, device="meta"), target.config, lambda: target.head)
     if tuple(draft.embed_tokens.weight.shape) != tuple(embedding.shape):
         raise RequestError(
             f"--draft-path {folder}: its embedding is {list(draft.embed_tokens.weight.shape)}, the base model's is "

@@ -91,10 +91,6 @@ class DraftFamily(ABC):
         """
         return config
 
-    def implied(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors that a saved draft leaves out because they follow from its (completed) config."""
-        return {}
-
     @abstractmethod
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> DraftNetwork:
         """The network with random weights. names: those of saved tensors it is to hold, where they decide its shape."""
@@ -115,6 +111,16 @@ class DraftFamily(ABC):
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A saved draft's tensors under the names the network has, whichever public ones they came with."""
+        return dict(state)
+
+    def filled(
+        self, config: ModelConfig, state: Mapping[str, torch.Tensor], head: Callable[[], torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """A saved draft's tensors, with those it leaves to the target. config: a completed one. head: gives the
+        target's ``lm_head`` ``[V, H]``, None where it is not at hand.
+
+        Raises: RequestError for what is no draft of this config.
+        """
         return dict(state)
 
     @abstractmethod

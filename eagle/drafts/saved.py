@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,7 +70,17 @@ def read_draft_state(weights: Weights) -> dict[str, torch.Tensor]:
         bare = name.removeprefix("model.")
         if "rotary_emb" not in bare:
             state[bare] = weights[name]
-    return family_of(state).canonical(state)
+    with said_of(f"{weights.flag} {weights.folder}"):
+        return family_of(state).canonical(state)
+
+
+@contextmanager
+def said_of(source: str) -> Iterator[None]:
+    """What a family says of a draft, with where the draft is in front."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{source}: {error}") from None
 
 
 def draft_names(weights: Weights) -> set[str]:
@@ -78,18 +89,24 @@ def draft_names(weights: Weights) -> set[str]:
 
 
 def load_draft(
-    folder: str | Path, embedding: torch.Tensor | None = None, target: ModelConfig | None = None
+    folder: str | Path,
+    embedding: torch.Tensor | None = None,
+    target: ModelConfig | None = None,
+    head: Callable[[], torch.Tensor] | None = None,
 ) -> DraftNetwork:
     """The draft in a checkpoint or export folder, in its stored dtype.
 
     embedding: the target's, for exports that leave it out. target: its config, for drafts that leave choices to it.
+    head: gives its ``lm_head``, for drafts that leave that out.
 
     Raises: FileNotFoundError, RequestError (missing or misshapen tensors).
     """
     state = read_draft_state(Weights(folder, flag="--draft-path"))
     family = family_of(state)
-    config = family.completed(load_config(folder, family.config_keys), state, target)
-    state |= family.implied(config, state)
+    saved = load_config(folder, family.config_keys)
+    with said_of(f"--draft-path {folder}"):
+        config = family.completed(saved, state, target)
+        state = family.filled(config, state, head)
     theirs = {name: state.pop(name) for name in family.targets_own if name in state}
     embedding = theirs.get(EMBEDDING, embedding)
     if embedding is None:
@@ -124,15 +141,24 @@ def start_folder(path: Path, flag: str, family: DraftFamily) -> Path:
     return source
 
 
-def warm_start(network: DraftNetwork, path: Path, flag: str, family: DraftFamily, target: ModelConfig) -> list[str]:
-    """Start `network` from a saved draft; notes on what of it is left behind.
+def warm_start(
+    network: DraftNetwork,
+    path: Path,
+    flag: str,
+    family: DraftFamily,
+    target: ModelConfig,
+    head: Callable[[], torch.Tensor],
+) -> list[str]:
+    """Start `network` from a saved draft; notes on what of it is left behind. target, head: as in `load_draft`.
 
     Raises: FileNotFoundError, RequestError (no draft of this network's shape).
     """
     source = start_folder(path, flag, family)
     state = read_draft_state(Weights(source, flag=flag))
     if family.config_keys:
-        config = family.completed(load_config(source, family.config_keys), state, target)
+        saved = load_config(source, family.config_keys)
+        with said_of(f"{flag} {source}"):
+            config = family.completed(saved, state, target)
         differing = [
             f"{name} is {config.extra.get(name)!r} there and {value!r} here"
             for name, value in network.config.extra.items()
@@ -143,15 +169,20 @@ def warm_start(network: DraftNetwork, path: Path, flag: str, family: DraftFamily
                 f"{flag} {source} is a draft of other choices: {'; '.join(differing)}. Leave these to it, or start "
                 "from another draft."
             )
-        state |= family.implied(config, state)
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in (*family.targets_own, *optional)}
+    with said_of(f"{flag} {source}"):
+        kept = family.filled(network.config, kept, head)
     load_trained_state(network, kept, f"{flag} {source}")
     return [f"{flag} {source} has {what}; it is left out" for what in optional.values() if what]
 
 
-def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> SavedDraft:
+def read_saved(
+    path: Path, weight_name: str | None, target: ModelConfig, head: Callable[[], torch.Tensor]
+) -> SavedDraft:
     """Read a draft from a checkpoint of ours, a run's folder, or a public EAGLE folder, for export.
+
+    target, head: its config; gives its ``lm_head``.
 
     Raises: FileNotFoundError, RequestError (wrong keys or shapes for this target).
     """
@@ -160,25 +191,27 @@ def read_saved(path: Path, weight_name: str | None, target: ModelConfig) -> Save
     check_is_draft(folder, "--draft-path", weight_name)
     state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
     family = family_of(state)
-    for name in family.targets_own:  # the layouts that want them take them from the target
-        tensor = state.pop(name, None)
+    brought = {name: state.pop(name, None) for name in family.targets_own}
+    for name, tensor in brought.items():  # the layouts that want them take them from the target
         expected = (target.vocab_size, target.hidden_size)
         if tensor is not None and tuple(tensor.shape) != expected:
             raise RequestError(
                 f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
                 "draft was trained for another model."
             )
-    config = family.config_of(target, load_config(folder, family.config_keys), state)
-    state |= family.implied(config, state)
+    saved = load_config(folder, family.config_keys)
+    with said_of(f"--draft-path {folder}"):
+        config = family.config_of(target, saved, state)
+        state = family.filled(config, state, head)
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in optional}
     problems = shape_problems(without_values(family, config), kept)
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise RequestError(f"--draft-path {folder} does not hold a draft of --base-path's model: {shown}.")
-    saved = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
-    measured, trained_for = saved.get("metrics", {}), saved.get("run", {}).get("target")
-    return SavedDraft(family.name, config, state, folder, measured, trained_for)
+    said = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
+    measured, trained_for = said.get("metrics", {}), said.get("run", {}).get("target")
+    return SavedDraft(family.name, config, state, folder, measured, trained_for, embedding=brought.get(EMBEDDING))
 
 
 def resolve_pointer(path: Path) -> Path:

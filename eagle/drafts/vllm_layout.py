@@ -20,7 +20,7 @@ class SavedDraft:
     family: its name. config: its single layer, with the biases it really has. tensors: the trained weights by public
     name. source: the folder they came from. measured: validation metrics saved beside it. trained_for: the fingerprint
     of the target, None for a draft made elsewhere. base, base_architectures: the target's folder, and the classes its
-    config.json names, once they are known.
+    config.json names, once they are known. embedding: what it brought along as the target's.
     """
 
     family: str
@@ -31,6 +31,7 @@ class SavedDraft:
     trained_for: str | None = None
     base: Path | None = None
     base_architectures: tuple[str, ...] = ()
+    embedding: torch.Tensor | None = None
 
 
 #: What stands in the exported folder: its config.json, as it is and without what is around it, and its tensors.

@@ -116,8 +116,9 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
     """
     if raw.get("speculators_model_type") and isinstance(raw.get("transformer_layer_config"), dict):
         # As the speculators library writes a draft: the layer's numbers inside, the draft's own around them.
-        layer = {"norm_before_residual": True, **raw["transformer_layer_config"], "num_hidden_layers": 1}
-        raw = layer | {key: value for key, value in raw.items() if key not in ("architectures", "model_type")}
+        layer = {**raw["transformer_layer_config"], "norm_before_residual": True, "num_hidden_layers": 1}
+        own = {key: value for key, value in raw.items() if value is not None}
+        raw = layer | {key: own[key] for key in own.keys() - {"architectures", "model_type", "auto_map"}}
     if raw.get("model_type") == "eagle" or ("model" in raw and "hidden_size" not in raw):
         inner = raw.get("model")
         if not isinstance(inner, dict):

@@ -43,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--layout",
         choices=("auto", *LAYOUTS, "both"),
         default="auto",
-        help="v1: vLLM 0.9 and newer; v0: up to 0.8; auto: what the installed vLLM takes, both where none is",
+        help="v1: vLLM 0.9 and newer; v0: up to 0.8; of an EAGLE-3 draft plain, or speculators, which serves the base "
+        "model too; auto: what the installed vLLM takes, both where none is",
     )
     parser.add_argument(
         "--allow-other-base",

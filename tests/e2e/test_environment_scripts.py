@@ -164,6 +164,28 @@ def test_the_gate_ends_where_the_oldest_packages_cannot_be_installed(checkout):
     assert by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1", SKIP_OLDER="1", DIES="requirements-older").returncode == 0
 
 
+@pytest.mark.parametrize(("draft", "behind"), [(None, ""), ("eagle1", ""), ("eagle3", "-eagle3")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "allocation.py --outdir quickstart/features{behind} --draft {draft}",
+        "eagle.train.main --tmpdir quickstart/features{behind} --cpdir quickstart/checkpoints{behind} --draft {draft}",
+        "--draft-path quickstart/checkpoints{behind} --output-path quickstart/draft-vllm{behind} --layout both",
+    ],
+)
+def test_the_quickstart_keeps_the_families_apart(checkout, draft, behind, command):
+    """The interpreter ends with code 9 at the command it is told."""
+    names = {"DRAFT": draft} if draft else {}
+    command = command.format(behind=behind, draft=draft or "eagle1")
+    result = by_hand(checkout, "runs/quickstart.sh", EAGLE_ENV="current", DIES=command, **names)
+    assert result.returncode == 9, result.stderr
+
+
+def test_the_quickstart_knows_two_families(checkout):
+    result = by_hand(checkout, "runs/quickstart.sh", EAGLE_ENV="current", DRAFT="medusa")
+    assert result.returncode == 2 and "DRAFT=medusa: expected eagle1 or eagle3" in result.stderr
+
+
 def test_an_interpreter_too_old_removes_nothing(script):
     script.run()
     (script.folder / script.marker).write_text("torch==1.0")

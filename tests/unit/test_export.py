@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,8 @@ from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
 from eagle.vllm import convert
 from eagle.vllm.export import choose_layouts, export
 from eagle.vllm.note import note_with_acceptance
+from tests.oracle import Shape
+from tests.oracle3 import write_oracle
 from tests.tiny import make_target
 from tests.unit.exports import hashes, make_draft, read
 
@@ -342,6 +345,32 @@ def test_the_note_serves_the_real_paths(llama: tuple[Path, Path], tmp_path: Path
     assert f"vllm serve {base.resolve()} \\" in note
     assert f'model="{base.resolve()}"' in note
     assert "Acceptance in vLLM: not measured yet." in note
+
+
+@pytest.mark.parametrize("form", ["plain", "speculators"])
+def test_the_note_of_an_eagle3_draft_serves_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Exported by relative paths; every path that is served by is a whole one."""
+    pair = write_oracle(tmp_path, Shape())
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / export(Path("target"), Path("draft"), Path("out put"), form)[form]
+    note = (folder / "README.md").read_text(encoding="utf-8")
+    said = note[note.index("vllm serve") : note.index("\n\n", note.index("--speculative-config"))]
+    commands = shlex.split(said[: said.rindex("'") + 1].replace("\\\n", " "))
+    assert commands[:4] == ["vllm", "serve", str(pair.target.resolve()), "--speculative-config"]
+    asked = {"method": "eagle3", "model": str(folder.resolve()), "num_speculative_tokens": 3}
+    assert json.loads(commands[4]) == asked
+    python = note[note.index("LLM(\n") : note.index("    print(llm")]
+    options = {"model": str(pair.target.resolve()), "speculative_config": asked}
+    assert eval(python, {"LLM": dict}) == options
+    assert ("alone" in note) == (form == "speculators")
+    if form == "speculators":
+        line = next(line for line in note.splitlines() if "alone" in line)
+        assert shlex.split(line[line.index("vllm serve") : -1]) == ["vllm", "serve", str(folder.resolve())]
+        served = read(folder)[0]["speculators_config"]
+        assert served["verifier"]["name_or_path"] == str(pair.target.resolve())
+        assert served["proposal_methods"][0]["speculative_tokens"] == asked["num_speculative_tokens"]
 
 
 def test_a_measured_acceptance_takes_its_place_in_the_note_again_and_again(

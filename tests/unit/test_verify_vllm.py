@@ -18,6 +18,7 @@ from eagle.vllm import verify as verify_vllm
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, last_words, read_counters
 from eagle.vllm.export import export
 from tests.oracle import Shape, write_pair
+from tests.oracle3 import write_oracle
 
 RESULT = EngineResult(
     outputs=[[5, 6, 7, 8], [9, 10]],
@@ -91,6 +92,20 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
     assert report["accepted_per_position"] == [0.75, 0.5, 0.25]
     assert "made_by" in report
     assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()  # nobody asked for it
+
+
+@pytest.mark.parametrize("inside", ["", "plain", "speculators"])
+def test_an_eagle3_draft_is_recognised_in_every_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    oracle = write_oracle(tmp_path, Shape())
+    folder = tmp_path / "export"
+    export(oracle.target, oracle.draft, folder, "both")
+    asked = engines(monkeypatch, RESULT, RESULT)
+    assert call(oracle.target, folder / inside, "--write-note") == 0
+    served = folder / (inside or "plain")
+    assert [(request.method, request.draft) for request in asked] == [("eagle3", str(served)), ("eagle3", None)]
+    assert "Acceptance in vLLM: τ 2.50" in (served / "README.md").read_text(encoding="utf-8")
 
 
 def test_both_engines_run_without_graphs_where_asked_to(

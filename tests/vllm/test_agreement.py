@@ -31,13 +31,16 @@ K, NEW = 4, 64
 WITHIN = 0.03
 
 
-def ours(model: Path, draft: Path, prompts: list[list[int]], stop: list[int]) -> tuple[Acceptance, list[list[int]]]:
+def ours(
+    model: Path, draft: Path, prompts: list[list[int]], stop: list[int], k: int = K, new: int = NEW
+) -> tuple[Acceptance, list[list[int]]]:
+    """What our own decoding accepts of chains of `k` tokens, and its replies of `new` tokens."""
     sampling = Sampling()
     target = load_target(model, torch.float32, torch.device("cpu"))
-    drafter = StaticDrafter(chain_paths(K), target.device, sampling)
+    drafter = StaticDrafter(chain_paths(k), target.device, sampling)
     decoder = SpeculativeDecoder(target, load_fitting_draft(draft, model, target), drafter, sampling)
-    replies = [decoder.generate(prompt, NEW, stop) for prompt in prompts]
-    return Acceptance.of((step for reply in replies for step in reply.steps), K), [reply.tokens for reply in replies]
+    replies = [decoder.generate(prompt, new, stop) for prompt in prompts]
+    return Acceptance.of((step for reply in replies for step in reply.steps), k), [reply.tokens for reply in replies]
 
 
 def request(model: Path, draft: Path, prompts: list[list[int]], stop: list[int]) -> EngineRequest:

@@ -6,6 +6,7 @@ of ``fc`` counts as much as the token half.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from eagle.target.trunk import load_trunk
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.vllm.engine import EngineRequest
 from eagle.vllm.export import export
-from tests.tiny import make_target
+from tests.tiny import VOCAB, make_target
 from tests.vllm.captured import capture
 
 PROMPT_LENGTH, DEPTH = 40, 4
@@ -86,27 +87,29 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
 @pytest.mark.parametrize(
-    ("family", "options", "layers", "normed"),
+    ("family", "options", "layers", "drafted", "variant"),
     [
-        ("llama", {"kv_heads": 2}, (1, 3, 5), False),
+        ("llama", {"kv_heads": 2}, (1, 3, 5), 100, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}),
         ("llama", {"kv_heads": 4, "tied": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-         (0, 2), True),
-        ("qwen2", {"kv_heads": 2}, (2, 4, 5), False),
+         (0, 2), 100, {"normed": True}),
+        ("qwen2", {"kv_heads": 2}, (1, 2, 4, 5), VOCAB + 24, {}),
     ],
-    ids=["llama", "llama-mha-tied-theta-normed-two-layers", "qwen2"],
+    ids=["llama-biases", "llama-mha-tied-theta-normed-two-layers", "qwen2-whole-vocabulary-four-layers"],
 )  # fmt: skip
 def test_eagle3_logits_equal_those_inside_vllm(
-    tmp_path: Path, family: str, options: dict, layers: tuple[int, ...], normed: bool, layout: str
+    tmp_path: Path, family: str, options: dict, layers: tuple[int, ...], drafted: int, variant: dict, layout: str
 ) -> None:
     """At every step of a chain, over the draft's own tokens; and what the draft reads is what our trunk gives."""
     base = make_target(tmp_path / "base", family, hidden=128, layers=7, **options)
     target, weights = load_config(base), Weights(base)
     torch.manual_seed(1)
     eagle3 = DRAFT_FAMILIES["eagle3"]
-    config = eagle3.config(target, None, DraftChoices(layers, 100))
-    config.extra["norm_before_residual"] = normed
+    config = eagle3.config(target, None, DraftChoices(layers, drafted))
+    variant = dict(variant)
+    config.extra["norm_before_residual"] = variant.pop("normed", False)
+    config = dataclasses.replace(config, **variant)
     draft = eagle3.build(config, read_embedding(weights, target).float())
-    ids = torch.randperm(target.vocab_size)[:100].sort().values
+    ids = torch.randperm(target.vocab_size)[:drafted].sort().values
     draft.choose(ids)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
@@ -145,9 +148,9 @@ def test_eagle3_logits_equal_those_inside_vllm(
         # What the next step reads in place of a feature is the state as it is, before the norm.
         assert difference(found[PROMPT_LENGTH - 1 : -1], seen["features"][PROMPT_LENGTH:]) < TOLERANCE
         logits = ours.logits(found, read_head(weights, target).float())
-    drafted = torch.zeros(target.vocab_size, dtype=torch.bool)
-    drafted[ids] = True
-    assert not logits[:, ~drafted].isfinite().any() and not seen["logits"][:, ~drafted].isfinite().any()
-    error = difference(seen["logits"][:, drafted], logits[:, drafted])
+    chosen = torch.zeros(target.vocab_size, dtype=torch.bool)
+    chosen[ids] = True
+    assert not logits[:, ~chosen].isfinite().any() and not seen["logits"][:, ~chosen].isfinite().any()
+    error = difference(seen["logits"][:, chosen], logits[:, chosen])
     print(f"\n{family} {options}, {layout}: {rows} rows, largest error {error:.2e} of the largest logit")
     assert error < TOLERANCE

@@ -12,6 +12,7 @@ from eagle.entry import run
 from eagle.vllm import verify as verify_vllm
 from eagle.vllm.export import export
 from tests.oracle import Shape, write_pair
+from tests.oracle3 import write_oracle
 from tests.vllm.test_oracle import edit_config
 
 
@@ -38,6 +39,20 @@ def test_an_oracle_pair(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     assert found["tau"] > 2
     assert found["made_by"]["argv"]
     assert f"Acceptance in vLLM: τ {found['tau']:.2f}" in (draft / "README.md").read_text()
+
+
+def test_an_eagle3_oracle_in_the_speculators_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other form is looked at in `tests.vllm.test_trained_eagle3`."""
+    oracle = write_oracle(tmp_path, Shape(kv_heads=2))
+    draft = export(oracle.target, oracle.draft, tmp_path / "export", "speculators")["speculators"]
+    arguments = ["--num_prompts", "3", "--max_new_tokens", "32", "--num_speculative_tokens", "1", "--dtype", "float32"]
+    arguments += ["--base-path", str(oracle.target), "--draft-path", str(draft), "--write-note"]
+    code = run(lambda: verify_vllm.main(arguments))
+    shown = capsys.readouterr()
+    print("\n" + shown.out)
+    assert code == 0, shown.err
+    assert "identical with and without the draft" in shown.out
+    assert "Acceptance in vLLM: τ 1." in (draft / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_draft_that_does_not_load(

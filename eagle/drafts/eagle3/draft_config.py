@@ -20,7 +20,9 @@ DRAFT_VOCAB = "draft_vocab_size"
 NORMED_RESIDUAL = "norm_before_residual"
 #: Variants of the network that some trainers make and that are not read here.
 VARIANTS = ("norm_output", "norm_before_fc", "fc_norm", "parallel_drafting")
-CONFIG_KEYS = (AUX_LAYERS, DRAFT_VOCAB, NORMED_RESIDUAL, *VARIANTS)
+#: What a config may say beside it: an object with some of these keys in it, and numbers that are read nowhere else.
+NESTED, TARGET_WIDTH, SCALE = "eagle_config", "target_hidden_size", "logit_scale"
+CONFIG_KEYS = (AUX_LAYERS, DRAFT_VOCAB, NORMED_RESIDUAL, *VARIANTS, NESTED, TARGET_WIDTH, SCALE)
 
 #: Tokens that a draft chooses among unless told otherwise: those of nearly all positions, at a fraction of the cost.
 DEFAULT_DRAFT_VOCAB = 32_000
@@ -132,27 +134,52 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
 
     tensors: the draft's. layers: of the target, where it is known.
 
-    Raises: RequestError for a variant that is not read here, or tensors of another shape than the config says.
+    Raises: RequestError for a variant that is not read here, or layers that the target has not.
     """
-    extra = dict(config.extra)
-    variants = [name for name in VARIANTS if extra.pop(name, False)]
+    said = {key: value for key, value in config.extra.items() if value is not None}
+    nested = said.pop(NESTED, None) or {}
+    said = {key: nested[key] for key in (AUX_LAYERS, "norm_before_fc") if nested.get(key)} | said
+    variants = [name for name in VARIANTS if said.pop(name, False)]
+    if not nested.get("use_aux_hidden_state", True):
+        variants.append("use_aux_hidden_state false")
+    if (width := said.pop(TARGET_WIDTH, config.hidden_size)) != config.hidden_size:
+        variants.append(f"{TARGET_WIDTH} {width} beside its own hidden_size {config.hidden_size}")
+    if (scale := said.pop(SCALE, 1.0)) != 1.0:
+        variants.append(f"{SCALE} {scale}")
     if variants:
         raise RequestError(
             f"the EAGLE-3 draft says {', '.join(variants)}, which is not read here; expected the plain network. vLLM "
             "serves it as it is."
         )
-    extra.setdefault(NORMED_RESIDUAL, False)
-    if DRAFT_VOCAB not in extra:
-        head = tensors.get("lm_head.weight")
-        extra[DRAFT_VOCAB] = config.vocab_size if head is None else len(head)
-    if not extra.get(AUX_LAYERS):
-        if layers is None:
-            raise RequestError(f"the draft's config.json has no {AUX_LAYERS}, and the base model is not known.")
-        extra[AUX_LAYERS] = list(default_aux_layers(layers))
-    elif not _is_list_of_layers(extra[AUX_LAYERS]):
+    drafted = tensors.get("lm_head.weight", tensors.get("d2t"))
+    own = {
+        AUX_LAYERS: _layers_read(said.get(AUX_LAYERS), layers),
+        DRAFT_VOCAB: said.get(DRAFT_VOCAB, config.vocab_size if drafted is None else len(drafted)),
+        NORMED_RESIDUAL: bool(said.get(NORMED_RESIDUAL, False)),
+    }
+    has_bias = any(name.startswith("midlayer.self_attn.") and name.endswith(".bias") for name in tensors)
+    return dataclasses.replace(
+        config,
+        qkv_bias=has_bias,
+        o_bias=has_bias,
+        mlp_bias=any(name.startswith("midlayer.mlp.") and name.endswith(".bias") for name in tensors),
+        extra=own,
+    )
+
+
+def _layers_read(said: object, layers: int | None) -> list[int]:
+    """The layers that a saved draft reads. layers: of the target, None where it is not known."""
+    if said:
+        if not _is_list_of_layers(said):
+            raise RequestError(f"the draft's config.json: {AUX_LAYERS} is {said!r}, expected a list of layers.")
+        assert isinstance(said, list)
+        return list(said if layers is None else check_aux_layers(tuple(said), layers, f"the draft's {AUX_LAYERS}"))
+    if layers is None:
+        raise RequestError(f"the draft's config.json has no {AUX_LAYERS}, and the base model is not known.")
+    try:
+        return list(default_aux_layers(layers))
+    except RequestError:
         raise RequestError(
-            f"the draft's config.json: {AUX_LAYERS} is {extra[AUX_LAYERS]!r}, expected a list of layers."
-        )
-    if layers is not None:
-        check_aux_layers(tuple(extra[AUX_LAYERS]), layers, f"the draft's {AUX_LAYERS}")
-    return dataclasses.replace(config, extra=extra)
+            f"the draft's config.json has no {AUX_LAYERS}, and the base model has {layers} layers, too few for "
+            "EAGLE-3's usual choice. Write the layers that it was trained with into its config.json."
+        ) from None

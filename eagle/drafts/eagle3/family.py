@@ -11,7 +11,7 @@ import torch
 
 from eagle.drafts import starts
 from eagle.drafts.choices import DraftChoices
-from eagle.drafts.eagle3 import memory
+from eagle.drafts.eagle3 import memory, public
 from eagle.drafts.eagle3.draft_config import (
     AUX_LAYERS,
     CONFIG_KEYS,
@@ -78,35 +78,22 @@ class Eagle3(DraftFamily):
         ]
         if wrong:
             raise RequestError(
-                f"the EAGLE-3 draft was trained for another model: its {'; its '.join(wrong)}. Name the base model of "
-                "its training."
+                f"the EAGLE-3 draft does not fit the base model: {'; '.join(wrong)}. Name the base model it was "
+                "trained for."
             )
-        return completed_config(
-            dataclasses.replace(
-                saved,
-                family=LLAMA,
-                num_hidden_layers=1,
-                max_position_embeddings=target.max_position_embeddings,
-                qkv_bias="midlayer.self_attn.q_proj.bias" in tensors,
-                o_bias="midlayer.self_attn.o_proj.bias" in tensors,
-                mlp_bias="midlayer.mlp.gate_proj.bias" in tensors,
-                tie_word_embeddings=False,
-            ),
-            tensors,
-            target.num_hidden_layers,
+        layer = dataclasses.replace(
+            saved,
+            family=LLAMA,
+            num_hidden_layers=1,
+            max_position_embeddings=target.max_position_embeddings,
+            tie_word_embeddings=False,
         )
+        return completed_config(layer, tensors, target.num_hidden_layers)
 
     def completed(
         self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], target: ModelConfig | None
     ) -> ModelConfig:
         return completed_config(config, tensors, target.num_hidden_layers if target else None)
-
-    def implied(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A draft of the whole vocabulary needs no d2t."""
-        head = tensors.get("lm_head.weight")
-        if "d2t" in tensors or head is None or len(head) != config.vocab_size:
-            return {}
-        return {"d2t": torch.zeros(len(head), dtype=torch.long)}
 
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> Eagle3Network:
         return Eagle3Network(config, embedding)
@@ -140,8 +127,12 @@ class Eagle3(DraftFamily):
         )
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``layers.0.`` is another public name of ``midlayer.``; t2d says again what d2t says."""
-        return {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in state.items() if name != "t2d"}
+        return public.canonical(state)
+
+    def filled(
+        self, config: ModelConfig, state: Mapping[str, torch.Tensor], head: Callable[[], torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        return public.filled(config, state, head)
 
     def optional(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         return {}
