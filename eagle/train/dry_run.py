@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded
 
 MIB = 1 << 20
+#: Of a base model that is known by its draft's config alone, which does not say: as many as any choice of them needs.
+MANY_LAYERS = 1000
 
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
@@ -48,7 +51,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     trunk = 0
     if options.data_path and options.basepath:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
-    draft = family.config(target, options.configpath if options.basepath else None, options.choices)
+    draft = family.config(target, draft_config(options), family.choices(options.choices, store.widths))
     return Setting(
         config=draft,
         widths=family.features(draft),
@@ -91,17 +94,25 @@ def planned_target(options: TrainOptions) -> ModelConfig:
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "
             "folder that holds nothing but config.json; --configpath one of configs/."
         )
-    return load_config(options.configpath)
+    return dataclasses.replace(load_config(options.configpath), num_hidden_layers=MANY_LAYERS)
+
+
+def draft_config(options: TrainOptions) -> Path | None:
+    """The file that says what the draft is like, if one does: without a base model it may be the base model's."""
+    path = options.configpath
+    return path if path and (options.basepath or load_config(path).num_hidden_layers == 1) else None
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSizes:
     """files: bytes of the store's files. value: bytes of a value as it is read; stored: as it lies there, where that
-    differs. tokens: within ``--max_len``; None where it is not known how many there will be.
+    differs. widths: of the features, by name. tokens: within ``--max_len``; None where it is not known how many there
+    will be.
     """
 
     files: int
     value: int
+    widths: dict[str, int]
     stored: int | None = None
     tokens: int | None = None
 
@@ -110,7 +121,7 @@ def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes
     """Of a store; without one, by the base model's dtype."""
     if tmpdir is None:
         named = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2))
+        return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2), {})
     store = FeatureStore(tmpdir)
     if store.hidden_size != target.hidden_size:
         raise RequestError(
@@ -121,7 +132,7 @@ def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes
     size = sum(file.stat().st_size for path in files for file in ([path] if path.is_file() else path.iterdir()))
     one_byte = any(source.stored_code != source.dtype_code for source in store.sources)
     tokens = int(np.minimum(store.lengths, max_len).sum())
-    return StoreSizes(size, store[0].hidden_state.element_size(), 1 if one_byte else None, tokens)
+    return StoreSizes(size, store[0].hidden_state.element_size(), store.widths, 1 if one_byte else None, tokens)
 
 
 def runtime_bytes(config: ModelConfig, kind: str) -> int:
