@@ -35,7 +35,15 @@ def write_random_target(
 
 
 def write_config(
-    folder: Path, vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, family: str, tied: bool, layers: int = 1
+    folder: Path,
+    vocab: int,
+    hidden: int,
+    inner: int,
+    heads: int,
+    kv_heads: int,
+    family: str,
+    tied: bool,
+    layers: int = 1,
 ) -> None:
     content: dict[str, Any] = {
         "model_type": family,

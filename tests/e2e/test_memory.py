@@ -35,7 +35,19 @@ def test_the_plan_is_what_training_takes(name: str, tmp_path: Path) -> None:
     store = write_random_store(
         tmp_path / "store", vocab=shape["vocab"], hidden=shape["hidden"], records=3 * bs, length=length, aux_layers=aux
     )
-    options = [*more, "--tmpdir", store, "--basepath", target, "--cpdir", tmp_path / "run", "--bs", bs, "--max_len", length]
+    options = [
+        *more,
+        "--tmpdir",
+        store,
+        "--basepath",
+        target,
+        "--cpdir",
+        tmp_path / "run",
+        "--bs",
+        bs,
+        "--max_len",
+        length,
+    ]
     found = planned_and_measured(lambda *words: command(*words).out, *options, "--num_epochs", 1, "--max_steps", 2)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
     # The runtime is measured, not planned: without it the rest has to be right too.

@@ -38,8 +38,9 @@ def validation_bytes(setting: Setting, depth: int) -> int:
     pairs = 2 * depth * config.num_key_value_heads * config.head_dim
     repeated = 2 * depth * queries if queries > config.num_key_value_heads * config.head_dim else 0
     layer = pairs + max(pairs + repeated + 2 * queries, 3 * config.intermediate_size) + 6 * hidden
-    outputs = depth * hidden * (2 * setting.compute + (SINGLE if setting.compute < SINGLE else 0))
-    return setting.positions * (layer * setting.compute + outputs) + attention_mask_bytes(setting, depth)
+    outputs = 2 * depth * hidden * SINGLE  # a norm gives float32
+    scores = attention_mask_bytes(setting, depth) + score_bytes(setting, depth, copies=1)
+    return setting.positions * (layer * setting.compute + outputs) + scores
 
 
 def start_phases(setting: Setting) -> list[Phase]:
