@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1.memory import saved_bytes
@@ -121,7 +121,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         self._alive = {place: one for place, one in self._alive.items() if not one[0].expired()}
-        for tensor in tree_leaves(found):
+        for tensor in tree_flatten(found)[0]:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
