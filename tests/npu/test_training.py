@@ -43,9 +43,9 @@ class Noise:
 #: most, weights a hundredth of their way; runs that share only the seed are as far apart as they have moved.
 BF16 = Noise(1e-3, 0.05)
 FP16 = Noise(1e-3, 0.05)
-#: Where features were computed elsewhere, one position in a batch's hundreds may be a tie between a token that is
-#: drafted, whose loss counts, and one that is not.
-TIE = Noise(5e-3, 0.05)
+#: Where the target's logits are rounded elsewhere, its likeliest token may be another at one position in hundreds, and
+#: of an EAGLE-3 draft's losses only those at drafted tokens count.
+TIE = Noise(1e-2, 0.05)
 
 #: `eagle.train.main`, in which rank RANK ends without warning before the step that its first argument names.
 KILLER = """
@@ -196,7 +196,7 @@ def test_float16_unrolled_from_int8_on_two_cards(
     launch = ["--mixed_precision=fp16" if word == "--mixed_precision=bf16" else word for word in GUIDE]
     on_npu(*launch, *options(*words, tmp_path / "cards"), *more, cards=2, log=tmp_path / "log")
     on_cpu("no", *options(*words, tmp_path / "run"), *more, "--bs", 8)
-    check_close(tmp_path / "cards", tmp_path / "run", FP16)
+    check_close(tmp_path / "cards", tmp_path / "run", TIE if family == "eagle3" else FP16)
     check_cards(tmp_path / "log", 0, 1)
 
 
