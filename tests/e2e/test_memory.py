@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -70,6 +71,28 @@ def test_a_config_is_enough(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--bs", 1, "--init", "random")
     assert "start" not in answer.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_enough_for_eagle3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A draft's, which does not say how many layers the base model has, or the base model's own."""
+    config = ROOT / "configs" / "qwen2_7B_config.json"
+    words = ["--dry_run", "--draft", "eagle3", "--bs", 1]
+    answer = ask(training.main, capsys, *words, "--configpath", config)
+    assert answer.code == 0 and "gradient of the draft's head" in answer.out, answer.err
+    folder = tmp_path / "target"
+    folder.mkdir()
+    base = json.loads(config.read_text()) | {"num_hidden_layers": 28}
+    (folder / "config.json").write_text(json.dumps(base))
+    for given in (["--configpath", folder / "config.json"], ["--basepath", folder]):
+        assert table(ask(training.main, capsys, *words, *given).out) == table(answer.out)
+    fewer = ask(training.main, capsys, *words, "--basepath", folder, "--aux_layers", "3,20")
+    assert largest(fewer.out, "batch") < largest(answer.out, "batch")
+    refused = ask(training.main, capsys, *words, "--basepath", folder, "--aux_layers", "3,28")
+    assert refused.code == 2 and "there is no 28" in refused.error
+
+
+def largest(text: str, name: str) -> float:
+    return max(float(size) for size in re.findall(rf"^  {name} +([\d.]+)$", text.replace(",", ""), re.MULTILINE))
 
 
 def table(text: str) -> list[str]:
