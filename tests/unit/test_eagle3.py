@@ -22,6 +22,7 @@ from eagle.drafts.unroll import UnrolledDraft
 from eagle.errors import RequestError, WorkError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import aux_layers, aux_name, features_of
+from eagle.target.trunk import from_pretrained_dtype
 from eagle.target.weights import Weights, read_embedding, read_head, read_norm
 from eagle.vllm import export as export_module
 from eagle.vllm.export import export
@@ -133,7 +134,7 @@ def test_a_new_draft_takes_the_targets_head(target: Path):
 
 def test_inputs_of_layers(target: Path):
     """What transformers calls hidden_states; the layers are as they were afterwards."""
-    trunk = AutoModel.from_pretrained(target, dtype=torch.float32)
+    trunk = AutoModel.from_pretrained(target, **from_pretrained_dtype(torch.float32))
     ids = torch.arange(3, 15)[None]
     with torch.inference_mode():
         every = trunk(input_ids=ids, output_hidden_states=True, use_cache=False)
