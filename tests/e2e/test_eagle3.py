@@ -507,7 +507,7 @@ def test_a_draft_of_another_target(world: Path, tmp_path: Path, capsys: pytest.C
     for base, draft_path, says in (
         ("wide", world / "run", "another model"),
         ("qwen2", world / "run", "another model"),
-        ("wide", world / "exported", "its hidden_size is 32, the base model's is 64"),
+        ("wide", world / "exported", "hidden_size is 32, the base model's is 64"),
     ):
         check(ask(converter.main, capsys, "--base-path", world / base, "--draft-path", draft_path, *out), [says])
         assert not (tmp_path / "out").exists()

@@ -334,8 +334,12 @@ def test_public_eagle3_drafts_are_read(
     converted = answer_of("convert", pair, store, draft, tmp_path / "out", capsys)
     assert converted.code == 0, converted.err
     plain, speculators = (load_file(tmp_path / "out" / form / "model.safetensors") for form in ("plain", "speculators"))
-    assert plain.keys() == speculators.keys() >= {"d2t", "t2d", "midlayer.hidden_norm.weight", "lm_head.weight"}
-    assert len(plain["d2t"]) == int(plain["t2d"].sum()) == drafted
+    assert plain.keys() == speculators.keys() >= {"midlayer.hidden_norm.weight", "lm_head.weight"}
+    if drafted == V:  # vLLM has no place for a table then
+        assert not {"d2t", "t2d"} & plain.keys()
+        plain["d2t"] = torch.zeros(V, dtype=torch.int64)
+    else:
+        assert len(plain["d2t"]) == int(plain["t2d"].sum()) == drafted
 
     more = ["--draft", "eagle3", "--lr", 1e-9]
     trained = answer_of("--init", pair, store, draft, tmp_path / "run", capsys, *more)
