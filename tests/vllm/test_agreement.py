@@ -25,7 +25,9 @@ from tests.oracle import Shape, random_prompts, write_pair
 from tests.vllm.engines import ROOT, run_engines
 
 QUICKSTART = Path(os.environ.get("EAGLE_QUICKSTART", ROOT / "quickstart"))
-MODEL, DRAFT = QUICKSTART / "model", QUICKSTART / "draft-vllm" / "v1"
+MODEL = QUICKSTART / "model"
+#: Of the quickstart, by vLLM's method: one as it is documented, one with DRAFT=eagle3.
+DRAFTS = {"eagle": QUICKSTART / "draft-vllm" / "v1", "eagle3": QUICKSTART / "draft-vllm-eagle3" / "plain"}
 
 K, NEW = 4, 64
 WITHIN = 0.03
@@ -43,8 +45,9 @@ def ours(
     return Acceptance.of((step for reply in replies for step in reply.steps), k), [reply.tokens for reply in replies]
 
 
-def request(model: Path, draft: Path, prompts: list[list[int]], stop: list[int]) -> EngineRequest:
+def request(model: Path, draft: Path, prompts: list[list[int]], stop: list[int], method: str) -> EngineRequest:
     return EngineRequest(
+        method=method,
         model=str(model),
         draft=str(draft),
         prompts=prompts,
@@ -55,9 +58,17 @@ def request(model: Path, draft: Path, prompts: list[list[int]], stop: list[int])
     )
 
 
-def compare(name: str, model: Path, draft: Path, prompts: list[list[int]], stop: list[int], folder: Path) -> None:
+def compare(
+    name: str,
+    model: Path,
+    draft: Path,
+    prompts: list[list[int]],
+    stop: list[int],
+    folder: Path,
+    method: str = "eagle",
+) -> None:
     mine, outputs = ours(model, draft, prompts, stop)
-    (theirs,) = run_engines([request(model, draft, prompts, stop)], folder)
+    (theirs,) = run_engines([request(model, draft, prompts, stop, method)], folder)
     per_position = [count / theirs.drafts for count in theirs.accepted_per_position]
     print(f"\n{name}: tau {mine.tau():.4f} ours, {theirs.tau():.4f} vLLM's; drafts {mine.steps}, {theirs.drafts}")
     print("by position", *(f"{a:.3f}/{b:.3f}" for a, b in zip(mine.per_position(), per_position, strict=True)))
@@ -66,12 +77,15 @@ def compare(name: str, model: Path, draft: Path, prompts: list[list[int]], stop:
     assert mine.per_position() == pytest.approx(per_position, abs=WITHIN)
 
 
-@pytest.mark.skipif(not (DRAFT / "config.json").is_file(), reason=f"the quickstart has not run: no {DRAFT}/config.json")
-def test_the_quickstarts_draft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", DRAFTS)
+def test_the_quickstarts_draft(tmp_path: Path, method: str) -> None:
+    draft = DRAFTS[method]
+    if not (draft / "config.json").is_file():
+        pytest.skip(f"the quickstart has not run: no {draft}/config.json")
     config = load_config(MODEL)
     encoder = load_encoder(MODEL, config)
     prompts = [encode_first_turn(prompt, encoder) for prompt in load_prompts(None, 6)]
-    compare("quickstart", MODEL, DRAFT, prompts, stop_tokens(MODEL, config, encoder), tmp_path)
+    compare(f"quickstart, {method}", MODEL, draft, prompts, stop_tokens(MODEL, config, encoder), tmp_path, method)
 
 
 def test_an_oracle_that_is_sometimes_wrong(tmp_path: Path) -> None:
