@@ -13,17 +13,18 @@ import torch
 from eagle.store.record import Record
 from eagle.store.shard import write_shard
 from eagle.target.config import load_config
+from eagle.target.features import aux_name
 from eagle.target.trunk import expected_tensors
 from eagle.tensor_file import write_tensors
 
 
 def write_random_target(
     folder: Path, *, vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, family: str = "llama",
-    tied: bool = False, dtype: torch.dtype = torch.float32,
+    tied: bool = False, layers: int = 1, dtype: torch.dtype = torch.float32,
 ) -> Path:  # fmt: skip
-    """A base model's folder: config.json and the weights of its one layer."""
+    """A base model's folder: config.json and the weights of its layers."""
     folder.mkdir(parents=True)
-    write_config(folder, vocab, hidden, inner, heads, kv_heads, family, tied)
+    write_config(folder, vocab, hidden, inner, heads, kv_heads, family, tied, layers)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: (torch.randn(*size, generator=generator) * 0.02).to(dtype)
@@ -34,14 +35,22 @@ def write_random_target(
 
 
 def write_config(
-    folder: Path, vocab: int, hidden: int, inner: int, heads: int, kv_heads: int, family: str, tied: bool
+    folder: Path,
+    vocab: int,
+    hidden: int,
+    inner: int,
+    heads: int,
+    kv_heads: int,
+    family: str,
+    tied: bool,
+    layers: int = 1,
 ) -> None:
     content: dict[str, Any] = {
         "model_type": family,
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": inner,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 4096,
@@ -51,9 +60,13 @@ def write_config(
 
 
 def write_random_store(
-    folder: Path, *, vocab: int, hidden: int, records: int, length: int, dtype: torch.dtype = torch.float32
-) -> Path:
-    """A store of `records` conversations of `length` tokens each, all supervised: the most a batch can hold."""
+    folder: Path, *, vocab: int, hidden: int, records: int, length: int, dtype: torch.dtype = torch.float32,
+    aux_layers: tuple[int, ...] = (),
+) -> Path:  # fmt: skip
+    """A store of `records` conversations of `length` tokens each, all supervised: the most a batch can hold.
+
+    aux_layers: those whose inputs are among its features, where there are any.
+    """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     content = [
@@ -62,6 +75,10 @@ def write_random_store(
             torch.randint(vocab, (length,), generator=generator, dtype=torch.int32),
             torch.ones(length, dtype=torch.uint8),
             torch.randn(length, hidden, generator=generator).to(dtype),
+            {
+                aux_name(layers): torch.randn(length, len(layers) * hidden, generator=generator).to(dtype)
+                for layers in ([aux_layers] if aux_layers else [])
+            },
         )
         for number in range(records)
     ]

@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from eagle.drafts.token_loss import TokenLossHead
+
 #: A mean over positions: a tensor while it is differentiated, a number once it is reported.
 Mean = TypeVar("Mean", torch.Tensor, float)
 
@@ -64,6 +66,11 @@ class Objective(Protocol):
     ``[N, H]``, the target's last hidden states there; valid ``[S, N]`` bool, which of them count for each step. counts:
     ``[S]``, the positions of every step in the global batch.
     """
+
+    @property
+    def head(self) -> TokenLossHead:
+        """What the token losses are taken with."""
+        ...
 
     def sums(
         self, states: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor

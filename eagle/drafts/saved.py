@@ -141,15 +141,24 @@ def start_folder(path: Path, flag: str, family: DraftFamily) -> Path:
     return source
 
 
-def warm_start(network: DraftNetwork, path: Path, flag: str, family: DraftFamily, target: ModelConfig) -> list[str]:
-    """Start `network` from a saved draft; notes on what of it is left behind.
+def warm_start(
+    network: DraftNetwork,
+    path: Path,
+    flag: str,
+    family: DraftFamily,
+    target: ModelConfig,
+    head: Callable[[], torch.Tensor],
+) -> list[str]:
+    """Start `network` from a saved draft; notes on what of it is left behind. target, head: as in `load_draft`.
 
     Raises: FileNotFoundError, RequestError (no draft of this network's shape).
     """
     source = start_folder(path, flag, family)
     state = read_draft_state(Weights(source, flag=flag))
     if family.config_keys:
-        config = family.completed(load_config(source, family.config_keys), state, target)
+        saved = load_config(source, family.config_keys)
+        with said_of(f"{flag} {source}"):
+            config = family.completed(saved, state, target)
         differing = [
             f"{name} is {config.extra.get(name)!r} there and {value!r} here"
             for name, value in network.config.extra.items()
@@ -162,9 +171,8 @@ def warm_start(network: DraftNetwork, path: Path, flag: str, family: DraftFamily
             )
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in (*family.targets_own, *optional)}
-    own = network.own_state().get("lm_head.weight")  # made from the target's
     with said_of(f"{flag} {source}"):
-        kept = family.filled(network.config, kept, None if own is None else own.detach)
+        kept = family.filled(network.config, kept, head)
     load_trained_state(network, kept, f"{flag} {source}")
     return [f"{flag} {source} has {what}; it is left out" for what in optional.values() if what]
 

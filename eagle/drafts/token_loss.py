@@ -253,11 +253,12 @@ class _Pass:
         if own is None:
             torch.softmax(wide, -1, out=probabilities)
         else:
-            torch.index_select(wide, 1, own.ids, out=probabilities)
-            torch.softmax(probabilities, -1, out=probabilities)
+            among = head.buffer("own", len(target), head.wide, head.drafted)
+            torch.index_select(wide, 1, own.ids, out=among)
+            torch.softmax(among, -1, out=probabilities)
             chosen = own.rows[chosen]
             counts = chosen >= 0
-            wide = head.buffer("own", len(target), head.wide, head.drafted)
+            wide = among
         for step, narrow in enumerate(drafted):
             wide.copy_(narrow)
             self.agrees[step, rows] = likeliest(wide) == chosen

@@ -44,12 +44,13 @@ class WorkerPlan:
 class Plan:
     """What is left of this node's part of the job.
 
-    tokens: of all of it. free: bytes that the disk of the store has. nodes: that share the job. shard_mb: size of a
-    store file.
+    tokens: of all of it. token_bytes: what one takes, a record's index aside. free: bytes that the disk of the store
+    has. nodes: that share the job. shard_mb: size of a store file.
     """
 
     workers: list[WorkerPlan]
     tokens: int
+    token_bytes: int
     free: int
     shrinkable: dict[str, int]
     nodes: int = 1
@@ -61,13 +62,14 @@ class Plan:
 
     def lines(self) -> list[str]:
         each = ", ".join(_size(worker.bytes) for worker in self.workers)
+        by_worker = f" (by worker: {each})" if len(self.workers) > 1 else ""
         shared = f"; {self.nodes} nodes on one disk need about as much each" if self.nodes > 1 else ""
         return [
             f"{sum(worker.records for worker in self.workers):,} records, "
             f"{sum(worker.tokens for worker in self.workers):,} tokens to compute",
-            f"{_size(self.bytes)} to write" + (f" (by worker: {each})" if len(self.workers) > 1 else "")
-            + f", in files of {self.shard_mb:,} MB; {_size(self.free)} free{shared}",
-        ]  # fmt: skip
+            f"{_size(self.bytes)} to write{by_worker}, {self.token_bytes:,} bytes a token, in files of "
+            f"{self.shard_mb:,} MB; {_size(self.free)} free{shared}",
+        ]
 
     def check_space(self, folder: Path) -> None:
         """Raises: WorkError where the disk cannot hold the store."""
@@ -126,7 +128,8 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
     shrinkable = {name: total for name, total in smaller.items() if total < 0.9 * sum(chosen)}
     place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
-    return Plan(workers, int(lengths.sum()), free, shrinkable, job.request.num_nodes, shard_mb)
+    token_bytes = store_bytes(1, 0, widths, job.manifest["dtype"], job.request.store_dtype)
+    return Plan(workers, int(lengths.sum()), token_bytes, free, shrinkable, job.request.num_nodes, shard_mb)
 
 
 def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:

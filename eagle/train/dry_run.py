@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from eagle.train.options import TrainOptions
 from eagle.train.sharding import is_sharded
 
 MIB = 1 << 20
-#: Layers of a base model of which only a draft's config is there: enough for whichever the draft reads.
-DEEP = 1 << 10
+#: Of a base model that is known by its draft's config alone, which does not say: as many as any choice of them needs.
+MANY_LAYERS = 1000
 
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
@@ -53,10 +52,9 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     trunk = 0
     if options.data_path and options.basepath:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
-    if options.basepath is None:  # the draft's config does not say how deep its base model is
-        target = dataclasses.replace(target, num_hidden_layers=DEEP)
-        if not family.config_keys:  # and says no more than its sizes
-            options = dataclasses.replace(options, configpath=None)
+    path = options.configpath
+    if path and options.basepath is None and load_config(path).num_hidden_layers != 1:
+        options = dataclasses.replace(options, configpath=None)  # it is the base model's
     draft = draft_config(options, target, store.widths)
     return Setting(
         config=draft,
@@ -100,18 +98,19 @@ def planned_target(options: TrainOptions) -> ModelConfig:
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "
             "folder that holds nothing but config.json; --configpath one of configs/."
         )
-    return load_config(options.configpath)
+    return dataclasses.replace(load_config(options.configpath), num_hidden_layers=MANY_LAYERS)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSizes:
     """files: bytes of the store's files. value: bytes of a value as it is read; stored: as it lies there, where that
-    differs. tokens: within ``--max_len``; None where it is not known how many there will be. widths: of its features.
+    differs. widths: of the features, by name. tokens: within ``--max_len``; None where it is not known how many there
+    will be.
     """
 
     files: int
     value: int
-    widths: Mapping[str, int]
+    widths: dict[str, int]
     stored: int | None = None
     tokens: int | None = None
 

@@ -143,7 +143,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     if not saved and options.init in family.starts:
         notes += family.prepare(draft, head, read_norm(weights, target), counts)
     elif not saved:
-        for note in warm_start(draft, Path(options.init), "--init", family, target):
+        for note in warm_start(draft, Path(options.init), "--init", family, target, lambda: head):
             if accelerator.is_main_process:
                 print(f"note: {note}")
         notes += family.remarks(draft, counts)

@@ -18,6 +18,8 @@ import torch
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.losses import LOSS_PARTS
 from eagle.drafts.memory import SINGLE, Phase, Setting
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.objective import LossOptions
 from eagle.drafts.saved import without_values
 from eagle.drafts.token_loss import TokenLossHead
 from eagle.target.features import HIDDEN_STATE, states_in
@@ -58,14 +60,17 @@ class MemoryPlan:
 def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     """The plan of one process of a run."""
     on_cpu = setting.kind == "cpu"
-    weights = [tensor.numel() for tensor in without_values(family, setting.config).trained_state().values()]
-    trained, largest = sum(weights), max(weights)
+    draft = without_values(family, setting.config)
+    weights = {name: tensor.numel() for name, tensor in draft.trained_state().items()}
+    trained, largest = sum(weights.values()), max(weights.values())
+    fixed = sum(tensor.nbytes for name, tensor in draft.own_state().items() if name not in weights)
     own = SINGLE * trained // setting.shards
+    head = head_of(draft, setting, family)
     matrix = setting.config.vocab_size * setting.config.hidden_size * setting.compute
 
     held = {"runtime (python, torch and their libraries)": setting.runtime, "frozen embedding": matrix}
     held["frozen head (the embedding)" if setting.tied else "frozen head"] = 0 if setting.tied else matrix
-    held["draft weights"] = own
+    held["draft weights"] = own + fixed
     if setting.trunk:
         held["base model, for --data_path"] = setting.trunk
 
@@ -76,11 +81,15 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     whole = {"gathered weights": setting.compute * trained} if setting.shards > 1 else {}
     whole_gradient = {"gradient before it is shared out": SINGLE * trained} if setting.shards > 1 else {}
     # Autocast keeps a copy of every weight for the backward pass.
-    casts = {"weights in the dtype computed in": setting.compute * trained} if setting.compute < SINGLE else {}
+    narrow = setting.compute * (
+        trained - (head.own.weight.numel() if head.own and head.own.weight.requires_grad else 0)
+    )
+    casts = {"weights in the dtype computed in": narrow} if setting.compute < SINGLE else {}
+    first, then, judging = own_head_items(setting, head)
     batch = {"batch": batch_bytes(setting)}
     if on_cpu and setting.prefetched:
         batch[f"{setting.prefetched} batches waiting"] = setting.prefetched * stored_batch_bytes(setting)
-    workspace = {"head-loss workspace": workspace_bytes(setting, setting.ttt_steps)}
+    workspace = {"head-loss workspace": workspace_bytes(setting, head, setting.ttt_steps)}
     saved = [family.saved_bytes(setting, step) for step in range(1, setting.ttt_steps + 1)]
     steps = {f"activations, draft step {step}": size for step, size in enumerate(saved, 1)}
     chosen = {"predicted and target features": prediction_bytes(setting, setting.ttt_steps)}
@@ -94,11 +103,12 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     phases += [Phase(phase.name, unshared | phase.items) for phase in family.start_phases(setting)]
     if setting.shards > 1:
         phases.append(Phase("resuming", {**unshared, "AdamW state before it is shared out": 2 * SINGLE * trained}))
-    phases.append(Phase("training: forward and head loss", {**forward, **workspace}))
+    phases.append(Phase("training: forward and head loss", {**forward, **workspace, **first}))
     # Every weight's gradient is there once the last step is through; the steps before it are still to come.
-    early = {**forward, **workspace, "gradients on their way": family.flowing_bytes(setting), **whole_gradient}
+    early = {**forward, **workspace, "gradients on their way": family.flowing_bytes(setting), **whole_gradient, **then}
     late = {**early, **gradients, "one weight's new gradient": SINGLE * largest}
-    late.pop(f"activations, draft step {setting.ttt_steps}")
+    for name in (f"activations, draft step {setting.ttt_steps}", *then):
+        late.pop(name)
     phases += [Phase("training: backward", max((early, late), key=lambda items: sum(items.values())))]
     # Accelerators update all weights in one call, which keeps a temporary of every one; a CPU goes weight by weight.
     temporary = SINGLE * 2 * largest // setting.shards if on_cpu else own
@@ -108,7 +118,8 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
         checked = {
             "activations": family.validation_bytes(setting, DEPTH),
             "predicted and target features": prediction_bytes(setting, DEPTH, slope=False),
-            "head-loss workspace": workspace_bytes(setting, DEPTH, extra_parts=2),
+            "head-loss workspace": workspace_bytes(setting, head, DEPTH, extra_parts=2),
+            **judging,
         }
         phases.append(Phase("validation", {**adam, **batch, **whole, **checked}))
     # The main process gathers the shards on the CPU to write them; a card holds one weight at a time.
@@ -157,14 +168,39 @@ def prediction_bytes(setting: Setting, steps: int, *, slope: bool = True) -> int
     return size * (steps * SINGLE * (2 if slope else 1) + setting.base_dtype + 2 * SINGLE)
 
 
-def workspace_bytes(setting: Setting, steps: int, extra_parts: int | None = None) -> int:
-    """The head's buffers for so many draft steps: a block of logits and parts of it in float32, whatever the batch."""
-    vocab, hidden = setting.config.vocab_size, setting.config.hidden_size
+def head_of(draft: DraftNetwork, setting: Setting, family: DraftFamily) -> TokenLossHead:
+    """What the family's losses are taken with, the right shape without memory. draft: on the meta device."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[setting.compute]
-    # A head of the right shape that takes no memory.
     device = "meta" if setting.kind == "npu" else setting.kind
-    head = TokenLossHead(torch.empty(1, 1, dtype=dtype, device=device).expand(vocab, hidden))
+    weight = torch.empty(1, 1, dtype=dtype, device=device).expand(setting.config.vocab_size, setting.config.hidden_size)
+    return family.objective(draft, weight, LossOptions()).head
+
+
+def workspace_bytes(setting: Setting, head: TokenLossHead, steps: int, extra_parts: int | None = None) -> int:
+    """The head's buffers for so many draft steps: a block of logits and parts of it in float32, whatever the batch.
+
+    The target's logits are over its vocabulary, the draft's over the tokens that it chooses among.
+    """
+    vocab, drafted, hidden = setting.config.vocab_size, head.drafted, setting.config.hidden_size
     rows = min(head.block_positions(steps), setting.positions)
     parts = 3 + (LOSS_PARTS[setting.token_loss] if extra_parts is None else extra_parts)
-    block = (1 + steps) * rows * (vocab + 2 * hidden) * setting.compute
-    return block + parts * min(head.part_positions(), rows) * vocab * SINGLE
+    block = rows * (vocab + 2 * hidden + steps * (drafted + 2 * hidden)) * setting.compute
+    wide = parts * drafted
+    if head.own is not None:
+        wide += vocab  # before those that are drafted are taken out of it
+        if head.own.weight.requires_grad:  # features by what their step weighs
+            block += 2 * steps * rows * hidden * SINGLE
+    return block + min(head.part_positions(), rows) * wide * SINGLE
+
+
+def own_head_items(setting: Setting, head: TokenLossHead) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """What a draft's own head takes beside the workspace: in the forward pass, at the backward pass's beginning, in
+    validation. Empty where the head is the target's."""
+    if head.own is None:
+        return {}, {}, {}
+    size = head.own.weight.numel()
+    copy = {"draft's head in the dtype computed in": setting.compute * size} if setting.compute < SINGLE else {}
+    if not head.own.weight.requires_grad:
+        return copy, {}, copy
+    name = "gradient of the draft's head"  # with a block's share of it; then with what becomes the weight's
+    return {**copy, name: (SINGLE + setting.compute) * size}, {name: 2 * SINGLE * size}, copy

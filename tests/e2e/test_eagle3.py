@@ -464,7 +464,6 @@ REFUSED = [
     ),
     (train, [*NEW3, "--ploss_weight", "0"], ["--ploss_weight 0: nothing would be trained"]),
     (train, [*NEW3, "--ttt_steps", "1", "--ttt_decay", "0.5"], ["--ttt_decay 0.5 would do nothing"]),
-    (train, [*NEW3, "--init", "closed_form"], ["--init closed_form: expected random"]),
     (train, [*NEW3, "--init", "@run1"], ["is an EAGLE-1 draft, and this run trains an EAGLE-3", "--draft eagle1"]),
     (train, ["--init", "@run"], ["is an EAGLE-3 draft, and this run trains an EAGLE-1", "Add --draft eagle3"]),
     (train, ["--init", "@exported"], ["is an EAGLE-3 draft", "Add --draft eagle3"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,22 +15,40 @@ from tests.random_run import planned_and_measured, write_random_store, write_ran
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
 
-SHAPES = {
-    "wide, untied": ({"vocab": 32000, "hidden": 1024, "inner": 2816, "heads": 16, "kv_heads": 16}, 2, 512),
+#: By name: the base model, batch, length, and what else is asked for.
+SHAPES: dict[str, tuple[dict[str, int], int, int, list[object]]] = {
+    "wide, untied": ({"vocab": 32000, "hidden": 1024, "inner": 2816, "heads": 16, "kv_heads": 16}, 2, 512, []),
     "large vocabulary, tied, grouped queries": (
-        {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "tied": True}, 4, 512,
+        {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "tied": True}, 4, 512, [],
+    ),
+    "EAGLE-3, seven steps": (
+        {"vocab": 32000, "hidden": 512, "inner": 1408, "heads": 8, "kv_heads": 4, "layers": 3}, 2, 256,
+        ["--draft", "eagle3", "--ttt_steps", 7, "--draft_vocab_size", 8000],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_plan_is_what_training_takes(name: str, tmp_path: Path) -> None:
-    shape, bs, length = SHAPES[name]
+    shape, bs, length, more = SHAPES[name]
     target = write_random_target(tmp_path / "target", **shape)
+    aux = tuple(range(shape.get("layers", 0)))
     store = write_random_store(
-        tmp_path / "store", vocab=shape["vocab"], hidden=shape["hidden"], records=3 * bs, length=length
+        tmp_path / "store", vocab=shape["vocab"], hidden=shape["hidden"], records=3 * bs, length=length, aux_layers=aux
     )
-    options = ["--tmpdir", store, "--basepath", target, "--cpdir", tmp_path / "run", "--bs", bs, "--max_len", length]
+    options = [
+        *more,
+        "--tmpdir",
+        store,
+        "--basepath",
+        target,
+        "--cpdir",
+        tmp_path / "run",
+        "--bs",
+        bs,
+        "--max_len",
+        length,
+    ]
     found = planned_and_measured(lambda *words: command(*words).out, *options, "--num_epochs", 1, "--max_steps", 2)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
     # The runtime is measured, not planned: without it the rest has to be right too.
@@ -52,6 +71,28 @@ def test_a_config_is_enough(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--bs", 1, "--init", "random")
     assert "start" not in answer.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_enough_for_eagle3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A draft's, which does not say how many layers the base model has, or the base model's own."""
+    config = ROOT / "configs" / "qwen2_7B_config.json"
+    words = ["--dry_run", "--draft", "eagle3", "--bs", 1]
+    answer = ask(training.main, capsys, *words, "--configpath", config)
+    assert answer.code == 0 and "gradient of the draft's head" in answer.out, answer.err
+    folder = tmp_path / "target"
+    folder.mkdir()
+    base = json.loads(config.read_text()) | {"num_hidden_layers": 28}
+    (folder / "config.json").write_text(json.dumps(base))
+    for given in (["--configpath", folder / "config.json"], ["--basepath", folder]):
+        assert table(ask(training.main, capsys, *words, *given).out) == table(answer.out)
+    fewer = ask(training.main, capsys, *words, "--basepath", folder, "--aux_layers", "3,20")
+    assert largest(fewer.out, "batch") < largest(answer.out, "batch")
+    refused = ask(training.main, capsys, *words, "--basepath", folder, "--aux_layers", "3,28")
+    assert refused.code == 2 and "there is no 28" in refused.error
+
+
+def largest(text: str, name: str) -> float:
+    return max(float(size) for size in re.findall(rf"^  {name} +([\d.]+)$", text.replace(",", ""), re.MULTILINE))
 
 
 def table(text: str) -> list[str]:

@@ -29,9 +29,19 @@ def several(module: str, lines: Sequence[Sequence[object]], folder: Path, **give
     return [Answer(*said) for said in json.loads(file.read_text())]
 
 
-def of_family(family: str) -> list[str]:
-    """The words by which a command is told which draft family it is for."""
-    return [] if family == DEFAULT_DRAFT else ["--draft", family]
+#: What a family is told of the tiny base models, whose layers are too few for its own choice, and of their tokens.
+LAYERS_READ = {"eagle3": ["--aux_layers", "0,1,3"]}
+TOKENS_DRAFTED = {"eagle3": ["--draft_vocab_size", 150]}
+
+
+def of_family(family: str) -> list[object]:
+    """The words by which step 3 is told which draft family it is for."""
+    return [] if family == DEFAULT_DRAFT else ["--draft", family, *LAYERS_READ.get(family, [])]
+
+
+def to_train(family: str) -> list[object]:
+    """The words by which step 4 is told so; which layers are read, the store says."""
+    return [] if family == DEFAULT_DRAFT else ["--draft", family, *TOKENS_DRAFTED.get(family, [])]
 
 
 @dataclass(frozen=True, slots=True)

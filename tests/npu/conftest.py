@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eagle.drafts.families import DRAFT_FAMILIES
-from tests.npu.commands import GUIDE, of_family, on_npu
+from tests.npu.commands import GUIDE, of_family, on_npu, to_train
 from tests.npu.simulated import NotHere, library
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -112,7 +112,7 @@ def runs(once: Once, stores: Callable[[str, str], Path], request: pytest.Fixture
 
         def make(folder: Path) -> None:
             words = ["--tmpdir", features, "--cpdir", folder / "run", "--basepath", model, "--bs", 4]
-            more = ["--num_epochs", 2, "--lr", 1e-3, *of_family(family)]
+            more = ["--num_epochs", 2, "--lr", 1e-3, *to_train(family)]
             on_npu(*GUIDE, *words, *more, cards=1, log=folder / "log")
 
         return once(f"run-{target}-{family}", make) / "run"

@@ -32,10 +32,10 @@ from eagle.files import ROOT
 from tests.cards import shown
 
 STAGES = "tests/npu/test_stages.py"
-GENERATION, TRAINING, PAIR, SHARED, DECODING = (
+GENERATION, TRAINING, PAIR, SHARED, DECODING, EAGLE3 = (
     f"{STAGES}::test_{stage}"
     for stage in (
-        "generation", "training", "training_on_two_cards", "shared_training_without_a_store", "decoding"
+        "generation", "training", "training_on_two_cards", "shared_training_without_a_store", "decoding", "eagle3"
     )
 )  # fmt: skip
 #: How a test fails where what is planted is no program.
@@ -173,6 +173,29 @@ FAULTS = [
     Fault("estimated-on-host", "eagle/decode/recommendation.py",
           "ids = torch.randint(target.config.vocab_size, (context,), device=device)",
           "ids = torch.randint(target.config.vocab_size, (context,))", DECODING),
+    # ---- EAGLE-3
+    Fault("inputs-of-layers-left-on-their-cards", "eagle/target/features.py",
+          "torch.cat([seen[layer].to(place, non_blocking=True) for layer in layers], -1)",
+          "torch.cat([seen[layer] for layer in layers], -1)", EAGLE3, "on the same device"),
+    Fault("drafted-ids-on-host", "eagle/drafts/eagle3/network.py",
+          "torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t", "torch.arange(len(self.d2t)) + self.d2t",
+          EAGLE3, "on the same device"),
+    Fault("rows-of-tokens-on-host", "eagle/drafts/eagle3/network.py",
+          "torch.full((vocabulary,), -1, device=ids.device)", "torch.full((vocabulary,), -1)", EAGLE3,
+          "on the same device"),
+    Fault("drafted-logits-one-by-one", "eagle/drafts/eagle3/network.py", "found[..., self.ids] = own",
+          "found.index_copy_(-1, self.ids, own)", EAGLE3, "waits for the card at every index"),
+    Fault("steps-weighed-in-float64", "eagle/drafts/objective.py",
+          "torch.arange(len(counts), device=counts.device, dtype=counts.dtype)",
+          "torch.arange(len(counts), device=counts.device, dtype=torch.float64)", EAGLE3),
+    Fault("steps-weighed-on-host", "eagle/drafts/objective.py",
+          "torch.arange(len(counts), device=counts.device, dtype=counts.dtype)",
+          "torch.arange(len(counts), dtype=counts.dtype)", EAGLE3, "on the same device"),
+    Fault("gradient-of-the-heads-rows-on-host", "eagle/drafts/token_loss.py", "torch.zeros_like(head.own.weight)",
+          'torch.zeros_like(head.own.weight, device="cpu")', EAGLE3, "on the same device"),
+    Fault("own-head-shared-out-before-it-is-read", "eagle/train/sharding.py",
+          "reshard_after_forward=not draft.has_own_head", "reshard_after_forward=True",
+          "tests/npu/test_training.py::test_fsdp_of_inputs_of_layers_without_a_store"),
     # ---- around them
     Fault("torch-npu-unguarded", "eagle/ascend.py", "and `failure` tells why.\"\"\"\n    failure()",
           "and `failure` tells why.\"\"\"", "tests/unit/test_ascend.py::test_every_command_begins",

@@ -12,14 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import shard_paths
 from eagle.target.config import load_config
+from eagle.target.features import aux_layers
 from eagle.target.trunk import from_pretrained_dtype
 from tests.e2e.commands import Answer, start
 from tests.e2e.conftest import contents
-from tests.npu.commands import Process, on_npu, processes, several
+from tests.npu.commands import Process, of_family, on_npu, processes, several
 from tests.npu.conftest import Once
 from tests.npu.simulated import environment
 from tests.tiny import conversations, make_target, write_sharegpt
@@ -37,9 +39,13 @@ def check_features(store: Path, target: Path, dtype: torch.dtype, packed: float 
     model = AutoModelForCausalLM.from_pretrained(target, **from_pretrained_dtype(dtype)).model
     found = []
     for record in list(FeatureStore(store))[::8]:
-        assert record.hidden_state.dtype == dtype
-        expected = model(record.input_ids[None].long()).last_hidden_state[0].float()
-        found.append((record.hidden_state.float() - expected).norm(dim=-1) / expected.norm(dim=-1))
+        output = model(record.input_ids[None].long(), output_hidden_states=True)
+        for name, features in record.features().items():
+            assert features.dtype == dtype
+            layers = aux_layers(name)
+            read = [output.last_hidden_state] if layers is None else [output.hidden_states[layer] for layer in layers]
+            expected = torch.cat(read, -1)[0].float()
+            found.append((features.float() - expected).norm(dim=-1) / expected.norm(dim=-1))
     differences = torch.cat(found)
     mean, most = NOISE[dtype]
     assert differences.mean() < mean + packed and differences.max() < most + packed, (
@@ -139,9 +145,23 @@ def test_stores_of_one_byte_a_value(store_dtype: str, llama: Path, data: Path, t
 
 
 def test_what_every_family_learns_from(family: str, stores: Callable[[str, str], Path], llama: Path) -> None:
-    store = stores("llama", family)
-    assert FeatureStore(store).widths == DRAFT_FAMILIES[family].features(load_config(llama))
+    store, drafts = stores("llama", family), DRAFT_FAMILIES[family]
+    widths = FeatureStore(store).widths
+    config = drafts.config(load_config(llama), None, drafts.choices(DraftChoices(), widths))
+    assert widths == drafts.features(config)
     check_features(store, llama, torch.float32)
+
+
+def test_inputs_of_layers_on_two_cards(stores: Callable[[str, str], Path], qwen: Path, data: Path, tmp_path: Path):
+    """Each from the card of its layer, to the bit what one card gives."""
+    words = ["--model_name", qwen, "--data_path", data, "--dtype", "float32", *of_family("eagle3")]
+    cards = ["--npu_indices", "7,6", "--used_npus", 2]
+    on_npu("allocation.py", "--outdir", tmp_path / "store", *words, *cards, log=tmp_path / "log")
+    assert FeatureStore(tmp_path / "store").widths == {"hidden_state": 32, "aux_0_1_3": 96}
+    assert contents(tmp_path / "store") == contents(stores("qwen", "eagle3"))
+    check_features(tmp_path / "store", qwen, torch.float32)
+    (worker,) = processes(tmp_path / "log", WORKER)
+    assert list(worker.cards) == [6, 7] and all(card["kernels"] > 300 for card in worker.cards.values())
 
 
 def test_a_killed_job_is_continued(job: list[object], undisturbed: Path, tmp_path: Path) -> None:

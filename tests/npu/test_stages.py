@@ -16,7 +16,7 @@ from eagle.train.checkpoint import states
 from eagle.train.live_features import LiveFeatures, LiveSource
 from tests.drafts import random_draft, tiny_target
 from tests.e2e.commands import start
-from tests.npu.commands import on_npu, processes
+from tests.npu.commands import of_family, on_npu, processes, to_train
 from tests.npu.simulated import environment
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -54,6 +54,17 @@ def pinned(tensor, kind):
 
 streams.pinned = pinned
 main.leave(run(lambda: main.main(sys.argv[1:])))
+"""
+
+#: Trains an EAGLE-3 draft, then decodes with it.
+EAGLE3 = """
+import sys
+from eagle.decode.evaluate import main as evaluate
+from eagle.train.main import main as train
+
+split = sys.argv.index("--")
+assert train(sys.argv[1:split]) == 0
+assert evaluate(sys.argv[split + 1:]) == 0
 """
 
 #: What accelerate's launcher makes of configs/fsdp.yaml.
@@ -164,6 +175,22 @@ def test_shared_training_without_a_store(few: Path, llama: Path, tmp_path: Path)
     ranks(tmp_path / "log", train(llama, tmp_path / "run", *more), **FSDP)
     assert states(tmp_path / "run")[-1].name == "state_1"
     assert used(tmp_path / "log") == [[0], [1]]
+
+
+def test_eagle3(few: Path, deep: Path, tmp_path: Path) -> None:
+    """In two unrolled steps, the features computed as it goes; then a tree over a target on two cards."""
+    training = [*train(deep, tmp_path / "run", "--data_path", few)[2:], *of_family("eagle3"), *to_train("eagle3")]
+    training += ["--ttt_steps", 2, "--max_steps", 1, "--val_ratio", 0.2]
+    (tmp_path / "prompts.txt").write_text("The capital of France")
+    decoding = ["--base-path", deep, "--draft-path", tmp_path / "run", "--prompts", tmp_path / "prompts.txt"]
+    decoding += ["--mode", "dynamic_tree", "--num_draft_tokens", 30, "--spread", "--dtype", "float32"]
+    decoding += ["--max_new_tokens", 6, "--output", tmp_path / "out"]
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    on_npu("-c", EAGLE3, *training, "--", *decoding, cards=2, log=tmp_path / "log", **bf16)
+    assert states(tmp_path / "run")[-1].name == "state_1"
+    (line,) = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    assert line["tokens"] == 6 and line["identical_to_target"]
+    assert used(tmp_path / "log") == [[0, 1]]
 
 
 def test_decoding(deep: Path, tmp_path: Path) -> None:

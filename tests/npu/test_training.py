@@ -22,7 +22,7 @@ from eagle.store.writer import ShardWriter
 from eagle.train.checkpoint import states
 from tests.e2e.commands import start
 from tests.e2e.killed import context
-from tests.npu.commands import GUIDE, of_family, on_npu, processes
+from tests.npu.commands import GUIDE, LAYERS_READ, on_npu, processes, to_train
 from tests.npu.simulated import environment
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -43,6 +43,9 @@ class Noise:
 #: most, weights a hundredth of their way; runs that share only the seed are as far apart as they have moved.
 BF16 = Noise(1e-3, 0.05)
 FP16 = Noise(1e-3, 0.05)
+#: Where the target's logits are rounded elsewhere, its likeliest token may be another at one position in hundreds, and
+#: of an EAGLE-3 draft's losses only those at drafted tokens count.
+TIE = Noise(1e-2, 0.05)
 
 #: `eagle.train.main`, in which rank RANK ends without warning before the step that its first argument names.
 KILLER = """
@@ -121,6 +124,9 @@ def check_close(found: Path, expected: Path, noise: Noise) -> None:
     for name, tensor in theirs.items():
         if name == "embed_tokens.weight":  # the base model's, in the dtype computed in
             continue
+        if not tensor.is_floating_point():  # which tokens are drafted
+            assert torch.equal(ours[name], tensor), name
+            continue
         moved, apart = (float((tensor - other).abs().mean()) for other in (first[name], ours[name]))
         print(f"{name}: moved {moved:.2e}, apart {apart:.2e}")
         assert apart <= noise.weights * moved, name
@@ -166,10 +172,10 @@ def pair(once: Callable, llama: Path, store: Path) -> Path:
 def test_one_card(
     target: str, family: str, runs: Runs, stores: Runs, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """The guide's own command, from the closed-form start."""
+    """The guide's own command, from the family's own start."""
     found, model = runs(target, family), request.getfixturevalue(target)
     words = options(stores(target, family), model, tmp_path / "run")
-    on_cpu("bf16", *words, *of_family(family))
+    on_cpu("bf16", *words, *to_train(family))
     check_close(found, tmp_path / "run", BF16)
     check_cards(found.parent / "log", 0)
 
@@ -181,14 +187,16 @@ def test_two_cards(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None
     check_cards(pair / "log", 0, 1)
 
 
-def test_float16_unrolled_from_int8_on_two_cards(stores: Runs, packed: Callable, qwen: Path, tmp_path: Path) -> None:
+def test_float16_unrolled_from_int8_on_two_cards(
+    family: str, stores: Runs, packed: Callable, qwen: Path, tmp_path: Path
+) -> None:
     """Gradients are scaled, and unscaled before they are clipped; no CPU has that."""
-    more = ["--ttt_steps", 3, "--token_loss", "top_k", "--init", "random", "--val_ratio", 0.2]
-    words = [packed(stores("qwen", "eagle1"), "int8"), qwen]
+    more = ["--ttt_steps", 3, "--token_loss", "top_k", "--init", "random", "--val_ratio", 0.2, *to_train(family)]
+    words = [packed(stores("qwen", family), "int8"), qwen]
     launch = ["--mixed_precision=fp16" if word == "--mixed_precision=bf16" else word for word in GUIDE]
     on_npu(*launch, *options(*words, tmp_path / "cards"), *more, cards=2, log=tmp_path / "log")
     on_cpu("no", *options(*words, tmp_path / "run"), *more, "--bs", 8)
-    check_close(tmp_path / "cards", tmp_path / "run", FP16)
+    check_close(tmp_path / "cards", tmp_path / "run", TIE if family == "eagle3" else FP16)
     check_cards(tmp_path / "log", 0, 1)
 
 
@@ -230,16 +238,17 @@ def live(data: Path, target: Path, cpdir: Path) -> list[object]:
     return ["--data_path", data, "--dtype", "float32", *options(data, target, cpdir)[2:]]
 
 
-def test_a_killed_run_goes_on_to_the_bit(runs: Runs, store: Path, llama: Path, tmp_path: Path) -> None:
-    """Begun by accelerate; taken up by the one process that ``python -m`` starts."""
-    words = options(store, llama, tmp_path / "run")
+def test_a_killed_run_goes_on_to_the_bit(runs: Runs, stores: Runs, llama: Path, tmp_path: Path) -> None:
+    """Begun by accelerate; taken up by the one process that ``python -m`` starts. The draft is an EAGLE-3 one, which
+    has a head and a table of its own; an EAGLE-1 draft's runs are taken up by two cards below."""
+    words = options(stores("llama", "eagle3"), llama, tmp_path / "run", *to_train("eagle3"))
     (tmp_path / "killer.py").write_text(KILLER)
     launch = ["accelerate launch", "--mixed_precision=bf16", tmp_path / "killer.py", "0:8"]
     on_npu(*launch, *words, cards=1, code=1)
     assert states(tmp_path / "run")[-1].name == "state_6"
     answer = on_npu("-m", "eagle.train.main", *words, cards=1, ACCELERATE_MIXED_PRECISION="bf16")
     assert "resuming from" in answer.out and "on 1 x npu" in answer.out
-    check_same_to_the_bit(tmp_path / "run", runs("llama", "eagle1"))
+    check_same_to_the_bit(tmp_path / "run", runs("llama", "eagle3"))
 
 
 def test_a_rank_that_is_killed_ends_the_other(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None:
@@ -273,6 +282,17 @@ def test_fsdp(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None:
     answer = on_npu(*launch, *options(store, llama, tmp_path / "resumed"), cards=2)
     assert "resuming from" in answer.out
     check_same_to_the_bit(tmp_path / "resumed", tmp_path / "run")
+
+
+def test_fsdp_of_inputs_of_layers_without_a_store(stores: Runs, data: Path, llama: Path, tmp_path: Path) -> None:
+    """Each rank computes its own features; the draft's own head is whole from the forward pass to the backward."""
+    launch = ["accelerate launch", "--config_file", "configs/fsdp.yaml", "-m", "eagle.train.main"]
+    words = [*live(data, llama, tmp_path / "run"), *to_train("eagle3"), *LAYERS_READ["eagle3"]]
+    on_npu(*launch, *words, cards=2, log=tmp_path / "log")
+    stored = options(stores("llama", "eagle3"), llama, tmp_path / "stored", *to_train("eagle3"))
+    on_cpu("bf16", *stored, "--bs", 8)
+    check_close(tmp_path / "run", tmp_path / "stored", TIE)
+    check_cards(tmp_path / "log", 0, 1)
 
 
 def test_a_dry_run_names_the_card_and_leaves_nothing(store: Path, llama: Path, tmp_path: Path) -> None:

@@ -6,43 +6,70 @@ import dataclasses
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1.memory import saved_bytes
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Setting
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.objective import LossOptions
 from eagle.drafts.saved import without_values
 from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.target.config import ModelConfig, parse_config
 from eagle.train.dry_run import attention_is_fused
-from eagle.train.memory_plan import MemoryPlan, make_plan, workspace_bytes
+from eagle.train.memory_plan import MemoryPlan, head_of, make_plan, workspace_bytes
+from eagle.train.validation import DEPTH
 
-EAGLE1 = DRAFT_FAMILIES["eagle1"]
+EAGLE1, EAGLE3 = DRAFT_FAMILIES["eagle1"], DRAFT_FAMILIES["eagle3"]
+#: Of the tokens, how many an EAGLE-3 draft chooses among.
+DRAFTED = 100
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 def config(*, kv_heads: int = 4, vocab: int = 300, tied: bool = False, hidden: int = 64) -> ModelConfig:
     return parse_config(
         {
             "model_type": "llama", "hidden_size": hidden, "intermediate_size": 3 * hidden, "vocab_size": vocab,
-            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
+            "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
             "tie_word_embeddings": tied,
         }
-    )  # fmt: skip
+    ).draft()  # fmt: skip
 
 
-def setting_of(shape: ModelConfig, **more: object) -> Setting:
-    return Setting(shape, EAGLE1.features(shape), EAGLE1.reads(shape), **more)
+def eagle3(shape: ModelConfig, drafted: int = DRAFTED) -> ModelConfig:
+    """The draft's config for a base model of these sizes and eight layers."""
+    base = dataclasses.replace(shape, num_hidden_layers=8)
+    return EAGLE3.config(base, None, DraftChoices(draft_vocab_size=drafted))
+
+
+def setting_of(shape: ModelConfig, family: DraftFamily = EAGLE1, **more: object) -> Setting:
+    return Setting(shape, family.features(shape), family.reads(shape), **more)
+
+
+def of(family: DraftFamily, shape: ModelConfig) -> ModelConfig:
+    return eagle3(shape) if family is EAGLE3 else shape
 
 
 def draft_weights(shape: ModelConfig) -> dict[str, int]:
     return {name: tensor.numel() for name, tensor in without_values(EAGLE1, shape).trained_state().items()}
 
 
-def kept_by_autograd(shape: ModelConfig, batch: int, length: int, steps: int, dtype: torch.dtype) -> int:
+def workspace(setting: Setting, steps: int, family: DraftFamily = EAGLE1) -> int:
+    return workspace_bytes(setting, head_of(without_values(family, setting.config), setting, family), steps)
+
+
+def kept_by_autograd(
+    family: DraftFamily, shape: ModelConfig, batch: int, length: int, steps: int, dtype: torch.dtype
+) -> int:
     """Bytes of every storage that the backward pass of the unrolled draft will read, weights and inputs left out."""
-    draft = Eagle1Network(shape, torch.randn(shape.vocab_size, shape.hidden_size).to(dtype))
-    features = torch.randn(batch, length, shape.hidden_size).to(dtype)
+    draft = family.build(shape, torch.randn(shape.vocab_size, shape.hidden_size).to(dtype))
+    features = torch.randn(batch, length, family.features(shape)[family.reads(shape)]).to(dtype)
     tokens = torch.zeros(batch, length, dtype=torch.long)
     kept: dict[int, torch.Tensor] = {}
 
@@ -54,8 +81,8 @@ def kept_by_autograd(shape: ModelConfig, batch: int, length: int, steps: int, dt
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mixed:
         output = UnrolledDraft(draft)(tokens, features, steps)
     keep(output)
-    for weight in draft.parameters():
-        kept.pop(weight.untyped_storage().data_ptr(), None)
+    for given in (features, *draft.parameters()):
+        kept.pop(given.untyped_storage().data_ptr(), None)
     sizes = {tuple(weight.shape) for weight in draft.parameters()}
     # Autocast's narrow copies of the weights have a line of their own in the plan.
     own = [
@@ -66,16 +93,93 @@ def kept_by_autograd(shape: ModelConfig, batch: int, length: int, steps: int, dt
     return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_activations_are_what_autograd_keeps(dtype, steps, kv_heads):
+def skip_unless_fused(dtype: torch.dtype) -> None:
     if not all(attention_is_fused(torch.device("cpu"), dtype.itemsize, masked) for masked in (False, True)):
         pytest.skip("this torch keeps attention's scores on a CPU")
-    shape, batch, length = config(kv_heads=kv_heads), 3, 90
-    setting = setting_of(shape, bs=batch, max_len=length + 1, compute=dtype.itemsize)
-    planned = sum(saved_bytes(setting, step) for step in range(1, steps + 1))
-    assert planned == pytest.approx(kept_by_autograd(shape, batch, length, steps, dtype), rel=0.05)
+
+
+@pytest.mark.parametrize("family", DRAFT_FAMILIES.values(), ids=DRAFT_FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("steps", [1, 3, 7])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_activations_are_what_autograd_keeps(family, dtype, steps, kv_heads):
+    skip_unless_fused(dtype)
+    shape, batch, length = of(family, config(kv_heads=kv_heads)), 3, 90
+    setting = setting_of(shape, family, bs=batch, max_len=length + 1, compute=dtype.itemsize)
+    planned = sum(family.saved_bytes(setting, step) for step in range(1, steps + 1))
+    assert planned == pytest.approx(kept_by_autograd(family, shape, batch, length, steps, dtype), rel=0.05)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the storages that the operators inside of it have made and that are still there. peak: most bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self._alive = {place: one for place, one in self._alive.items() if not one[0].expired()}
+        for tensor in tree_flatten(found)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return found
+
+
+def peaks(draft: DraftNetwork, family: DraftFamily, setting: Setting, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that a micro-batch takes at most beyond weights, gradients and batch, by the plan's names of the phases."""
+    shape, batch, length = setting.config, setting.bs, setting.max_len - 1
+    objective = family.objective(draft, torch.randn(shape.vocab_size, shape.hidden_size).to(dtype), LossOptions())
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    features = torch.randn(batch, length, setting.widths[setting.reads]).to(dtype)
+    targets = torch.randn(batch * length, shape.hidden_size).to(dtype)
+    every = torch.arange(batch * length)  # places
+
+    def states(steps: int) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = UnrolledDraft(draft)(tokens, features, steps)
+        return found.float().flatten(1, 2)[:, every]
+
+    def valid(steps: int) -> torch.Tensor:
+        return torch.ones(steps, batch * length, dtype=torch.bool)
+
+    steps = setting.ttt_steps
+    counts = torch.full((steps,), float(batch * length))
+    with Alive() as forward:
+        sums = objective.sums(states(steps), targets, valid(steps), counts)
+        loss = objective.total(*objective.means(sums, counts))
+    found, forward.peak = {"forward and head loss": forward.peak}, 0
+    with forward:
+        loss.backward()
+    with torch.no_grad(), Alive() as checking:
+        for _ in range(2):  # the second beside the buffers of the first
+            objective.judge(states(DEPTH), targets, valid(DEPTH))
+    return found | {"backward": forward.peak, "validation": checking.peak}
+
+
+@pytest.mark.parametrize("family", DRAFT_FAMILIES.values(), ids=DRAFT_FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plan_bounds_what_every_phase_takes_at_any_number_of_steps(family, dtype):
+    """Tensor by tensor: the peak grows with the steps as planned, and no step takes more."""
+    skip_unless_fused(dtype)
+    shape = of(family, config(kv_heads=2, vocab=1000, hidden=128))
+    for steps in (1, 3, 7):
+        setting = setting_of(
+            shape, family, bs=2, max_len=257, ttt_steps=steps, compute=dtype.itemsize, base_dtype=dtype.itemsize
+        )
+        draft = family.build(shape, torch.randn(shape.vocab_size, shape.hidden_size).to(dtype))
+        found = peaks(draft, family, setting, dtype)
+        apart = ("AdamW state", "batch", "gradients")
+        planned = {
+            phase.name.removeprefix("training: "): sum(s for name, s in phase.items.items() if name not in apart)
+            for phase in make_plan(setting, family).phases
+        }
+        assert planned["forward and head loss"] == pytest.approx(found["forward and head loss"], rel=0.12), steps
+        assert found["backward"] <= planned["backward"] < 1.25 * max(found.values()), steps
+        assert found["validation"] <= planned["validation"], steps
 
 
 def test_scores_count_where_the_kernel_keeps_them():
@@ -87,16 +191,42 @@ def test_scores_count_where_the_kernel_keeps_them():
 
 def test_the_workspace_depends_on_the_block_alone():
     """Not on the batch, and not on the vocabulary either, while a block holds more than the fewest positions."""
-    sizes = {bs: workspace_bytes(setting_of(config(vocab=50_000), bs=bs, max_len=2048), 1) for bs in (1, 64)}
+    sizes = {bs: workspace(setting_of(config(vocab=50_000), bs=bs, max_len=2048), 1) for bs in (1, 64)}
     assert sizes[1] == sizes[64]
-    small, large = (
-        workspace_bytes(setting_of(config(vocab=vocab), bs=1, max_len=2048), 1) for vocab in (30_000, 240_000)
-    )
+    small, large = (workspace(setting_of(config(vocab=vocab), bs=1, max_len=2048), 1) for vocab in (30_000, 240_000))
     assert large < 1.1 * small
-    deep = workspace_bytes(setting_of(config(vocab=50_000), bs=1, max_len=2048), 5)
+    deep = workspace(setting_of(config(vocab=50_000), bs=1, max_len=2048), 5)
     assert deep == pytest.approx(sizes[1], rel=0.1)
     rows = TokenLossHead(torch.empty(50_000, 1).expand(50_000, 64)).block_positions(1)
     assert sizes[1] >= 2 * rows * 50_000 * 4
+
+
+def test_a_head_of_the_drafts_own_counts():
+    """As a weight that is trained; its logits and its gradient beside the target's logits."""
+
+    def setting(vocab: int, drafted: int, **more: object) -> Setting:
+        return setting_of(eagle3(config(vocab=vocab), drafted), EAGLE3, bs=1, max_len=9, ttt_steps=3, **more)
+
+    before, wider, larger = setting(50_000, 8_000), setting(50_000, 9_000), setting(60_000, 8_000)
+    head, rows, more = 1_000 * 64, 8, 1_000  # of the wider one
+    first, second = (make_plan(one, EAGLE3) for one in (before, wider))
+    assert second.held["draft weights"] - first.held["draft weights"] == 4 * head + 8 * more  # d2t is of eight bytes
+    assert second.held["frozen head"] == first.held["frozen head"]
+    first, second = (
+        {phase.name.split(": ")[-1]: phase.items for phase in plan.phases}["forward and head loss"]
+        for plan in (first, second)
+    )
+    assert second["AdamW state"] - first["AdamW state"] == 2 * 4 * head
+    assert second["gradient of the draft's head"] == 9 * (4 + 4) * head  # with a block's share of it
+    assert workspace(wider, 3, EAGLE3) - workspace(before, 3, EAGLE3) == rows * more * 4 * (3 + 4)
+    assert workspace(larger, 3, EAGLE3) - workspace(before, 3, EAGLE3) == rows * 10_000 * 4 * (1 + 1)
+    mixed = make_plan(setting(50_000, 8_000, compute=2), EAGLE3)
+    (checked,) = (phase.items for phase in mixed.phases if phase.name == "validation")
+    assert checked["draft's head in the dtype computed in"] == 2 * 8 * head
+    features = 8 * (4 * 64 * 2 + 13)  # the target's and those of three layers, a byte of mask, token and place
+    assert make_plan(setting(50_000, 8_000, kind="npu"), EAGLE3).host == {
+        "2 batches, read and waiting or in use": 2 * (1 << (features - 1).bit_length())
+    }
 
 
 @pytest.mark.parametrize(

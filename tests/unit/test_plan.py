@@ -1,12 +1,14 @@
 """The plan of a job: exact bytes, what is left after an interruption, and stopping when they do not fit."""
 
 import dataclasses
+import re
 import shutil
 
 import pytest
 
 from eagle.entry import run
 from eagle.errors import WorkError
+from eagle.files import ROOT
 from eagle.generate import main as allocation
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.launch import worker_command
@@ -16,7 +18,7 @@ from eagle.store.shard import shard_paths
 from eagle.store.verify import check_store
 from eagle.store.writer import shard_bytes_for
 from eagle.target.compiled import WORTH_TOKENS, should_compile
-from tests.tiny import cpu_worker, write_sharegpt
+from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
 from tests.unit.test_job import inputs, request  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,6 +41,26 @@ def test_bytes_are_what_the_store_takes(tmp_path, inputs, store_dtype):  # noqa:
     assert manifest["tokens"] == plan.tokens
     written = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
     assert 0 <= plan.bytes - written <= 2 * 2 * 2048, "room for the headers, no more"
+    assert 0 <= written - plan.tokens * plan.token_bytes <= 2 * 2 * 2048, "and an index of the records"
+
+
+def test_the_documented_bytes_a_token(tmp_path):
+    """docs/features.md says what a token of a base model of hidden size 4096 takes, for every kind of draft."""
+    model = make_target(tmp_path / "model", layers=8, hidden=4096, intermediate_size=64, head_dim=16)
+    data = write_sharegpt(tmp_path / "data.json", conversations(2))
+    planned = []
+    for number, draft in enumerate(("eagle1", "eagle3")):
+        for store_dtype in ("same", "int8", "float8"):
+            job = resolve(request((model, data), tmp_path / "store", draft=draft, store_dtype=store_dtype))
+            plan = make_plan(job, encode_job(job, save=False))
+            assert f"{plan.token_bytes:,} bytes a token" in plan.lines()[1]
+            planned.append((number, store_dtype, plan.token_bytes))
+    for page in ("features.md", "features.zh-CN.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        rows = re.findall(r"^\| `(eagle\d)`.*?\| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+        columns = {"same": 1, "int8": 2, "float8": 2}
+        assert [row[0] for row in rows] == ["eagle1", "eagle3"], page
+        assert [size for *_, size in planned] == [int(rows[n][columns[d]].replace(",", "")) for n, d, _ in planned]
 
 
 @pytest.mark.parametrize(

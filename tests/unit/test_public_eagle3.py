@@ -204,7 +204,7 @@ def test_the_whole_vocabulary(base: Path, tmp_path: Path, form: str, has_head: b
     assert torch.equal(measured.lm_head.weight, found["lm_head.weight"])
     with torch.no_grad():
         loaded.lm_head.weight.copy_(head)  # as a new draft's is
-    assert warm_start(loaded, source, "--init", DRAFT_FAMILIES["eagle3"], target) == []
+    assert warm_start(loaded, source, "--init", DRAFT_FAMILIES["eagle3"], target, lambda: head) == []
     assert torch.equal(loaded.lm_head.weight, found["lm_head.weight"])
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1.draft_config import draft_config_for
+from eagle.drafts.eagle3.vllm_layouts import PLAIN
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.vllm_layout import SavedDraft
+from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config, parse_config
 from tests.unit.config_cases import (
@@ -22,10 +28,13 @@ from tests.unit.config_cases import (
     write,
 )
 
+EAGLE3 = DRAFT_FAMILIES["eagle3"]
+
 
 def test_every_config_has_a_base_and_every_base_a_config():
     assert sorted(file.stem for file in BASES_FOLDER.glob("*.json")) == BASES
-    assert sorted(file.name for file in CONFIGS_FOLDER.glob("*.json")) == sorted(f"{n}_config.json" for n in BASES)
+    of_each = [f"{name}{kind}_config.json" for name in BASES for kind in ("", "_eagle3")]
+    assert sorted(file.name for file in CONFIGS_FOLDER.glob("*.json")) == sorted(of_each)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -47,6 +56,44 @@ def test_shipped_config_fits_its_base(name):
 def test_shipped_config_of_another_size_is_refused(name):
     with pytest.raises(RequestError, match="hidden_size is"):
         draft_config_for(parse_config(base("llama_2_chat_7B")), CONFIGS_FOLDER / f"{name}_config.json")
+
+
+# EAGLE-3
+
+
+def eagle3_file(name: str) -> Path:
+    return CONFIGS_FOLDER / f"{name}_eagle3_config.json"
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_shipped_eagle3_config_is_what_vllm_is_given(name):
+    shipped, target = json.loads(eagle3_file(name).read_text()), parse_config(base(name))
+    draft = EAGLE3.config_of(target, EAGLE3.config(target, None, DraftChoices()), {})
+    dtype = parse_dtype(draft.dtype)
+    exported = PLAIN.config(SavedDraft("eagle3", draft, {}, Path(), {}), dtype)
+    assert exported.pop("num_aux_hidden_states") == 3  # which is what vLLM takes where it is not said
+    assert json.dumps(shipped, indent=1, sort_keys=True) == json.dumps(exported, indent=1, sort_keys=True)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_shipped_eagle3_config_fits_its_base(name):
+    target = parse_config(base(name))
+    config = EAGLE3.config(target, eagle3_file(name), DraftChoices())
+    assert config == EAGLE3.config(target, None, DraftChoices())
+    depth = target.num_hidden_layers
+    assert config.extra["eagle_aux_hidden_state_layer_ids"] == [2, depth // 2, depth - 3]
+    assert (config.num_hidden_layers, config.family, config.qkv_bias) == (1, "llama", False)
+    size = EAGLE3.config(target, eagle3_file(name), DraftChoices(draft_vocab_size=8192)).extra["draft_vocab_size"]
+    assert size == 8192
+
+
+@pytest.mark.parametrize("name", ["llama_2_chat_13B", "qwen2_7B"])
+def test_shipped_eagle3_config_of_another_size_is_refused(name):
+    with pytest.raises(RequestError, match="hidden_size is"):
+        EAGLE3.config(parse_config(base("llama_2_chat_7B")), eagle3_file(name), DraftChoices())
+
+
+# What the released models are
 
 
 @pytest.mark.parametrize("name", BASES)

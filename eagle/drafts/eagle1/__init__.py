@@ -5,7 +5,6 @@ network             ``fc`` and one decoder layer without its input norm
 draft_config        its config.json
 objective           SmoothL1 between features, cross-entropy between what they say
 closed_form_start   the best linear draft
-normal_equations    its sums over positions and processes, and their solution
 memory              what it takes while it is trained
 vllm_layouts        the two folders vLLM loads it from
 """

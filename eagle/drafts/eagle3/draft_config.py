@@ -125,6 +125,10 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     )
 
 
+def _is_list_of_layers(found: object) -> bool:
+    return isinstance(found, list) and bool(found) and all(type(layer) is int for layer in found)
+
+
 def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], layers: int | None) -> ModelConfig:
     """A saved draft's config with all of its own keys, whoever saved it: what it does not say, vLLM takes so.
 
@@ -161,10 +165,6 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
         mlp_bias=any(name.startswith("midlayer.mlp.") and name.endswith(".bias") for name in tensors),
         extra=own,
     )
-
-
-def _is_list_of_layers(found: object) -> bool:
-    return isinstance(found, list) and bool(found) and all(type(layer) is int for layer in found)
 
 
 def _layers_read(said: object, layers: int | None) -> list[int]:

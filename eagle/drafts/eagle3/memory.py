@@ -6,22 +6,29 @@ from eagle.drafts.memory import SINGLE, Setting, attention_mask_bytes, score_byt
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
-    """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`."""
+    """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`.
+
+    Of the attention as EAGLE-1's network. In mixed precision what a norm gives is float32, and each of its readers
+    (q, k and v; the two halves of the feed-forward block) keeps a narrow copy of its own.
+    """
     config, compute = setting.config, setting.compute
     hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-    # What q, k and v read, the attention as EAGLE-1's, the feed-forward block, the state handed on.
-    values = 2 * hidden + hidden + queries + queries + 2 * step * queries + 4 * config.intermediate_size
-    # Four norms run in float32: of the token, of the state, behind the attention and before the head.
-    norm = 3 * hidden * SINGLE if compute == SINGLE else hidden * SINGLE + 3 * hidden * compute
-    output = hidden * (SINGLE if compute < SINGLE else compute)  # normed, in the stack of all steps' predictions
-    per_position = values * compute + 4 * norm + output + config.num_attention_heads * SINGLE + SINGLE
+    attention, feed_forward = (3, 2) if compute < SINGLE else (1, 1)
+    # Token and state side by side, the norm behind the attention, and all four norms before their weights.
+    values = attention * 2 * hidden + feed_forward * hidden + 4 * hidden
+    values += queries + queries + 2 * step * queries + 4 * config.intermediate_size
+    # What a norm reads, in float32, where a gradient goes through it: not to the token, nor past a detached state.
+    wide = (3 if step == 1 else 2) * hidden
+    output = hidden  # normed, in the stack of all steps' predictions
+    numbers = config.num_attention_heads + 3  # a row: of the attention, of the norms
+    per_position = values * compute + (wide + output + numbers) * SINGLE
     return setting.positions * per_position + attention_mask_bytes(setting, step) + score_bytes(setting, step, copies=2)
 
 
 def flowing_bytes(setting: Setting) -> int:
     """Gradients of activations at the widest place, the feed-forward block; and those of all steps' predictions."""
-    predictions = 2 * setting.ttt_steps * setting.config.hidden_size
-    return setting.positions * (3 * setting.config.intermediate_size + predictions) * setting.compute
+    predictions = 2 * setting.ttt_steps * setting.config.hidden_size * SINGLE
+    return setting.positions * (3 * setting.config.intermediate_size * setting.compute + predictions)
 
 
 def validation_bytes(setting: Setting, depth: int) -> int:
@@ -31,5 +38,6 @@ def validation_bytes(setting: Setting, depth: int) -> int:
     pairs = 2 * depth * config.num_key_value_heads * config.head_dim
     repeated = 2 * depth * queries if queries > config.num_key_value_heads * config.head_dim else 0
     layer = pairs + max(pairs + repeated + 2 * queries, 3 * config.intermediate_size) + 6 * hidden
-    outputs = depth * hidden * (2 * setting.compute + (SINGLE if setting.compute < SINGLE else 0))
-    return setting.positions * (layer * setting.compute + outputs) + attention_mask_bytes(setting, depth)
+    outputs = 2 * depth * hidden * SINGLE  # a norm gives float32
+    scores = attention_mask_bytes(setting, depth) + score_bytes(setting, depth, copies=1)
+    return setting.positions * (layer * setting.compute + outputs) + scores

@@ -150,6 +150,15 @@ def _() -> None:
     assert learning.grad[:2, 0].tolist() == [0, 2]
 
 
+@check("index_copy, which waits at every index, is refused")
+def _() -> None:
+    values, index = torch.zeros(2, 3, device="npu:0"), torch.tensor([2, 0], device="npu:0")
+    for copy in (values.index_copy, values.index_copy_):
+        with refused("at every index"):
+            copy(1, index, torch.ones(2, 2, device="npu:0"))
+    assert values.scatter_(1, index.expand(2, 2), 1.0).cpu().tolist() == [[1, 0, 1]] * 2
+
+
 @check("attention takes groups of heads only where it is fused")
 def _() -> None:
     query, key = (numbers(1, heads, 3, 4, seed=heads).to("npu:0") for heads in (4, 2))

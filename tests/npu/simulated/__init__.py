@@ -4,9 +4,10 @@
 processes find both through `environment()`. It computes what the CPU computes, on as many cards as asked for, and
 refuses what an Ascend card (Atlas A2, CANN 8) refuses and a GPU does not: tensors of the host or of another card among
 an operator's arguments, generators of the host, float64 products and reductions, float8 and unsigned integers beyond
-uint8, matrix factorisations, `repeat_interleave` of 2^22 elements and more, `enable_gqa`, memory questions without an
-index, a visibility list that does not ascend, and in HCCL float64. A copy to page-locked memory holds NaN until its
-stream is waited for; a thread has no card until it sets one; of equal values `topk` gives the last.
+uint8, matrix factorisations, `repeat_interleave` of 2^22 elements and more, `index_copy` (a loop of the host over the
+indices), `enable_gqa`, memory questions without an index, a visibility list that does not ascend, and in HCCL float64.
+A copy to page-locked memory holds NaN until its stream is waited for; a thread has no card until it sets one; of equal
+values `topk` gives the last.
 
 What it cannot show: other gaps in kernels, numerics, races on the card, its memory, errors of the driver. All but
 copies to page-locked memory is done when it is asked for, so it is not noticed when page-locked memory is written again
