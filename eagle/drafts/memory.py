@@ -24,7 +24,8 @@ class Setting:
     with a mask keeps its ``[B, heads, T, T]`` scores out of memory. store: bytes of the store's files. trunk: bytes of
     the base model's layers, where it runs in this process. init_positions: that the closed-form start will look at, of
     all processes. prefetched: batches that wait in host memory while a step runs. stored: bytes per value of
-    features in the store, where they are not stored as they are read.
+    features in the store, where they are not stored as they are read. frozen_head: whether a head of the draft's own is
+    not trained.
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class Setting:
     trunk: int = 0
     prefetched: int = 0
     stored: int | None = None
+    frozen_head: bool = False
 
     @property
     def tied(self) -> bool:

@@ -63,6 +63,9 @@ class DraftNetwork(nn.Module):
         """Over the target's vocabulary, ``[..., V]``. head: the target's ``lm_head`` ``[V, H]``."""
         return functional.linear(self.for_head(states), head)
 
+    def freeze_head(self) -> None:
+        """Leave its own head as it is; nothing to do where it has none."""
+
     def units(self) -> list[nn.Module]:
         """The large parts of the network, each of which FSDP gathers by itself while it runs."""
         raise NotImplementedError

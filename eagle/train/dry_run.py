@@ -80,6 +80,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         store=store.files if kind == "cpu" else 0,
         trunk=trunk,
         prefetched=AHEAD * options.loader_threads(kind),
+        frozen_head=options.freeze_head,
     )
 
 

@@ -137,6 +137,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     tied = target.tie_word_embeddings
     head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
 
+    if options.freeze_head:
+        draft.freeze_head()
+
     def counts() -> np.ndarray:
         return store.token_counts(target.vocab_size)
 
@@ -162,8 +165,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     }
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
         del run_identity["draft"]
-    if options.ttt_decay == 1.0:  # and no other weights
-        del run_identity["ttt_decay"]
+    for name, only in (("ttt_decay", 1.0), ("freeze_head", False)):  # and no other weights
+        if run_identity[name] == only:
+            del run_identity[name]
     return Trainer(
         options,
         accelerator,

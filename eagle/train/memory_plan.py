@@ -61,6 +61,8 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
     """The plan of one process of a run."""
     on_cpu = setting.kind == "cpu"
     draft = without_values(family, setting.config)
+    if setting.frozen_head:
+        draft.freeze_head()
     weights = {name: tensor.numel() for name, tensor in draft.trained_state().items()}
     trained, largest = sum(weights.values()), max(weights.values())
     fixed = sum(tensor.nbytes for name, tensor in draft.own_state().items() if name not in weights)

@@ -42,6 +42,7 @@ class TrainOptions:
     draft: str = DEFAULT_DRAFT
     aux_layers: tuple[int, ...] | None = None
     draft_vocab_size: int | None = None
+    freeze_head: bool = False
     bs: int = 4
     gradient_accumulation_steps: int = 1
     num_epochs: int = 5

@@ -315,6 +315,15 @@ def test_without_a_store(runs: dict[str, Path], targets: dict[str, Path], data: 
     close(tmp_path / "live", runs["llama"])
 
 
+def test_a_frozen_head_stays_the_targets(stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path) -> None:
+    words = options(targets["llama"], tmp_path / "run", "--tmpdir", stores["llama"], "--freeze_head")
+    done(train.main, *words)
+    done(train.main, *words)  # goes on from its end
+    start, end = (weights(tmp_path / "run", pointer) for pointer in ("state_0", "last"))
+    assert torch.equal(start["lm_head.weight"], end["lm_head.weight"])
+    assert not torch.equal(start["fc.weight"], end["fc.weight"])
+
+
 def test_a_killed_run_goes_on_to_the_bit(
     runs: dict[str, Path], stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path
 ) -> None:

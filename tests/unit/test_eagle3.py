@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from eagle.drafts.alignment import Example
 from eagle.drafts.choices import DraftChoices, parse_layers
+from eagle.drafts.eagle3 import closed_form_start
 from eagle.drafts.eagle3.draft_config import default_aux_layers, draft_config_for
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.eagle3.vocabulary import coverage, most_frequent
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.objective import LossOptions
 from eagle.drafts.saved import load_draft, save_draft
+from eagle.drafts.starts import StartData
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
@@ -258,3 +261,85 @@ def make_layers(config: ModelConfig, layers: int) -> ModelConfig:
     import dataclasses
 
     return dataclasses.replace(config, num_hidden_layers=layers)
+
+
+def test_the_start_is_the_best_linear_draft_of_its_rank():
+    """Against the formula; and the network computes what was fitted, each token finding itself."""
+    size, read, rank = 12, 36, 5
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4000, size + read, generator=generator, dtype=torch.float64)
+    x[:, size:] *= 10.0 ** torch.linspace(-2, 2, read)  # layers differ in scale
+    x[:, :size] += x[:, size : 2 * size] / x[:, size : 2 * size].std()  # and say something of the token
+    true = torch.randn(size, size + read, generator=generator, dtype=torch.float64)
+    y = x / x.std(0) @ true.T + torch.randn(4000, size, generator=generator, dtype=torch.float64)
+    a, left, right = closed_form_start.linear_draft((x.T @ x).triu(), x.T @ y, size, rank)
+    assert right.shape == (rank, size) and left.shape == (size, rank)
+
+    def error(fitted: torch.Tensor) -> float:
+        return float((y - fitted).pow(2).sum())
+
+    found = error(x[:, size:] @ a.T + x[:, :size] @ (left @ right).T)
+    # The optimum: what is read fits freely, so only what it leaves of either side matters.
+    basis = torch.linalg.qr(x[:, size:])[0]
+    tokens, wanted = (part - basis @ (basis.T @ part) for part in (x[:, :size], y))
+    projected = torch.linalg.qr(tokens)[0]
+    gains = torch.linalg.svdvals(projected.T @ wanted).pow(2)
+    optimum = float(wanted.pow(2).sum() - gains[:rank].sum())
+    assert optimum * (1 - 1e-9) <= found <= optimum * 1.0001
+    assert found < optimum + 0.5 * float(gains[rank]), "one rank fewer or more shows"
+
+
+@pytest.mark.parametrize("normed_residual", [False, True])
+def test_the_start_predicts_what_is_linear(tmp_path, normed_residual):
+    """Where the next state is linear in what is read and the token, a draft that was just started is nearly right."""
+    target = make_target(tmp_path / "m", "llama", layers=4)
+    checked = load_config(target)
+    config = DRAFT_FAMILIES["eagle3"].config(checked, None, DraftChoices(aux_layers=(0, 1, 2), draft_vocab_size=300))
+    config.extra["norm_before_residual"] = normed_residual
+    embedding = torch.randn(checked.vocab_size, checked.hidden_size, generator=torch.Generator().manual_seed(1))
+    network = DRAFT_FAMILIES["eagle3"].build(config, embedding)
+    size = checked.hidden_size
+    generator = torch.Generator().manual_seed(2)
+    rank = network.midlayer.self_attn.kv_heads * network.midlayer.self_attn.head_dim
+    a = torch.randn(size, 3 * size, generator=generator) / (3 * size) ** 0.5
+    b = (
+        torch.randn(size, rank, generator=generator)
+        @ torch.randn(rank, size, generator=generator)
+        / (rank * size) ** 0.5
+    )
+    weight = torch.rand(size, generator=generator) + 0.5
+
+    def example(number: int) -> Example:
+        tokens = torch.randint(checked.vocab_size, (60,), generator=generator)
+        aux = torch.randn(60, 3 * size, generator=generator)
+        token = network.midlayer.input_layernorm(embedding[tokens])
+        state = aux @ a.T + token @ b.T
+        state /= state.pow(2).mean(-1, keepdim=True).sqrt()
+        return Example(tokens, aux, state * weight, torch.ones(60, dtype=torch.bool), number)
+
+    with torch.no_grad():
+        network.norm.weight.copy_(weight)
+        said = DRAFT_FAMILIES["eagle3"].starts["closed_form"](
+            network,
+            StartData(
+                iter([example(number) for number in range(60)]), 1e9, 60, torch.device("cpu"),
+                lambda *numbers: list(numbers), lambda tensor: tensor, lambda tensor: None,
+            ),
+        )  # fmt: skip
+        assert "from 3,600 positions" in said
+        held_out = example(99)
+        states = network(held_out.tokens[None], network.read(held_out.features[None]))
+        likeness = torch.cosine_similarity(network.for_head(states)[0], held_out.targets, dim=-1)
+    assert float(likeness.mean()) > (0.8 if normed_residual else 0.9), likeness.mean()
+
+
+def test_a_frozen_head_is_no_part_of_what_is_trained(tmp_path):
+    target = load_config(make_target(tmp_path / "m", "llama", layers=4))
+    network = DRAFT_FAMILIES["eagle3"].build(
+        DRAFT_FAMILIES["eagle3"].config(target, None, DraftChoices(aux_layers=(0, 1, 2))),
+        torch.zeros(target.vocab_size, target.hidden_size),
+    )
+    before = network.trained_state().keys()
+    network.freeze_head()
+    assert before - network.trained_state().keys() == {"lm_head.weight"}
+    assert "lm_head.weight" in network.own_state(), "and yet saved"

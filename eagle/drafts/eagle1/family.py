@@ -45,6 +45,10 @@ class Eagle1(DraftFamily):
             "token_loss": "soft_cross_entropy",
         }
     }
+    idle = {  # noqa: RUF012
+        "freeze_head": "an EAGLE-1 draft's head is the base model's, which is never trained. Leave it out, or train an "
+        "EAGLE-3 draft (--draft eagle3)."
+    }
     same_as_target = (
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
         "hidden_act", "qkv_bias",

@@ -123,5 +123,8 @@ class Eagle3Network(DraftNetwork):
         found[..., self.ids] = own
         return found
 
+    def freeze_head(self) -> None:
+        self.lm_head.requires_grad_(False)
+
     def units(self) -> list[nn.Module]:
         return [self.fc, self.midlayer.mlp]
