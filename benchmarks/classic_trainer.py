@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ from eagle.drafts.token_loss import TokenLossHead
 from eagle.drafts.unroll import UnrolledDraft
 from eagle.entry import run
 from eagle.store.reader import FeatureStore
-from eagle.target.config import load_config
-from eagle.target.features import HIDDEN_STATE
+from eagle.target.config import ModelConfig, load_config
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.dataset import FeatureDataset, split_store
 from eagle.train.loader import Key, Loader
@@ -47,8 +47,8 @@ from eagle.train.validation import validate
 VALIDATE_EVERY = 50
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Training as the published trainer does it.")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--basepath", type=Path, required=True, help="folder of the base model")
     add("--tmpdir", type=Path, required=True, help="the store of step 3")
@@ -59,31 +59,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     end.add_argument("--steps", type=int, help="end after so many steps")
     end.add_argument("--seconds", type=float, help="end after so many seconds of training")
     add("--until_tau", type=float, default=float("inf"), help="with --seconds: end once validation finds this τ")
-    return parser.parse_args(argv)
+    return parser
 
 
 class PublishedTrainer:
     """The published trainer's loop over our records; its metrics have the same lines as ours."""
 
+    noise = 0.1
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.accelerator = args, Accelerator(mixed_precision="bf16", cpu=choose_kind() == "cpu")
         target, weights = load_config(args.basepath), Weights(args.basepath)
-        config = draft_config_for(target, None)
         embedding = read_embedding(weights, target)
         head = embedding if target.tie_word_embeddings else read_head(weights, target)
         torch.manual_seed(0)
-        self.draft = Eagle1Network(config, embedding.float()).to(self.accelerator.device)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.draft: Any = self.network(target, weights, embedding, head).to(self.accelerator.device)
+        self.head = nn.Linear(target.hidden_size, target.vocab_size, bias=False)
         self.head.weight = nn.Parameter(head.float(), requires_grad=False)
         self.head.to(self.accelerator.device)
-        self.lr = TrainOptions(Path(), args.basepath, args.tmpdir).learning_rate(config.hidden_size)
+        self.lr = TrainOptions(Path(), args.basepath, args.tmpdir).learning_rate(target.hidden_size)
         trained = [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.95))
         store = FeatureStore(args.tmpdir)
         train, held_out = split_store(store, 0.05, 42)
-        self.train = FeatureDataset(store, train, args.max_len, HIDDEN_STATE, noise=0.1)
-        self.held_out = FeatureDataset(store, held_out, args.max_len, HIDDEN_STATE)
+        self.train = FeatureDataset(store, train, args.max_len, self.draft.reads, noise=self.noise)
+        self.held_out = FeatureDataset(store, held_out, args.max_len, self.draft.reads)
         self.step, self.seconds = 0, 0.0
+
+    def network(self, target: ModelConfig, weights: Weights, embedding: torch.Tensor, head: torch.Tensor) -> nn.Module:
+        """The draft. embedding, head: the base model's."""
+        return Eagle1Network(draft_config_for(target, None), embedding.float())
 
     def fit(self) -> None:
         """Until so many steps are done, so many seconds have passed, or the validation τ is reached."""
@@ -109,9 +114,7 @@ class PublishedTrainer:
         # The head runs over every position of the batch, counted or not.
         targets = batch.features.new_zeros(batch.features.shape)
         targets.flatten(0, 1)[batch.places] = batch.targets.float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.step + 1) / 20)
-        self.optimizer.zero_grad()
+        self.warm_up()
         with self.accelerator.autocast():
             predict = torch.utils.checkpoint.checkpoint(self.layer, batch, use_reentrant=False)
             with torch.no_grad():
@@ -133,6 +136,11 @@ class PublishedTrainer:
             self.accuracy = float((agreed * batch.supervised).sum() / count)
             out_head[batch.supervised].topk(3, dim=-1)
         return int(batch.supervised.sum())
+
+    def warm_up(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.step + 1) / 20)
+        self.optimizer.zero_grad()
 
     def layer(self, batch: Batch) -> torch.Tensor:
         """The draft with attention scores that exist as a tensor."""
@@ -168,7 +176,7 @@ class PublishedTrainer:
 
 
 def main() -> int:
-    PublishedTrainer(parse_args()).fit()
+    PublishedTrainer(make_parser("Training as the published trainer does it.").parse_args()).fit()
     return 0
 
 

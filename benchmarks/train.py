@@ -14,6 +14,12 @@ A second pair of rows has a head of Qwen2-0.5B's size over random features; no v
 most `--patience` times as long; only training counts, for ours its start too. The share of the matrix-product rate
 counts the products that any trainer needs: three of the head for a supervised position, three of the draft's for a
 token.
+
+    python benchmarks/train.py --draft eagle3 --ttt_steps 3 7 --basepath quickstart/model \\
+        --tmpdir quickstart/features-eagle3 --draft_vocab_size 8192
+
+A pair of rows for each number of draft steps, and the baseline is the published EAGLE-3 trainer's way (see
+plain_eagle3.py).
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import QWEN, ROOT, matrix_product_rate, train_command
 from eagle.device import choose_kind, describe, process_peak, torch_device
-from eagle.drafts.eagle1.draft_config import draft_config_for
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.saved import without_values
 from eagle.entry import HelpFormatter, run
@@ -54,6 +60,8 @@ from tests.random_run import write_random_target
 
 #: Steps that warm caches up and are not timed.
 WARM_UP = 2
+#: The baseline's script, by draft family.
+PUBLISHED = {"eagle1": "classic_trainer.py", "eagle3": "plain_eagle3.py"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,21 +80,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="where the wheel of eagle-llm 1.2.1 was unpacked to: measure that trainer as well",
     )
     add("--to_tau", action="store_true", help="also measure the time to the same validation τ")
+    add("--draft", choices=tuple(PUBLISHED), default=DEFAULT_DRAFT, help="the kind of draft")
+    add("--ttt_steps", type=int, nargs="+", help="with --draft eagle3: draft steps, a pair of rows each (default: 3 7)")
+    add("--draft_vocab_size", type=int, help="with --draft eagle3: tokens it chooses among (default: step 4's)")
     add("--patience", type=float, default=6, help="with --to_tau: the baseline's time, as a multiple of ours")
     add("--output", type=Path, help="write the numbers to this JSON file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    is_eagle3 = args.draft == "eagle3"
+    if not is_eagle3 and (args.ttt_steps or args.draft_vocab_size):
+        parser.error("--ttt_steps and --draft_vocab_size are for --draft eagle3")
+    if is_eagle3 and (args.eagle_llm or args.to_tau):
+        parser.error("--eagle_llm and --to_tau are for --draft eagle1")
+    args.ttt_steps = args.ttt_steps or ([3, 7] if is_eagle3 else [1])
+    return args
+
+
+def family_words(args: argparse.Namespace) -> list[object]:
+    """What of the command says how the draft drafts, for ours and for the baseline."""
+    if args.draft == DEFAULT_DRAFT:
+        return []
+    chosen = ["--draft_vocab_size", args.draft_vocab_size] if args.draft_vocab_size else []
+    return ["--ttt_steps", args.steps_unrolled, *chosen]
 
 
 def train_ours(args: argparse.Namespace, cpdir: Path, steps: int | None) -> list[str]:
     """Step 4's command."""
     # For a rate neither the start nor the validation matters; they are made small.
     more = ("--max_steps", steps, "--init_positions", 1, "--val_ratio", 0) if steps else ()
-    return train_command(args.basepath, args.tmpdir, cpdir, args.bs, args.max_len, 1, *more)
+    family = [] if args.draft == DEFAULT_DRAFT else ["--draft", args.draft, *family_words(args)]
+    return train_command(args.basepath, args.tmpdir, cpdir, args.bs, args.max_len, 1, *family, *more)
 
 
 def train_published(args: argparse.Namespace, folder: Path, *end: object) -> list[str]:
     """Its way of working; `end` says when it stops."""
-    words = [sys.executable, Path(__file__).with_name("classic_trainer.py"), "--basepath", args.basepath]
+    words = [sys.executable, Path(__file__).with_name(PUBLISHED[args.draft]), "--basepath", args.basepath]
+    words += family_words(args)
     words += ["--tmpdir", args.tmpdir, "--bs", args.bs, "--max_len", args.max_len, "--metrics", folder / METRICS, *end]
     return [str(word) for word in words]
 
@@ -146,14 +174,21 @@ def rate(metrics: list[dict]) -> float:
 
 def flops_per_supervised(args: argparse.Namespace) -> float:
     """Of the products any trainer needs, for one supervised position and its share of the tokens around it."""
-    config, store = draft_config_for(load_config(args.basepath), None), FeatureStore(args.tmpdir)
-    with torch.device("meta"):
-        draft = without_values(DRAFT_FAMILIES[DEFAULT_DRAFT], config)
-        weights = sum(weight.numel() for weight in draft.trained_state().values())
+    store, family = FeatureStore(args.tmpdir), DRAFT_FAMILIES[args.draft]
+    choices = family.choices(DraftChoices(draft_vocab_size=args.draft_vocab_size), store.widths)
+    config = family.config(load_config(args.basepath), None, choices)
+    draft = without_values(family, config)
+    own = {name: weight.numel() for name, weight in draft.trained_state().items()}
     data = FeatureDataset(store, np.arange(len(store)), args.max_len, HIDDEN_STATE)
     sample = [data.example(int(i)).supervised for i in np.linspace(0, len(store) - 1, min(len(store), 200))]
     tokens_each = sum(map(len, sample)) / sum(int(s.sum()) for s in sample)
-    return 6 * config.vocab_size * config.hidden_size + 6 * weights * tokens_each
+    head = config.vocab_size * config.hidden_size
+    if not draft.has_own_head:
+        return 6 * head + 6 * sum(own.values()) * tokens_each
+    # The target's head says what is right, once; fc reads the target once; the rest drafts at every step.
+    drafted, read = own.pop("lm_head.weight"), own.pop("fc.weight")
+    steps = args.steps_unrolled
+    return 2 * head + 6 * drafted * steps + 6 * (read + sum(own.values()) * steps) * tokens_each
 
 
 def validation_padding(args: argparse.Namespace) -> dict[str, float]:
@@ -219,14 +254,20 @@ def _table(row: dict) -> str:
 
 def synthetic(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
     """A base model that is an embedding of Qwen2-0.5B's size, and random features for the lengths of the real store."""
-    target = write_random_target(folder / "model", **QWEN, dtype=torch.bfloat16)
+    target = write_random_target(
+        folder / "model", **QWEN, layers=8 if args.draft == "eagle3" else 1, dtype=torch.bfloat16
+    )
+    family = DRAFT_FAMILIES[args.draft]
+    widths = family.features(family.config(load_config(target), None, DraftChoices()))
+    del widths[HIDDEN_STATE]
     generator = torch.Generator().manual_seed(0)
     store, writer = FeatureStore(args.tmpdir), ShardWriter(folder / "store" / "0")
     for index in range(min(len(store), (args.steps + WARM_UP + 1) * args.bs)):
         mask = store.loss_mask(index)[: args.max_len]
         ids = torch.randint(QWEN["vocab"], (len(mask),), generator=generator, dtype=torch.int32)
         features = torch.randn(len(mask), QWEN["hidden"], generator=generator).bfloat16()
-        writer.add(Record(index, ids, mask, features))
+        more = {name: torch.randn(len(mask), width, generator=generator).bfloat16() for name, width in widths.items()}
+        writer.add(Record(index, ids, mask, features, more))
     writer.close_shard()
     return argparse.Namespace(**{**vars(args), "basepath": target, "tmpdir": folder / "store"})
 
@@ -271,11 +312,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.eagle_llm:
         existing_path(args.eagle_llm / "eagle" / "train" / "main.py", "--eagle_llm", "file")
     rows = []
-    if args.steps:
-        rows.append(compare(args, f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step"))
-    if args.steps and not args.no_synthetic:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(compare(synthetic(args, Path(folder)), "Qwen2-0.5B's shape, random features"))
+    for steps in args.ttt_steps if args.steps else ():
+        args.steps_unrolled = steps
+        unrolled = "" if args.draft == DEFAULT_DRAFT else f"; {args.draft}, {args.steps_unrolled} draft steps"
+        title = f"{args.basepath.name}, {args.bs} sequences of at most {args.max_len} tokens a step"
+        rows.append(compare(args, title + unrolled))
+        if not args.no_synthetic:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(compare(synthetic(args, Path(folder)), "Qwen2-0.5B's shape, random features" + unrolled))
     content: dict = {"rows": rows, "hardware": describe(torch_device(choose_kind()))}
     content["validation_padding"] = validation_padding(args)
     if args.to_tau:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import command
+from tests.tiny import make_target
 
 #: What the published trainer needs of its surroundings, and the files it reads; it trains nothing.
 TRAINER = """
@@ -68,6 +69,17 @@ def test_training_against_the_published_way(store, llama, tmp_path):
     assert times["ours"]["tau"] >= 1 <= times["published way"]["tau"]
     assert 0 < times["ours"]["start_seconds"] < times["ours"]["seconds"]
     assert f"τ {times['ours']['tau']:.3f}" in said and "published way: τ" in said
+
+
+def test_training_eagle3_against_the_published_way(llama, data, tmp_path):
+    target = make_target(tmp_path / "deep", layers=4)
+    words = ["--model_name", target, "--data_path", data, "--draft", "eagle3", "--aux_layers", "0,1,2"]
+    command("allocation.py", "--outdir", tmp_path / "store", *words)
+    more = ["--draft", "eagle3", "--ttt_steps", 2, "--draft_vocab_size", 100, "--output", tmp_path / "train.json"]
+    said = train_benchmark(target, tmp_path / "store", *more)
+    assert "eagle3, 2 draft steps" in said
+    (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert row["ours"]["ratio"] > 0 and row["published way"]["supervised_tokens_per_second"] > 0
 
 
 def test_training_against_a_published_trainer(store, llama, tmp_path):
