@@ -224,9 +224,12 @@ def test_a_head_of_the_drafts_own_counts():
     (checked,) = (phase.items for phase in mixed.phases if phase.name == "validation")
     assert checked["draft's head in the dtype computed in"] == 2 * 8 * head
     features = 8 * (4 * 64 * 2 + 13)  # the target's and those of three layers, a byte of mask, token and place
-    assert make_plan(setting(50_000, 8_000, kind="npu"), EAGLE3).host == {
+    assert make_plan(setting(50_000, 8_000, kind="npu", init="random"), EAGLE3).host == {
         "2 batches, read and waiting or in use": 2 * (1 << (features - 1).bit_length())
     }
+    frozen = make_plan(setting(50_000, 8_000, frozen_head=True), EAGLE3)
+    assert first["AdamW state"] - frozen.phases[-1].items["AdamW state"] == 2 * 4 * 8 * head, "it has none"
+    assert not any("gradient of the draft's head" in phase.items for phase in frozen.phases)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,7 @@ def test_what_the_start_holds(kind):
     starting = {phase.name: phase.items for phase in plan.phases if phase.name.startswith("start")}
     assert all(items["sums"] == sums for items in starting.values())
     assert ("start: their solution" in starting) == (kind == "cpu")
-    assert plan.host.get("closed-form start, on the main process") == (None if kind == "cpu" else sums)
+    assert plan.host.get("closed-form start, on the main process") == (None if kind == "cpu" else sums + sums // 8)
     shared = make_plan(setting_of(shape, bs=1, max_len=16, kind=kind, init_positions=100, processes=8), EAGLE1)
     exchange = next(phase.items for phase in shared.phases if phase.name == "start: their exchange")
     assert exchange["parts of other processes' sums"] == (2 if kind == "cpu" else 9) * sums
