@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from eagle.drafts.chain_attention import ChainMask, Mask
 from eagle.releases import TORCH
 from eagle.target.config import ModelConfig
 
@@ -41,20 +42,26 @@ class Attention(nn.Module):
         queries, keys = split(self.q_proj(hidden), self.heads), split(self.k_proj(hidden), self.kv_heads)
         return rotate(queries, rotary), rotate(keys, rotary), split(self.v_proj(hidden), self.kv_heads)
 
-    def attend(
+    def attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Attention output ``[B, T, H]``. mask: None for causal, else True (or 0) where a query may look."""
+        if isinstance(mask, ChainMask):
+            mixed = mask.attend(self._mix, queries, keys, values)
+        else:
+            mixed = self._mix(queries, keys, values, mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _mix(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention output ``[B, T, H]``. mask: None for causal, else True (or 0) where a query may look."""
         groups = self.heads // self.kv_heads
         if groups > 1:  # torch before 2.5 knows no grouped queries
             keys, values = repeated(keys, groups), repeated(values, groups)
         if mask is not None and queries.is_cuda and TORCH < (2, 5):
             # CUDA's kernel for masks returned garbage of what is not contiguous (pytorch issue 112577); not run here.
             queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
-        mixed = functional.scaled_dot_product_attention(
+        return functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(self.head_dim)
         )
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:

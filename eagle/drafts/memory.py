@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eagle.drafts.chain_attention import ChainMask
 from eagle.target.config import ModelConfig
 
 #: Bytes of a float32, which weights, gradients and AdamW's two averages are kept in.
@@ -80,15 +81,32 @@ class Phase:
         return sum(self.items.values())
 
 
-def attention_mask_bytes(setting: Setting, step: int) -> int:
-    """Of step `step`'s mask ``[T, step * T]``: the kernel turns booleans into numbers, the same for all heads."""
+def attention_shapes(setting: Setting, step: int) -> list[tuple[int, int]]:
+    """Queries and keys of step `step`'s attention, piece by piece."""
     length = setting.max_len - 1
-    return length * length * step * (setting.compute + 1) if step > 1 else 0
+    return [(length, length)] if step == 1 else ChainMask(length, step).shapes()
+
+
+def attention_bytes(setting: Setting, step: int) -> int:
+    """What step `step`'s attention keeps for the backward pass: the queries, every piece's keys and values (repeated
+    where queries share them) and what it sees, one number a row, and all pieces' together for what comes behind."""
+    config, length = setting.config, setting.max_len - 1
+    queries = config.num_attention_heads * config.head_dim
+    keys = sum(keys for _, keys in attention_shapes(setting, step))
+    seen = length if step == 1 else 2 * length
+    kept = (length + seen + 2 * keys) * queries * setting.compute + length * config.num_attention_heads * SINGLE
+    return setting.bs * kept + attention_mask_bytes(setting, step) + score_bytes(setting, step, copies=2)
+
+
+def attention_mask_bytes(setting: Setting, step: int) -> int:
+    """Of step `step`'s masks: the kernel turns booleans into numbers, the same for all heads."""
+    pairs = sum(rows * keys for rows, keys in attention_shapes(setting, step))
+    return pairs * (setting.compute + 1) if step > 1 else 0
 
 
 def score_bytes(setting: Setting, step: int, copies: int) -> int:
     """Of step `step`'s attention scores, where the kernel keeps them."""
     if setting.fused_masked if step > 1 else setting.fused:
         return 0
-    length = setting.max_len - 1
-    return copies * setting.bs * setting.config.num_attention_heads * length * length * step * setting.compute
+    pairs = sum(rows * keys for rows, keys in attention_shapes(setting, step))
+    return copies * setting.bs * setting.config.num_attention_heads * pairs * setting.compute

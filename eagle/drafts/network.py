@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from eagle.drafts.chain_attention import Mask
 from eagle.target.config import ModelConfig
 
 #: Takes the keys and values of new rows, keeps them, and gives those of all rows so far: a KV cache's one verb.
@@ -44,14 +45,15 @@ class DraftNetwork(nn.Module):
         tokens: torch.Tensor,
         states: torch.Tensor,
         positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Mask = None,
         remember: Remember | None = None,
     ) -> torch.Tensor:
         """The next states ``[B, T, H]``; row t belongs to position t+1.
 
         tokens: ``[B, T]``, at position t the token x[t+1]. states: ``[B, T, H]``. positions: ``[B, T]``, default
         0..T-1. mask: None for causal attention, else boolean, broadcastable to ``[B, heads, T, T]``, True where a query
-        may look. remember: a key-value cache; the mask then spans its rows too, ``[B, heads, T, rows so far]``.
+        may look; or an unrolled step's rule. remember: a key-value cache; the mask then spans its rows too,
+        ``[B, heads, T, rows so far]``.
         """
         raise NotImplementedError
 

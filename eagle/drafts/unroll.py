@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from eagle.drafts.chain_attention import ChainMask
 from eagle.drafts.network import DraftNetwork
 
 
@@ -46,19 +47,11 @@ class UnrolledDraft(nn.Module):
         states = self.draft.read(features)
         dtype, outputs = states.dtype, []
         for step in range(1, steps + 1):
-            mask = None if step == 1 else chain_mask(length, step, tokens.device)
+            mask = None if step == 1 else ChainMask(length, step)
             states = self.draft(tokens, states, positions, mask, remember)
             outputs.append(self.draft.for_head(states))
             states = nn.functional.pad(states.detach()[:, :-1], (0, 0, 1, 0)).to(dtype)
         return torch.stack(outputs)
-
-
-def chain_mask(length: int, step: int, device: torch.device) -> torch.Tensor:
-    """``[T, step * T]`` bool: where step `step` may look among the keys of steps 1..step, one after another."""
-    rows = torch.arange(length, device=device)
-    offset = rows[:, None] - rows[None, :]  # how far back a key lies
-    blocks = [offset >= step - 1] + [offset == step - later for later in range(2, step + 1)]
-    return torch.cat(blocks, dim=1)
 
 
 def chain_supervision(supervised: torch.Tensor, steps: int) -> torch.Tensor:

@@ -97,8 +97,8 @@ FAULTS = [
           'ThreadPoolExecutor(threads, "loader", streams.make_current, (where,))',
           'ThreadPoolExecutor(threads, "loader")', TRAINING),
     # ---- the draft and its losses
-    Fault("attention-mask-on-host", "eagle/drafts/unroll.py", "chain_mask(length, step, tokens.device)",
-          'chain_mask(length, step, torch.device("cpu"))', TRAINING),
+    Fault("attention-mask-on-host", "eagle/drafts/chain_attention.py", "self.piece(number, queries.device)",
+          'self.piece(number, torch.device("cpu"))', TRAINING),
     Fault("positions-on-host", "eagle/drafts/unroll.py", "torch.arange(length, device=tokens.device).unsqueeze(0)",
           "torch.arange(length).unsqueeze(0)", TRAINING),
     Fault("heads-by-repeat-interleave", "eagle/drafts/layers.py",

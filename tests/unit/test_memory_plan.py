@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from eagle.drafts import chain_attention
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle1.memory import saved_bytes
 from eagle.drafts.eagle1.network import Eagle1Network
@@ -101,9 +102,10 @@ def skip_unless_fused(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", DRAFT_FAMILIES.values(), ids=DRAFT_FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("steps", [1, 3, 7])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_activations_are_what_autograd_keeps(family, dtype, steps, kv_heads):
+@pytest.mark.parametrize(("kv_heads", "piece"), [(4, 128), (2, 40)], ids=["one piece", "grouped, several pieces"])
+def test_activations_are_what_autograd_keeps(family, dtype, steps, kv_heads, piece, monkeypatch):
     skip_unless_fused(dtype)
+    monkeypatch.setattr(chain_attention, "LEAST", piece)
     shape, batch, length = of(family, config(kv_heads=kv_heads)), 3, 90
     setting = setting_of(shape, family, bs=batch, max_len=length + 1, compute=dtype.itemsize)
     planned = sum(family.saved_bytes(setting, step) for step in range(1, steps + 1))

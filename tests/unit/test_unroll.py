@@ -5,12 +5,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from eagle.drafts import chain_attention
 from eagle.drafts.alignment import Batch
+from eagle.drafts.chain_attention import ChainMask
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.eagle1.objective import Eagle1Objective
 from eagle.drafts.objective import LossOptions
 from eagle.drafts.token_loss import TokenLossHead
-from eagle.drafts.unroll import UnrolledDraft, chain_mask, chain_supervision
+from eagle.drafts.unroll import UnrolledDraft, chain_supervision
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.validation import DEPTH, chain_counts, validate
@@ -75,13 +77,38 @@ def test_later_steps_train_the_weights_but_not_through_their_inputs(models):
     assert draft.fc.weight.grad.abs().sum() > 0
 
 
-def test_mask_by_hand():
-    # three positions, second step: the first step's keys up to t - 1, and the own key
-    assert chain_mask(3, 2, torch.device("cpu")).int().tolist() == [
-        [0, 0, 0, 1, 0, 0],
-        [1, 0, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
-    ]
+@pytest.mark.parametrize(("length", "step", "least"), [(12, 2, 4), (12, 5, 3), (300, 3, 128), (9, 9, 4), (40, 7, 5)])
+def test_pieces_see_what_the_rule_says(monkeypatch, length, step, least):
+    monkeypatch.setattr(chain_attention, "LEAST", least)
+    torch.manual_seed(1)
+    queries, keys, values = (torch.randn(2, 3, rows, 8, requires_grad=True) for rows in (length, *[step * length] * 2))
+    rule = torch.zeros(length, step * length, dtype=torch.bool)
+    for t in range(step - 1, length):
+        begin = t - step + 1
+        rule[t, : begin + 1] = True
+        for later in range(2, step + 1):
+            rule[t, (later - 1) * length + begin + later - 1] = True
+    expected = nn.functional.scaled_dot_product_attention(
+        queries[:, :, step - 1 :], keys, values, attn_mask=rule[step - 1 :]
+    )
+    chains = ChainMask(length, step)
+    found = chains.attend(nn.functional.scaled_dot_product_attention, queries, keys, values)
+    torch.testing.assert_close(found[:, :, step - 1 :], expected)
+    assert not found[:, :, : step - 1].any()
+    weight = torch.randn_like(expected)
+    theirs = torch.autograd.grad((expected * weight).sum(), (queries, keys, values))
+    ours = torch.autograd.grad((found[:, :, step - 1 :] * weight).sum(), (queries, keys, values))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    if length > 100:
+        assert sum(rows * seen for rows, seen in chains.shapes()) < step * length**2 / 2
+
+
+def test_a_record_shorter_than_the_chain(models):
+    draft, _ = models
+    with torch.no_grad():
+        states = UnrolledDraft(draft)(torch.randint(400, (1, 2)), torch.randn(1, 2, 32), STEPS)
+    assert states.shape == (STEPS, 1, 2, 32) and bool(states.isfinite().all())
 
 
 def test_supervision_needs_the_whole_chain_in_a_reply():

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from eagle.drafts.memory import SINGLE, Setting, attention_mask_bytes, score_bytes
+from eagle.drafts.memory import SINGLE, Setting, attention_bytes, attention_mask_bytes, score_bytes
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
-    """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`.
-
-    Of the attention: queries, the keys and values of all steps so far (repeated where queries share them), the output
-    and one number per row; the scores too where the kernel is not a fused one.
-    """
+    """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`."""
     config, compute = setting.config, setting.compute
-    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-    values = 2 * hidden + hidden + queries + queries + 2 * step * queries + 4 * config.intermediate_size
+    hidden = config.hidden_size
+    values = 2 * hidden + hidden + 4 * config.intermediate_size
     # The norm runs in float32: its input, the normed value and its product with the weight, the last two narrow again
     # in mixed precision, which casts the product for each of its two readers.
     norm = 3 * hidden * SINGLE if compute == SINGLE else hidden * SINGLE + 3 * hidden * compute
     output = hidden * compute  # in the stack of all steps' predictions
-    per_position = values * compute + norm + output + config.num_attention_heads * SINGLE + SINGLE
-    return setting.positions * per_position + attention_mask_bytes(setting, step) + score_bytes(setting, step, copies=2)
+    per_position = values * compute + norm + output + SINGLE
+    return setting.positions * per_position + attention_bytes(setting, step)
 
 
 def flowing_bytes(setting: Setting) -> int:

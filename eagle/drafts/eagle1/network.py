@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from eagle.drafts.chain_attention import Mask
 from eagle.drafts.layers import MLP, Attention, RMSNorm, RotaryEmbedding
 from eagle.drafts.network import DraftNetwork, Remember
 from eagle.target.config import ModelConfig
@@ -30,7 +31,7 @@ class DraftLayer(nn.Module):
         self,
         hidden: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None = None,
+        mask: Mask = None,
         remember: Remember | None = None,
     ) -> torch.Tensor:
         queries, keys, values = self.self_attn.project(hidden, rotary)
@@ -85,7 +86,7 @@ class Eagle1Network(DraftNetwork):
         tokens: torch.Tensor,
         states: torch.Tensor,
         positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Mask = None,
         remember: Remember | None = None,
     ) -> torch.Tensor:
         """Predicted features ``[B, T, H]``: row t predicts f[t+1]."""

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from eagle.drafts.memory import SINGLE, Setting, attention_mask_bytes, score_bytes
+from eagle.drafts.memory import SINGLE, Setting, attention_bytes, attention_mask_bytes, score_bytes
 
 
 def saved_bytes(setting: Setting, step: int) -> int:
     """Activations that draft step `step` keeps for the backward pass; see `eagle.drafts.unroll`.
 
-    Of the attention as EAGLE-1's network. In mixed precision what a norm gives is float32, and each of its readers
+    In mixed precision what a norm gives is float32, and each of its readers
     (q, k and v; the two halves of the feed-forward block) keeps a narrow copy of its own.
     """
     config, compute = setting.config, setting.compute
-    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+    hidden = config.hidden_size
     attention, feed_forward = (3, 2) if compute < SINGLE else (1, 1)
     # Token and state side by side, the norm behind the attention, and all four norms before their weights.
     values = attention * 2 * hidden + feed_forward * hidden + 4 * hidden
-    values += queries + queries + 2 * step * queries + 4 * config.intermediate_size
+    values += 4 * config.intermediate_size
     # What a norm reads, in float32, where a gradient goes through it: not to the token, nor past a detached state.
     wide = (3 if step == 1 else 2) * hidden
     output = hidden  # normed, in the stack of all steps' predictions
-    numbers = config.num_attention_heads + 3  # a row: of the attention, of the norms
+    numbers = 3  # a row, of the norms
     per_position = values * compute + (wide + output + numbers) * SINGLE
-    return setting.positions * per_position + attention_mask_bytes(setting, step) + score_bytes(setting, step, copies=2)
+    return setting.positions * per_position + attention_bytes(setting, step)
 
 
 def flowing_bytes(setting: Setting) -> int:

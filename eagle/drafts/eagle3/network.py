@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from eagle.drafts.chain_attention import Mask
 from eagle.drafts.eagle3.draft_config import AUX_LAYERS, DRAFT_VOCAB, NORMED_RESIDUAL, aux_feature
 from eagle.drafts.layers import MLP, Attention, RMSNorm, RotaryEmbedding
 from eagle.drafts.network import DraftNetwork, Remember
@@ -39,7 +40,7 @@ class MidLayer(nn.Module):
         embedded: torch.Tensor,
         states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None = None,
+        mask: Mask = None,
         remember: Remember | None = None,
     ) -> torch.Tensor:
         normed = self.hidden_norm(states)
@@ -104,7 +105,7 @@ class Eagle3Network(DraftNetwork):
         tokens: torch.Tensor,
         states: torch.Tensor,
         positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Mask = None,
         remember: Remember | None = None,
     ) -> torch.Tensor:
         if positions is None:
