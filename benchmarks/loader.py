@@ -167,7 +167,7 @@ def step_seconds(args: argparse.Namespace, data: FeatureDataset) -> dict:
             with torch.autocast(where.type, torch.bfloat16):
                 states = model(batch.tokens, batch.features)
             valid = batch.at_places(chain_supervision(batch.supervised, 1))
-            found = objective.sums(batch.at_places(states), batch.targets, valid)
+            found = objective.sums(batch.at_places(states), batch.targets, valid, valid.flatten(1).sum(1).float())
             (found.feature + found.token.sum()).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-#: Chains that go through the attention together: at least so many, in at most so many pieces, each of which keeps a copy
-#: of the keys before it for the backward pass.
+#: Chains that go through the attention together: at least so many, in at most so many pieces, each of which keeps a
+#: copy of the keys before it for the backward pass.
 LEAST, PIECES = 128, 4
 
 #: queries, keys, values and where a query may look -> what it sees, ``[B, heads, rows, head_dim]``.

@@ -76,7 +76,7 @@ def fit(
         data.broadcast(weight)
     if failure is not None:
         raise failure
-    if not bool(weights[0].isfinite().all()):
+    if not all(bool(weight.isfinite().all()) for weight in weights):
         raise FailedElsewhere("The main process found no solution for the closed-form start; its own message says why.")
     ended = time.monotonic()
     return (

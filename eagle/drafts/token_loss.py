@@ -189,7 +189,7 @@ class _Pass:
         self.token_loss = torch.zeros(len(draft), dtype=head.wide, device=draft.device)
         self.agrees, self.in_top_3 = torch.zeros_like(valid), torch.zeros_like(valid)
         self.gradient = torch.zeros_like(draft) if for_draft else None
-        self.own_gradient = torch.zeros_like(head.own.weight) if for_own else None
+        self.own_gradient = torch.zeros_like(head.own.weight, dtype=head.wide) if for_own else None
         # In the dtype of the products; of a trained head that is a copy.
         self.own = None if head.own is None else head.own.weight.detach().to(head.weight.dtype)
 

@@ -97,7 +97,9 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("num_workers", int, "threads that read batches ahead (default: 2 on a card, else 0)")
     add("seed", int, "seed of split, order, noise and random initialisation")
     parser.add_argument(
-        "--freeze_head", action="store_true", help="eagle3: the draft's head stays the base model's, and is not trained"
+        "--freeze_head",
+        action="store_true",
+        help="eagle3: the draft's head is not trained; a new draft's stays the base model's",
     )
     parser.add_argument("--skip_damaged", action="store_true", help="leave out what is damaged in the store")
     parser.add_argument(

@@ -230,7 +230,7 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
             "it weighs draft steps against each other, and with --ttt_steps 1 there is one. Leave it out."
         )
     idle |= options.family.idle
-    if options.init != "closed_form" and "init_positions" not in idle:
+    if options.init != "closed_form":
         idle["init_positions"] = f"it is for --init closed_form, and this is --init {options.init}. Leave one out."
     if not options.val_ratio:
         why = "with --val_ratio 0 there is no validation. Leave it out, or hold some conversations out."

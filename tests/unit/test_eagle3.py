@@ -311,8 +311,8 @@ def test_the_start_predicts_what_is_linear(tmp_path, normed_residual):
 
     def example(number: int) -> Example:
         tokens = torch.randint(checked.vocab_size, (60,), generator=generator)
-        aux = torch.randn(60, 3 * size, generator=generator)
         token = network.midlayer.input_layernorm(embedding[tokens])
+        aux = torch.randn(60, 3 * size, generator=generator) + 0.5 * token.repeat(1, 3)  # which says something of it
         state = aux @ a.T + token @ b.T
         state /= state.pow(2).mean(-1, keepdim=True).sqrt()
         return Example(tokens, aux, state * weight, torch.ones(60, dtype=torch.bool), number)
@@ -330,6 +330,12 @@ def test_the_start_predicts_what_is_linear(tmp_path, normed_residual):
         held_out = example(99)
         states = network(held_out.tokens[None], network.read(held_out.features[None]))
         likeness = torch.cosine_similarity(network.for_head(states)[0], held_out.targets, dim=-1)
+    attention = network.midlayer.self_attn
+    groups = attention.heads // attention.kv_heads
+    queries = attention.q_proj.weight.view(attention.kv_heads, groups, -1)
+    assert groups > 1 and not torch.equal(queries[:, 0], queries[:, 1]), "alike they would learn alike for ever"
+    taken = attention.o_proj.weight.view(size, attention.kv_heads, groups, -1)
+    assert taken[:, :, 0].any() and not taken[:, :, 1:].any()
     assert float(likeness.mean()) > (0.8 if normed_residual else 0.9), likeness.mean()
 
 

@@ -2,7 +2,7 @@
 
     wanted   y[t+1] = A aux[t] + B e(x[t+1])        y: the target's last hidden state before its final norm's weight
     fc       A: the layer's residual is its output, so that what is left for the layer to add is the token's part
-    layer    o_proj v_proj = B, as far as the rank of v_proj reaches; every head looks where the token is its own
+    layer    o_proj v_proj = B, as far as the rank of v_proj reaches; some heads look where the token is their own
 
 e is the embedding behind ``input_layernorm``. A and B are found together by ridge regression, B is cut to the rank
 that the keys' heads leave (reduced-rank regression: the part of it that explains most of y beside aux), and A is fitted
@@ -31,8 +31,9 @@ RIDGE = 1e-4
 #: Root mean square of ``fc``'s weights. The norms behind a state leave its scale free; this large, the optimizer's
 #: first steps, of one size for all weights, do not undo what was fitted.
 FC_SCALE = 0.1
-#: A token's score with itself. Another token's is smaller by half or more, which leaves it one part in thousands.
-OWN_SCORE = 20.0
+#: A token's score with itself. Others' are smaller by half or more, so that about a fiftieth is left for all of them:
+#: the token is found, and the softmax still has a slope to learn by.
+OWN_SCORE = 14.0
 
 
 def sizes(config: ModelConfig) -> Sizes:
@@ -52,7 +53,7 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
     assert isinstance(network, Eagle3Network)
     layer = network.midlayer
     attention, size = layer.self_attn, network.config.hidden_size
-    rank = min(attention.kv_heads * attention.head_dim, size)
+    rank = min(carriers(attention) * attention.head_dim, size)
 
     def solution(xx: torch.Tensor, xy: torch.Tensor) -> list[torch.Tensor]:
         norm = network.norm.weight.detach().cpu().double()
@@ -60,8 +61,9 @@ def closed_form(network: DraftNetwork, data: StartData) -> str:
         length = float(xx[:size, :size].trace())  # of all e, and of all y: both are normed
         read, left, right = linear_draft(xx, xy, size, rank)
         scale = FC_SCALE / float(read.pow(2).mean().sqrt())
-        if layer.normed_residual:  # then it is as long as y, not as what aux explains of it
-            left *= math.sqrt(length / float((read * xy[size:].T).sum()))
+        if layer.normed_residual:  # then it is as long as y, not as what is made of aux
+            of_read = xy[size:] - xx[:size, size:].T @ right.T @ left.T  # the equations' right side that gave `read`
+            left *= math.sqrt(length / float((read * of_read.T).sum()))
         else:
             left *= scale
         return [scale * read, *carry(attention, left, right)]
@@ -106,34 +108,46 @@ def linear_draft(
         return wanted_by_read - directions @ (right @ tokens_by_read), directions, right
 
 
+def carriers(attention: Attention) -> int:
+    """How many of the heads of keys, from the first, find the own token.
+
+    Of the queries that share one of them only the first does, so that the others are free to learn what else to look
+    for; where none is shared, a quarter of the heads is free.
+    """
+    shared = attention.heads > attention.kv_heads
+    return attention.kv_heads if shared else max(1, attention.kv_heads - attention.kv_heads // 4)
+
+
 def look_at_own_token(network: Eagle3Network) -> None:
-    """Give queries and keys the weights by which every head finds the token it stands at, the same on every process."""
+    """Give queries and keys the weights by which a head finds the token it stands at, the same on every process."""
     attention, size = network.midlayer.self_attn, network.config.hidden_size
     generator = torch.Generator().manual_seed(0)
-    projections = torch.randn(attention.kv_heads, attention.head_dim, size, generator=generator)
+    projections = torch.randn(carriers(attention), attention.head_dim, size, generator=generator)
     # A normed embedding is of length sqrt(H), so that its projection's product with itself is about head_dim * H.
     projections *= math.sqrt(OWN_SCORE / (math.sqrt(attention.head_dim) * size))
-    keys = torch.cat((projections, torch.zeros_like(projections)), -1)
+    rows = torch.cat((projections, torch.zeros_like(projections)), -1)
     with torch.no_grad():
-        attention.k_proj.weight.copy_(keys.flatten(0, 1))
-        attention.q_proj.weight.copy_(repeated(keys, attention).flatten(0, 1))
+        by_head(attention.k_proj.weight, attention.kv_heads)[: len(rows)].copy_(rows)
+        by_head(attention.q_proj.weight, attention.kv_heads)[: len(rows), : attention.head_dim].copy_(rows)
 
 
 def carry(attention: Attention, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of ``o_proj`` and ``v_proj`` that make ``left right`` of a token that is all that is looked at.
 
-    left: ``[H, rank]``. right: ``[rank, E]``. All queries that share a value take the same part of it.
+    left: ``[H, rank]``. right: ``[rank, E]``. What carries nothing keeps its random values, of which nothing is taken.
     """
-    kept, (rank, token) = attention.kv_heads * attention.head_dim, right.shape
-    balance = math.sqrt(float(left.norm() / right.norm()))
-    values = right.new_zeros(kept, attention.v_proj.in_features)
+    rank, token = right.shape
+    balance = math.sqrt(float(left.norm() / right.norm().clamp_min(1e-12)))
+    values = attention.v_proj.weight.detach().cpu().double()
+    values[:rank] = 0
     values[:rank, :token] = right * balance
-    taken = left.new_zeros(len(left), kept)
-    taken[:, :rank] = left / balance
-    by_head = taken.T.reshape(attention.kv_heads, attention.head_dim, -1) * (attention.kv_heads / attention.heads)
-    return repeated(by_head, attention).flatten(0, 1).T, values
+    taken = left.new_zeros(attention.kv_heads * attention.head_dim, len(left))
+    taken[:rank] = left.T / max(balance, 1e-12)
+    outputs = left.new_zeros(attention.heads * attention.head_dim, len(left))
+    by_head(outputs, attention.kv_heads)[:, : attention.head_dim] = by_head(taken, attention.kv_heads)
+    return outputs.T, values
 
 
-def repeated(by_head: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """Each of ``[kv_heads, ...]`` for all the queries that share it: ``[heads, ...]``."""
-    return by_head.repeat_interleave(attention.heads // attention.kv_heads, 0)
+def by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a projection as ``[heads, rows of each, ...]``, a view."""
+    return rows.view(heads, -1, *rows.shape[1:])
