@@ -1,4 +1,4 @@
-"""Trains EAGLE-3 drafts plainly, as its published trainer does (SafeAILab/EAGLE, ``traineagle3``), over our records:
+"""Trains EAGLE-3 drafts plainly, much as the published trainer does (SafeAILab/EAGLE, ``traineagle3``):
 
     python benchmarks/plain_eagle3.py --basepath ... --tmpdir ... --metrics metrics.jsonl --steps 12 --ttt_steps 7 \\
         --draft_vocab_size 8192
@@ -6,11 +6,12 @@
 The target's and every draft step's logits at all padded positions at once, softmax and log-softmax of them, a
 gradient-checkpointed layer whose attention scores exist as a tensor: all of the first step's keys, and of every later
 step's the one at the same row, since tokens move left from step to step. Values clipped; random weights to begin with.
+It computes what ours does: unlike there, a step's output is detached before the next reads it, and the target's softmax
+is computed once for all steps.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -131,7 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("EAGLE-3 training as its published trainer does it.")
     parser.add_argument("--ttt_steps", type=int, default=7, help="draft steps unrolled")
     parser.add_argument("--draft_vocab_size", type=int, help="tokens the draft chooses among")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.steps is None:
+        parser.error("--seconds is for classic_trainer.py: here nothing is validated; expected --steps")
     PlainEagle3Trainer(args).fit()
     return 0
 
