@@ -191,7 +191,7 @@ FAULTS = [
     Fault("steps-weighed-on-host", "eagle/drafts/objective.py",
           "torch.arange(len(counts), device=counts.device, dtype=counts.dtype)",
           "torch.arange(len(counts), dtype=counts.dtype)", EAGLE3, "on the same device"),
-    Fault("gradient-of-the-heads-rows-on-host", "eagle/drafts/token_loss.py", "torch.zeros_like(head.own.weight)",
+    Fault("gradient-of-the-heads-rows-on-host", "eagle/drafts/token_loss.py", "torch.zeros_like(head.own.weight, dtype=head.wide)",
           'torch.zeros_like(head.own.weight, device="cpu")', EAGLE3, "on the same device"),
     Fault("own-head-shared-out-before-it-is-read", "eagle/train/sharding.py",
           "reshard_after_forward=not draft.has_own_head", "reshard_after_forward=True",
