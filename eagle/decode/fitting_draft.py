@@ -54,12 +54,7 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
 
 def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path, family: DraftFamily) -> None:
     """Raises: RequestError naming every size in which the draft's config differs from the target's."""
-    wrong = [
-        f"{name} is {getattr(draft, name)!r}, the base model's is {getattr(target, name)!r}"
-        for name in family.same_as_target
-        if getattr(draft, name) != getattr(target, name)
-    ]
-    if wrong:
+    if wrong := draft.differences(target, family.same_as_target):
         raise RequestError(
             f"--draft-path {folder} is no draft of --base-path's model: {'; '.join(wrong)}. Name the base model it was "
             "trained for."

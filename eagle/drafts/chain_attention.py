@@ -33,9 +33,8 @@ class ChainMask:
         """Queries and keys of every piece."""
         chains = max(self.length - self.step + 1, 0)
         size = max(LEAST, -(-chains // PIECES))
-        ends = [min(start + size, chains) for start in range(0, chains, size)]
-        rows = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else []
-        return [(count, end + (self.step - 1) * count) for count, end in zip(rows, ends, strict=True)]
+        pieces = [(start, min(size, chains - start)) for start in range(0, chains, size)]
+        return [(rows, start + self.step * rows) for start, rows in pieces]
 
     def attend(
         self, attention: MaskedAttention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -69,12 +68,11 @@ class ChainMask:
 
     def piece(self, number: int, device: torch.device) -> torch.Tensor:
         """Where the chains of a piece may look, ``[rows, keys]`` bool."""
-        rows, _ = self.shapes()[number]
-        before = sum(size for size, _ in self.shapes()[:number])
-        chains = torch.arange(before, before + rows, device=device)[:, None]
-        first = torch.arange(before + rows, device=device) <= chains
-        own = torch.arange(before, before + rows, device=device) == chains
-        return torch.cat((first, *[own] * (self.step - 1)), dim=1)
+        rows, keys = self.shapes()[number]
+        positions = torch.arange(keys - (self.step - 1) * rows, device=device)
+        own = positions[-rows:]
+        first, later = positions <= own[:, None], own == own[:, None]
+        return torch.cat((first, *[later] * (self.step - 1)), dim=1)
 
 
 #: Where rows may look: causally, where a tensor is True (or 0), or as an unrolled step's chains do.

@@ -67,6 +67,14 @@ class ModelConfig:
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def differences(self, base: ModelConfig, names: Iterable[str]) -> list[str]:
+        """In what a draft's config differs from its base model's, of these fields, in words."""
+        return [
+            f"{name} is {getattr(self, name)!r}, the base model's is {getattr(base, name)!r}"
+            for name in names
+            if getattr(self, name) != getattr(base, name)
+        ]
+
     def to_json(self, *, as_llama: bool = False) -> dict[str, Any]:
         """A plain Hugging Face config. Both theta keys are written, equal: old readers take one, new the other.
 

@@ -75,11 +75,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     given = load_config(configpath, CONFIG_KEYS) if configpath else None
     shape, extra = given or target, given.extra if given else {}
     if given is not None:
-        wrong = [
-            f"{name} is {getattr(given, name)!r}, the base model's is {getattr(target, name)!r}"
-            for name in ("hidden_size", "vocab_size", "hidden_act")
-            if getattr(given, name) != getattr(target, name)
-        ]
+        wrong = given.differences(target, ("hidden_size", "vocab_size", "hidden_act"))
         if given.num_hidden_layers != 1:
             wrong.append(f"num_hidden_layers is {given.num_hidden_layers}, a draft has 1")
         wrong += [f"{name} is said, which is not read here" for name in VARIANTS if extra.get(name)]
