@@ -25,7 +25,11 @@ _BESIDE = (DICT, STATE, "dataset_info.json", "dataset_infos.json", "config.json"
 #: What tells that a folder is something else, what it is, and where it belongs.
 _FOREIGN = (
     (("shard-*.safetensors", "*/shard-*.safetensors", "data_*.ckpt"), "a store of features", "--tmpdir"),
-    (("*.safetensors", "tokenizer_config.json", "tokenizer.json", "pytorch_model*.bin"), "a model", "--model_name"),
+    (
+        ("*.safetensors", "tokenizer_config.json", "tokenizer.json", "pytorch_model*.bin"),
+        "a model's folder",
+        "--model_name",
+    ),
     (("train_options.json",), "a training run", "--cpdir"),
 )
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -52,9 +56,18 @@ class SplitFiles:
 
 
 def is_split(path: Path, suffixes: Sequence[str]) -> bool:
-    """Whether a path that does not exist names a split in the folder before its last part."""
-    is_named = path.suffix.lower() not in suffixes and not path.exists() and path.parent.is_dir()
-    return is_named and _foreign(path.parent) is None and path.name in _splits(path.parent, suffixes)
+    """Whether a path that does not exist names a split of the folder before its last part."""
+    return path.name in splits_beside(path, suffixes)
+
+
+def splits_beside(path: Path, suffixes: Sequence[str]) -> list[str]:
+    """The splits that a path which does not exist could have named: those of the folder before its last part."""
+    if path.suffix.lower() in suffixes or path.exists() or not path.parent.is_dir() or _foreign(path.parent):
+        return []
+    try:
+        return sorted(name for name in _splits(path.parent, suffixes) if name)
+    except (RequestError, OSError):  # of something that nobody asked for
+        return []
 
 
 def split_files(path: Path, suffixes: Sequence[str], flag: str) -> SplitFiles:
@@ -81,8 +94,11 @@ def split_files(path: Path, suffixes: Sequence[str], flag: str) -> SplitFiles:
             f"{flag} {path} holds several splits ({', '.join(named)}), and none is called train. Name one: {flag} "
             f"{path / named[0]}{alone}"
         )
-    others = ", ".join(name for name in named if name != "train") or "files of no split"
-    note = f"{path}: its split train is used; another ({others}) is named as {path / named[-1]}"
+    others = [name for name in named if name != "train"]
+    note = f"{path}: of its splits, train is used"
+    note += (
+        f"; to use another ({', '.join(others)}), name it: {path / others[0]}" if others else ", not the other files"
+    )
     return SplitFiles(_whole(found["train"], path, flag), note)
 
 

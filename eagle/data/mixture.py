@@ -231,8 +231,8 @@ def open_data(data_path: DataPath, end_num: int | None, *, allow_truncated: bool
         if own > size:
             raise RequestError(
                 f"--end_num {count:,}: a share of {share:.1%} is {own:,} conversations of {path}, which holds {size:,}."
-                f" With these weights at most {most:,} fit: pass --end_num {most}, or leave it out; or give no weights, "
-                "and each path has the share that it has of all."
+                f" With these weights at most {most:,} fit: pass --end_num {most}, or leave it out. Without weights "
+                "each path has the share that it has of all."
             )
         if not own:
             raise RequestError(

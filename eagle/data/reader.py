@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from eagle.data.arrow_file import ARROW_SUFFIX, ArrowFile, is_arrow
-from eagle.data.folder import is_split, split_files
+from eagle.data.folder import is_split, split_files, splits_beside
 from eagle.data.json_file import JsonFile
 from eagle.data.parquet_file import SUFFIX, ParquetFile, is_parquet
 from eagle.data.record_file import JoinedRecords, RecordFile, Records
@@ -70,7 +70,9 @@ def open_records(path: str | Path, *, allow_truncated: bool = False, flag: str =
 
 def _open_file(path: Path, allow_truncated: bool, flag: str) -> RecordFile:
     if not path.exists():
-        raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}")
+        splits = splits_beside(path, SHARD_SUFFIXES)
+        there = f" Of {path.parent} there are: {', '.join(splits[:5])}." if splits else ""
+        raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}{there}")
     if not path.is_file():
         kind = named_kind(path)
         fix = " A pipe can be read once only, and records are read several times: write it to a file first."
