@@ -40,8 +40,8 @@ _SAYS_SPLIT = re.compile(
     r"(?i)(?:^|[-_. ])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?=$|[-_. \d])"
 )
 _NUMBER_BEHIND = re.compile(r"[-_. ]*\d+$")
-#: How far down records are looked for: ``FOLDER/config/split/0000.parquet``.
-_DEPTH = 2
+#: How far down records are looked for: ``FOLDER/data/config/split/0000.parquet``.
+_DEPTH = 3
 
 #: A split: its files, or the folder in which ``save_to_disk`` put it.
 _Split = list[Path] | Path
@@ -89,10 +89,10 @@ def split_files(path: Path, suffixes: Sequence[str], flag: str) -> SplitFiles:
     named = sorted(name for name in found if name)
     if "train" not in found:
         rest = found.get("", [])
-        alone = f", or a file: {flag} {rest[0]}" if isinstance(rest, list) and rest else ""
+        alone = [str(file.relative_to(path)) for file in rest] if isinstance(rest, list) else []
         raise RequestError(
-            f"{flag} {path} holds several splits ({', '.join(named)}), and none is called train. Name one: {flag} "
-            f"{path / named[0]}{alone}"
+            f"{flag} {path} holds several splits or files ({', '.join([*named, *alone][:9])}), and none is called "
+            f"train. Name one, such as {flag} {path / named[0]}"
         )
     others = [name for name in named if name != "train"]
     note = f"{path}: of its splits, train is used"
@@ -114,7 +114,7 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
         return {str(name): folder / str(name) for name in read_json(folder / DICT, _STATE).get("splits", ())}
     if _is_saved(folder):
         return {"": folder}
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     own: dict[str, _Split] = {}
     for entry in entries:
         if _holds_records(entry, suffixes):
@@ -123,7 +123,12 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
             files.append(entry)
     inner: dict[str, dict[str, _Split]] = {}
     for entry in entries if depth else ():
-        if entry.is_dir() and _foreign(entry) is None and (found := _splits(entry, suffixes, depth - 1)):
+        if (
+            entry.is_dir()
+            and entry.name[0] != "_"
+            and _foreign(entry) is None
+            and (found := _splits(entry, suffixes, depth - 1))
+        ):
             inner[entry.name] = found
     if not own and len(inner) == 1:
         return next(iter(inner.values()))
@@ -169,15 +174,14 @@ def _whole(split: _Split, path: Path, flag: str) -> list[Path]:
             f"{flag} {path} holds files of several kinds ({', '.join(kinds)}), which may be the same records twice. "
             f"Name those that are meant: {flag} {split[0].parent}/*{kinds[0]}"
         )
-    numbers = [
-        (int(found["number"]), int(found["count"])) for found in (_NUMBERED.match(f.name) for f in split) if found
-    ]
-    if not numbers:
+    numbered = [found for file in split if (found := _NUMBERED.match(file.name))]
+    if not numbered:
         return split
-    count = max(count for _, count in numbers)
-    if sorted(numbers) != [(number, count) for number in range(count)] or len(numbers) < len(split):
-        missing = sorted(set(range(count)) - {number for number, _ in numbers})
-        what = f"lacks number {', '.join(map(str, missing[:5]))}" if missing else "holds another number of files"
+    numbers, count = sorted(int(found["number"]) for found in numbered), max(int(found["count"]) for found in numbered)
+    is_one_set = len(numbered) == len(split) and all(int(found["count"]) == count for found in numbered)
+    if not is_one_set or numbers not in (list(range(count)), list(range(1, count + 1))):
+        missing = sorted(set(range(count)) - set(numbers))
+        what = f"lacks number {', '.join(map(str, missing[:5]))}" if missing else "holds another number"
         raise RequestError(
             f"{flag} {path}: by the name of {split[0].name} it is one of {count} files, and the folder {what} of them. "
             "Fetch the data set again, whole and into an empty folder, or name the files that are meant."

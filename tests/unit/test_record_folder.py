@@ -128,7 +128,9 @@ def test_splits_of_a_dataset_dict(tmp_path):
     assert list(open_records(tmp_path / "both" / "test")) == ROWS[6:]
     assert not open_records(tmp_path / "both" / "train").notes
     save_dict(tmp_path / "sft", {"train_sft": ROWS[:6], "test_sft": ROWS[6:]})
-    refused(tmp_path / "sft", "several splits (test_sft, train_sft)", f"Name one: --data_path {tmp_path / 'sft'}/")
+    refused(
+        tmp_path / "sft", "several splits or files (test_sft, train_sft)", f"such as --data_path {tmp_path / 'sft'}/"
+    )
     assert len(open_records(save_dict(tmp_path / "one", {"validation": ROWS[:4]}))) == 4
 
 
@@ -140,7 +142,7 @@ def test_a_repository_of_the_hub(tmp_path):
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
     write_lines(tmp_path / ".cache" / "huggingface" / "x.jsonl", ROWS)
-    refused(tmp_path, "several splits (test_sft, train_sft)")
+    refused(tmp_path, "several splits or files (test_sft, train_sft)")
     for folder in (tmp_path, data):
         assert list(open_records(folder / "train_sft")) == ROWS[:7]
         assert list(open_records(folder / "test_sft")) == ROWS[7:]
@@ -154,6 +156,7 @@ def test_a_repository_of_the_hub(tmp_path):
     ("files", "split", "read"),
     [
         (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "", [0, 1]),
+        (["p-1-of-2.jsonl", "p-2-of-2.jsonl", "_temporary/x.jsonl"], "", [0, 1]),
         (["b.jsonl", "a.jsonl", "_SUCCESS", ".x.jsonl", "notes.txt"], "", [1, 0]),
         (["train.jsonl", "test.jsonl"], "", [0]),
         (["train.jsonl", "test.jsonl"], "test", [1]),
@@ -181,8 +184,8 @@ def test_which_files_are_read(tmp_path, files, split, read):
         (["manifest.json", "0/shard-00000.safetensors"], ["is a store of features", "--tmpdir"]),
         (["train_options.json", "state_5/model.safetensors"], ["is a training run"]),
         (["a.jsonl", "a.parquet"], ["several kinds (.jsonl, .parquet)", "/*.jsonl"]),
-        (["a.jsonl", "test.jsonl"], ["several splits (test)", "or a file: --data_path", "a.jsonl"]),
-        (["a/x.jsonl", "b/x.jsonl"], ["several splits (a, b)"]),
+        (["a.jsonl", "test.jsonl"], ["several splits or files (test, a.jsonl)"]),
+        (["a/x.jsonl", "b/x.jsonl"], ["several splits or files (a, b)"]),
         (["train-00000-of-00002.jsonl", "train-00000-of-00001.jsonl"], ["one of 2 files", "lacks number 1"]),
         (["a.csv", "b.csv"], ["a.csv is a table", "tools/sharegpt_convert.py --input"]),
     ],
