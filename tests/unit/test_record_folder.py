@@ -94,7 +94,7 @@ def test_an_arrow_file_that_is_cut_or_changed_is_refused_wherever(tmp_path):
     for end in [*range(1, 20), *range(20, len(whole), 97), len(whole) - 1]:
         path.write_bytes(whole[:end])
         refused(path, "is a damaged Arrow file, or none: ")
-    lengths = whole.index(np.array([0, 1, 2, 3], np.int32).tobytes())  # offsets of a column: 8 bytes that matter
+    lengths = whole.index(np.array([0, 2, 4, 6], np.int32).tobytes())  # where the ids begin and end, "c0" and so on
     path.write_bytes(whole[: lengths + 8] + b"\xff" * 8 + whole[lengths + 16 :])
     refused(path, "is a damaged Arrow file, or none: ")
     path.write_bytes(b"")
