@@ -124,7 +124,6 @@ def first_character(path: Path) -> bytes:
 
 def convert_command(path: Path) -> str:
     """The command line that makes ShareGPT of a file of another format."""
-    # A folder of records is left as it is.
-    made = path.with_name(f"{path.stem}.sharegpt.json") if path.is_file() else Path(f"{path.name}.sharegpt.json")
-    made = shlex.quote(str(made))
-    return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {made}"
+    name = f"{path.absolute().stem}.sharegpt.json"
+    made = path.with_name(name) if path.is_file() else Path(name)  # a folder of records is left as it is
+    return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {shlex.quote(str(made))}"

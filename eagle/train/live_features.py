@@ -80,7 +80,7 @@ class LiveFeatures:
         self.widths = widths
         self._notes = [*encoder.notes(), *data.notes(source.end_num)]
         if data.shares:
-            self._notes += outcome_lines(outcomes(self.tokens_of, chosen, data.to_json()["sources"]))
+            self._notes += outcome_lines(outcomes(self.tokens_of, chosen.tolist(), data.to_json()["sources"]))
         self.data_digest = data.digest
         self.dtype = parse_dtype(source.dtype)
         self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))

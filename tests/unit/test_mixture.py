@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from eagle.data.mixture import choose, counts_of, most_of, open_data, read_weights
 from eagle.errors import RequestError, WorkError
@@ -14,6 +15,7 @@ from eagle.generate.job import claim_outdir, encode_job, finish, mixture, resolv
 from eagle.generate.main import mixed
 from eagle.generate.request import GenerationRequest
 from eagle.store import reshard
+from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.options import TrainOptions, idle_flags
 from tests.e2e.commands import ask
 from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
@@ -250,6 +252,17 @@ def test_the_store_says_what_it_is_mixed_of(inputs, tmp_path, capsys):
     assert answer.out.count("4 conversations, 50.0% of all (asked: 50.0%)") == 2 and "nothing is left" in answer.out
     assert ask(reshard.main, capsys, "--old_folder", outdir, "--new_folder", tmp_path / "new", "--tp", 2).code == 0
     assert json.loads((tmp_path / "new" / "manifest.json").read_text())["mixture"] == found
+
+
+def test_training_without_a_store_trains_on_the_same(inputs, tmp_path):
+    model, long, short, _ = inputs
+    words = (f"{long}:0.5", f"{short}:0.5")
+    job = resolve(request(inputs, tmp_path / "store", *words, end_num=8, seed=7))
+    source = LiveSource(words, 8, 7, 2048, None, False, "float32")
+    live = LiveFeatures(source, model, torch.device("cpu"), {"hidden_state": 32})
+    assert live.conversations.tolist() == sorted(node_share(job.manifest)) and len(live) == 8
+    assert live.data_digest == job.manifest["data"]["digest"]
+    assert sum("4 conversations, 50.0% of all (asked: 50.0%)" in note for note in live.notes()) == 2
 
 
 def test_training_takes_the_same_words(inputs, tmp_path):
