@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +23,8 @@ TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 SHARD_SUFFIXES = (*SUFFIXES, *TABLE_SUFFIXES)
 
 _EXPECTED = "expected a JSON array, JSON Lines, Parquet or Arrow file, or a folder of them."
+#: ``HuggingFaceH4/ultrachat_200k``.
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 #: The first bytes of what has to be unpacked first: its name, and the command that does it.
 _PACKED = (
     (b"\x1f\x8b", "gzip", "gzip -dc {file} > {made}"),
@@ -71,8 +74,11 @@ def open_records(path: str | Path, *, allow_truncated: bool = False, flag: str =
 def _open_file(path: Path, allow_truncated: bool, flag: str) -> RecordFile:
     if not path.exists():
         splits = splits_beside(path, SHARD_SUFFIXES)
-        there = f" Of {path.parent} there are: {', '.join(splits[:5])}." if splits else ""
-        raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}{there}")
+        hint = f" Of {path.parent} there are: {', '.join(splits[:5])}." if splits else ""
+        if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+            hint = f" A data set of the hub is downloaded first: hf download {path} --repo-type dataset --local-dir "
+            hint += f"./{path.name}"
+        raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}{hint}")
     if not path.is_file():
         kind = named_kind(path)
         fix = " A pipe can be read once only, and records are read several times: write it to a file first."

@@ -254,6 +254,22 @@ def test_the_store_says_what_it_is_mixed_of(inputs, tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "manifest.json").read_text())["mixture"] == found
 
 
+def test_nodes_have_the_mixture_together(inputs, tmp_path, capsys):
+    _, long, short, _ = inputs
+    for rank in range(2):
+        more = {"end_num": 8, "num_nodes": 2, "node_rank": rank, "dtype": "float32"}
+        job = resolve(request(inputs, tmp_path / "store", f"{long}:0.5", f"{short}:0.5", **more))
+        claim_outdir(job)
+        encode_job(job)
+        list(cpu_worker(job.request.folder, 0).work(1 << 20))
+        assert sum(one["usable"] for one in finish(job)["mixture"]) == 4
+    words = ["--old_folder", tmp_path / "store", "--new_folder", tmp_path / "new", "--tp", 2]
+    assert ask(reshard.main, capsys, *words).code == 0
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    assert [(one["share"], one["usable"]) for one in manifest["mixture"]] == [(0.5, 4), (0.5, 4)]
+    assert sum(one["tokens"] for one in manifest["mixture"]) == manifest["tokens"]
+
+
 def test_training_without_a_store_trains_on_the_same(inputs, tmp_path):
     model, long, short, _ = inputs
     words = (f"{long}:0.5", f"{short}:0.5")

@@ -198,6 +198,12 @@ def test_folders_that_are_refused(tmp_path, files, says):
     refused(tmp_path, str(tmp_path), *says)
 
 
+def test_the_name_of_a_data_set_is_no_path():
+    refused(
+        Path("HuggingFaceH4/ultrachat_200k"), "no such file", "hf download HuggingFaceH4/ultrachat_200k --repo-type"
+    )
+
+
 def test_data_sets_that_are_not_whole(tmp_path):
     folder = save_to_disk(tmp_path / "saved", ROWS)
     (folder / "data-00001-of-00003.arrow").rename(folder / "x")
