@@ -224,7 +224,7 @@ def open_data(data_path: DataPath, end_num: int | None, *, allow_truncated: bool
     joined, weights = JoinedRecords(sources), [one.weight for one in given if one.weight is not None]
     if not weights:
         return Data(paths, sources, joined, digests, [size / total for size in sizes], False, count)
-    shares = [float(weight / sum(weights)) for weight in weights]
+    shares = [max(float(weight / sum(weights)), 1e-12) for weight in weights]  # no share is 0
     most = most_of(shares, sizes)
     count = end_num or most
     for path, size, share, own in zip(paths, sizes, shares, counts_of(shares, count), strict=True):
