@@ -82,8 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--prompts",
         type=Path,
-        help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other suffix: one prompt a line (default: the set "
-        "that ships)",
+        help="MT-bench or ShareGPT: .json, .jsonl, .parquet or .arrow; any other suffix: one prompt a line (default: "
+        "the set that ships)",
     )
     add("--num_prompts", type=int, help="use only the first so many (default: all)")
     add("--num_turns", type=int, default=2, help="answer at most so many turns of a prompt; the model's own "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from eagle.data.mixture import DataPath, read_weights
 from eagle.device import Card, is_mig, is_uuid
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT
@@ -22,7 +23,7 @@ class GenerationRequest:
 
     outdir: Path
     model_name: str
-    data_path: Path
+    data_path: DataPath
     model_type: str | None = None
     end_num: int | None = None
     npu_indices: tuple[Card, ...] = (0,)
@@ -66,6 +67,7 @@ class GenerationRequest:
                 f"--compile on would do nothing with --used_npus {self.used_npus}: a model that is spread over several "
                 "cards is not compiled. Leave --compile out, or give each worker one card."
             )
+        read_weights(self.data_path)
         self.card_groups()
 
     @property

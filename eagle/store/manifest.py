@@ -14,7 +14,7 @@ DONE = "done.json"
 LOG = "worker.log"
 
 #: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.
-NODES_SHARE = ("conversations", "seed", "max_length", "chat_template", "store_dtype")
+NODES_SHARE = ("conversations", "seed", "max_length", "chat_template", "store_dtype", "shares")
 
 #: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).
 INTERRUPTED_RESHARD = (".reshard-deleting", ".reshard-moving")

@@ -24,6 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from eagle import device
+from eagle.data.mixture import spelled
 from eagle.drafts.families import DEFAULT_DRAFT
 from eagle.drafts.saved import warm_start
 from eagle.entry import run
@@ -121,7 +122,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     held = open_store(options, accelerator, identity) if options.tmpdir else None
     config = draft_config(options, target, held.widths if held else {})
     store: RecordStore = held or live_features(options, accelerator, family.features(config))
-    where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
+    where = f"--tmpdir {options.tmpdir}"
+    if options.data_path:
+        where = f"--data_path {spelled(options.data_path)}"
     usable, notes = usable_records(store, options.max_len, where)
     train, held_out = split_store(store, options.val_ratio, options.seed, usable)
     if not len(train):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eagle.data.mixture import DataPath, read_weights
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
@@ -32,7 +33,7 @@ class TrainOptions:
     cpdir: Path | None
     basepath: Path | None
     tmpdir: Path | None = None
-    data_path: Path | None = None
+    data_path: DataPath | None = None
     end_num: int | None = None
     data_seed: int = 42
     chat_template: str | None = None
@@ -96,6 +97,8 @@ class TrainOptions:
                 f"--num_workers {self.num_workers}: with --data_path the base model computes the features in the "
                 "training process; leave --num_workers at 0."
             )
+        if self.data_path:
+            read_weights(self.data_path)
         parse_dtype(self.dtype)
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"--max_steps {self.max_steps}: expected 1 or more.")
@@ -222,7 +225,7 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
     else:
         idle["skip_damaged"] = "it is for a store (--tmpdir), and with --data_path there is none. Leave it out; "
         idle["skip_damaged"] += "--allow_truncated uses the whole records of a file cut short."
-        if options.end_num is None:
+        if options.end_num is None and read_weights(options.data_path)[0].weight is None:
             idle["data_seed"] = "it chooses conversations for --end_num, and without it all are used. Add --end_num, "
             idle["data_seed"] += "or leave it out; --seed is that of split, order, noise and random initialisation."
     if options.ttt_steps == 1:

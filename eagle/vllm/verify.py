@@ -66,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other suffix: one prompt a line (default: the set "
-        "that ships)",
+        help="MT-bench or ShareGPT: .json, .jsonl, .parquet or .arrow; any other suffix: one prompt a line (default: "
+        "the set that ships)",
     )
     parser.add_argument("--num_prompts", type=int, help="use only the first so many (default: all)")
     parser.add_argument("--num_speculative_tokens", type=int, default=3, help="length of the chain that is drafted")
