@@ -186,7 +186,10 @@ ROWS: tuple[Row, ...] = (
         "phi3",
         "Phi3",
         "Phi-4-mini",
-        {"en": "fused projections, longrope over a part of each head, tied", "zh": "合并的投影，部分维度的 longrope，共享"},
+        {
+            "en": "fused projections, longrope over a part of each head, tied",
+            "zh": "合并的投影，部分维度的 longrope，共享",
+        },
         {
             "tie_word_embeddings": True,
             "original_max_position_embeddings": ORIGINAL,
@@ -227,7 +230,10 @@ ROWS: tuple[Row, ...] = (
         "granite",
         "Granite",
         "Granite 3.0 to 3.3 (dense)",
-        {"en": "multipliers of embedding, attention, residual and logits", "zh": "嵌入、注意力、残差和 logits 各有乘数"},
+        {
+            "en": "multipliers of embedding, attention, residual and logits",
+            "zh": "嵌入、注意力、残差和 logits 各有乘数",
+        },
         {
             "tie_word_embeddings": True,
             "embedding_multiplier": 3.0,
@@ -257,7 +263,7 @@ def row_named(name: str) -> Row:
 
 
 def make_row(folder: Path, row: Row, seed: int = 0, **options: Any) -> Path:
-    """The row's target in float32 with a tokenizer, as a Hugging Face folder. options: of its config, beside its own."""
+    """The row's target in float32 with a tokenizer, as a Hugging Face folder. options: of its config, on top."""
     torch.manual_seed(seed)
     config_class = getattr(transformers, f"{row.classes}TextConfig", None) or getattr(
         transformers, f"{row.classes}Config"
