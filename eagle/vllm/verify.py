@@ -35,7 +35,7 @@ from eagle.text import visible
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
 from eagle.vllm.export import installed_vllm, release
 from eagle.vllm.note import note_with_acceptance
-from eagle.vllm.serving import Serving, serving_of
+from eagle.vllm.serving import AUTO, Serving, serving_of
 
 NOTE = "README.md"
 
@@ -313,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
             f"The longest prompt and its reply need {longest} positions. {serving.why()[-1]} Lower --max_new_tokens or "
             "leave long prompts out."
         )
-    print(f"starting vLLM {version} with the draft{serving.flags()}", flush=True)
+    run_by = "" if serving.model_impl == AUTO else f", --model-impl {serving.model_impl}"
+    print(f"starting vLLM {version} with the draft{run_by}", flush=True)
     try:
         with_draft = run_engine(request)
     except EngineError as error:
