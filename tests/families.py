@@ -22,7 +22,7 @@ LAYERS = 8
 HIDDEN, HEADS = 128, 4
 #: Tokens that a layer with a sliding window sees; every prompt of these tests is longer.
 WINDOW = 24
-#: Up to which length the shape with longrope was "trained"; every prompt is shorter.
+#: The original context of the shapes with longrope; every prompt is shorter.
 ORIGINAL = 512
 
 _LLAMA3_ROPE = {

@@ -53,6 +53,7 @@ class EngineRequest:
     vLLM's name for it; ``auto`` is the target's own. batch_size: how many prompts it decodes at once. stop_token_ids:
     end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs, as always on a CPU.
     warm_up: generate once before the clock and the counters start. model_impl: whose code runs the target.
+    least_context: serve at least so long a context.
     """
 
     model: str
@@ -68,10 +69,12 @@ class EngineRequest:
     enforce_eager: bool = False
     warm_up: bool = True
     model_impl: str = AUTO
+    least_context: int = 0
 
     def max_model_len(self) -> int:
         """The shortest context that holds every prompt, its reply and the tokens drafted past its end."""
-        return max(len(prompt) for prompt in self.prompts) + self.max_new_tokens + self.num_speculative_tokens + 1
+        longest = max(len(prompt) for prompt in self.prompts)
+        return max(longest + self.max_new_tokens + self.num_speculative_tokens + 1, self.least_context)
 
 
 @dataclass(frozen=True, slots=True)

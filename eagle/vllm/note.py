@@ -25,8 +25,8 @@ def serving_note(
     draft = shlex.quote(str(output.resolve()))
     hint = f"\n{layout.hint.format(draft=draft, flags=flags)}\n" if layout.hint else ""
     arguments = "".join(f"\n        {name}={json.dumps(value)}," for name, value in serving.arguments().items())
-    needed = "".join(f"\n- {reason}" for reason in serving.why())
-    needed = f"\nNeeded here:\n{needed}\n" if needed else ""
+    needed = "".join(f"\n- {reason}" for reason in serving.reasons())
+    needed = f"{needed}\n" if needed else ""
     accuracy = measured.get("val_accuracy")
     known = (
         f"Agreement with the target's own choice on held-out conversations, teacher-forced: {accuracy:.3f}."

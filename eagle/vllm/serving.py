@@ -9,6 +9,7 @@ from eagle.drafts.interface import DraftFamily
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
+from eagle.target.trunk import has_long_rope
 
 #: vLLM's name for whose code runs the target: its own class where it has one, else transformers'.
 AUTO = "auto"
@@ -16,38 +17,37 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Engine arguments that a target and its draft need beside ``speculative_config``.
+    """What a target and its draft need beside ``speculative_config``.
 
-    model_impl: whose code runs the target. max_model_len: the longest context that the draft's features are right for,
-    None where there is no such limit.
+    model_impl: whose code runs the target. least_context: the shortest context to serve that makes vLLM compute the
+    features that the draft was trained on, 0 where all do.
     """
 
     model_impl: str = AUTO
-    max_model_len: int | None = None
-
-    def arguments(self) -> dict[str, str | int]:
-        """Of ``vllm.LLM``."""
-        found: dict[str, str | int] = {} if self.model_impl == AUTO else {"model_impl": self.model_impl}
-        return found if self.max_model_len is None else found | {"max_model_len": self.max_model_len}
+    least_context: int = 0
 
     def flags(self) -> str:
         """Of ``vllm serve``, with a space in front of each."""
-        return "".join(f" --{name.replace('_', '-')} {value}" for name, value in self.arguments().items())
+        return "" if self.model_impl == AUTO else f" --model-impl {self.model_impl}"
 
-    def why(self) -> list[str]:
-        """A sentence for each of them."""
-        reasons = []
+    def arguments(self) -> dict[str, str]:
+        """The same of ``vllm.LLM``."""
+        return {} if self.model_impl == AUTO else {"model_impl": self.model_impl}
+
+    def reasons(self) -> list[str]:
+        """What to know of it, for people."""
+        found = []
         if self.model_impl != AUTO:
-            reasons.append(
-                f"--model-impl {self.model_impl}: vLLM's own class of this base model does not hand over what the "
-                "draft reads; transformers' does."
+            found.append(
+                f"`--model-impl {self.model_impl}` is needed: vLLM's own class of this base model does not hand over "
+                "what the draft reads, and transformers' does."
             )
-        if self.max_model_len is not None:
-            reasons.append(
-                f"--max-model-len {self.max_model_len}: with a longer context vLLM runs the base model with the long "
-                "factors of its rope, at every length, and its features are other ones than the draft was trained on."
+        if self.least_context:
+            found.append(
+                f"No `--max-model-len` below {self.least_context}: vLLM would take the short factors of the base "
+                "model's longrope, and hand over other features than those of the training."
             )
-        return reasons
+        return found
 
 
 def serving_of(target: ModelConfig, family: DraftFamily, flag: str = "--base-path") -> Serving:
@@ -64,6 +64,8 @@ def serving_of(target: ModelConfig, family: DraftFamily, flag: str = "--base-pat
             f"{flag}: no vLLM serves {family.describes} with a base model of model_type {target.family!r} (run with "
             f"vLLM 0.32).{instead}"
         )
-    rope = target.rope_scaling or {}
-    longest = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    return Serving(model_impl, longest)
+    least = 0
+    if has_long_rope(target):
+        assert target.rope_scaling
+        least = target.rope_scaling["original_max_position_embeddings"] + 1
+    return Serving(model_impl, least)

@@ -286,6 +286,7 @@ def make_request(
         stop_token_ids=stop,
         enforce_eager=args.enforce_eager,
         model_impl=serving.model_impl,
+        least_context=serving.least_context,
     )
 
 
@@ -307,11 +308,6 @@ def main(argv: list[str] | None = None) -> int:
         raise RequestError(
             f"The longest prompt and its reply need {longest} positions, the base model has "
             f"{config.max_position_embeddings}. Lower --max_new_tokens or leave long prompts out."
-        )
-    if serving.max_model_len is not None and longest > serving.max_model_len:
-        raise RequestError(
-            f"The longest prompt and its reply need {longest} positions. {serving.why()[-1]} Lower --max_new_tokens or "
-            "leave long prompts out."
         )
     run_by = "" if serving.model_impl == AUTO else f", --model-impl {serving.model_impl}"
     print(f"starting vLLM {version} with the draft{run_by}", flush=True)

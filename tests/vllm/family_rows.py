@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.saved import save_draft
+from eagle.files import read_json, write_json
 from eagle.generate import main as generation
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
+from eagle.target.trunk import has_long_rope
 from eagle.target.weights import Weights, read_embedding
 from eagle.vllm import convert
 from eagle.vllm.engine import EngineRequest
@@ -50,8 +53,19 @@ class Served:
     def prompt(self) -> list[int]:
         return self.record.input_ids.tolist()
 
+    def as_served(self) -> Path:
+        """The target's folder; of one with longrope a copy that has only the long factors, as vLLM computes it."""
+        raw = read_json(self.target / "config.json", "the target's config")
+        if not has_long_rope(self.config):
+            return self.target
+        copy = Path(shutil.copytree(self.target, self.target.with_name("long")))
+        raw["rope_parameters"]["short_factor"] = raw["rope_parameters"]["long_factor"]
+        write_json(copy / "config.json", raw)
+        return copy
+
     def request(self, method: str) -> EngineRequest:
         """Prefills the prompt and drafts a chain."""
+        serving = serving_of(self.config, FAMILY_OF[method])
         return EngineRequest(
             str(self.target),
             [self.prompt],
@@ -61,7 +75,8 @@ class Served:
             max_new_tokens=8,
             dtype="float32",
             warm_up=False,
-            model_impl=serving_of(self.config, FAMILY_OF[method]).model_impl,
+            model_impl=serving.model_impl,
+            least_context=serving.least_context,
         )
 
 

@@ -139,7 +139,7 @@ def window_mask(row: Row, count: int) -> torch.Tensor | None:
 def test_our_own_decoding_says_what_transformers_does(proof: Proof, row: Row) -> None:
     """Greedy, with drafts that are never, sometimes and mostly right, as a chain and as a tree."""
     served = proof.served[row.name]
-    expected, features = greedy_by_transformers(served.target, served.prompt, NEW)
+    expected, features = greedy_by_transformers(served.as_served(), served.prompt, NEW)
     target = load_target(served.target, torch.float32, CPU)
     rigged = RIGGED["right two times of three"]
     drafts = {method: load_draft(folder, target.embedding.data, served.config) for method, folder in
