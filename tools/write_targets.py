@@ -1,6 +1,6 @@
 """Write the tables of base models, docs/targets.md and docs/targets.zh-CN.md, from what was run: docs/targets.json.
 
-    EAGLE_TARGETS=docs/targets.json .venv-vllm/bin/python -m pytest tests/vllm/test_families.py -m "long or not long" -s
+    EAGLE_TARGETS=docs/targets.json .venv-vllm/bin/python -m pytest tests/vllm/test_families.py -s
     python tools/write_targets.py            writes both pages
     python tools/write_targets.py --check    writes nothing; exit code 1 where one of them is stale
 

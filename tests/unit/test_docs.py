@@ -23,6 +23,7 @@ FOREIGN_FLAGS = {
     "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
     "--rm", "--name", "--network", "--shm-size", "--model", "--speculative-model", "--num-speculative-tokens",
     "--use-v2-block-manager", "--tensor-parallel-size", "--compilation-config", "--version",
+    "--model-impl", "--max-model-len",
 }  # fmt: skip
 
 _LINK = re.compile(r"\[[^\]\[]*\]\(([^()\s]+)\)")

@@ -2,7 +2,7 @@
 
 The rows outside the gate are marked long. To run them all, and write what docs/targets.md is written from:
 
-    EAGLE_TARGETS=docs/targets.json .venv-vllm/bin/python -m pytest tests/vllm/test_families.py -m "long or not long" -s
+    EAGLE_TARGETS=docs/targets.json .venv-vllm/bin/python -m pytest tests/vllm/test_families.py -s
     python tools/write_targets.py
 """
 
