@@ -89,6 +89,7 @@ def make_served(folder: Path, row: Row) -> Served:
     """Steps 3 and 5, with random drafts in place of trained ones: every tensor of theirs matters."""
     target = make_row(folder / "target", row)
     config = load_config(target)
+    assert config.window == row.window
     record = longest_record(folder, target, row)
     served = Served(row, target, config, record)
     for method, family in FAMILY_OF.items():
