@@ -54,13 +54,19 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
 
 def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path, family: DraftFamily) -> None:
     """Raises: RequestError naming every size in which the draft's config differs from the target's."""
-    if wrong := draft.differences(target, family.same_as_target):
+    if target.window is not None:
+        warn(
+            f"vLLM limits a draft of this base model to the last {target.window} tokens; here it attends to all, so "
+            "that acceptance behind these is measured otherwise."
+        )
+    expected = target.draft()
+    if wrong := draft.differences(expected, family.same_as_target):
         raise RequestError(
             f"--draft-path {folder} is no draft of --base-path's model: {'; '.join(wrong)}. Name the base model it was "
             "trained for."
         )
     for name in ("rope_theta", "rope_scaling"):
-        mine, its = getattr(draft, name), getattr(target, name)
+        mine, its = getattr(draft, name), getattr(expected, name)
         if mine != its:
             warn(
                 f"{folder}/config.json has {name} {mine}, the base model {its}. It is measured as it is, as vLLM would "

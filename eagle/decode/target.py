@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -51,10 +52,12 @@ class Target:
         tree: depths ``[T]`` and ancestors ``[T, T]`` where the tokens are not a sequence.
         """
         start, count = cache.length, len(tokens)
+        mask: Any = None
         if tree is None:
-            positions, mask = torch.arange(start, start + count, device=tokens.device), None
+            positions = torch.arange(start, start + count, device=tokens.device)
         else:
-            positions, mask = tree[0] + start, attention_bias(tree[1], start, self.head.dtype)
+            positions = tree[0] + start
+            mask = tree_mask(self.trunk.config, tree[1], positions, start, self.head.dtype)
         found = features_of(
             self.trunk,
             names,
@@ -71,16 +74,31 @@ class Target:
         return functional.linear(hidden_state, self.head)
 
 
-def attention_bias(visible: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """The mask ``[1, 1, T, before + T]`` that transformers adds to attention scores. visible: ``[T, T]`` bool.
+def tree_mask(
+    config: Any, ancestors: torch.Tensor, positions: torch.Tensor, before: int, dtype: torch.dtype
+) -> torch.Tensor | dict[str, torch.Tensor] | None:
+    """The attention mask of a tree's nodes behind `before` rows, as transformers' model of that config takes it.
 
-    None for a single token, which sees everything.
+    ancestors: ``[T, T]`` bool, True where a node sees another. positions: ``[T]``. Layers with a window see what lies
+    less than that behind them; where some have one and others none, their masks go by the layers' kinds.
+
+    None for a single token, whose mask is the usual one.
     """
-    if len(visible) == 1:
+    if len(ancestors) == 1:
         return None
+    whole = functional.pad(ancestors, (before, 0), value=True)
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if window is None or kinds == {"full_attention"}:
+        return attention_bias(whole, dtype)
+    rows = torch.cat([torch.arange(before, device=positions.device), positions])
+    near = attention_bias(whole & (positions[:, None] - rows < window), dtype)
+    return {"full_attention": attention_bias(whole, dtype), "sliding_attention": near} if kinds else near
+
+
+def attention_bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask ``[1, 1, T, rows]`` that transformers adds to attention scores. visible: ``[T, rows]`` bool."""
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    bias.masked_fill_(~visible, torch.finfo(dtype).min)
-    return functional.pad(bias, (before, 0))[None, None]
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
 
 
 def load_target(folder: Path, dtype: torch.dtype, device: torch.device, *, spread: bool = False) -> Target:
@@ -91,5 +109,5 @@ def load_target(folder: Path, dtype: torch.dtype, device: torch.device, *, sprea
     trunk = load_trunk(folder, dtype, device, spread=spread)
     parts = parts_of(trunk, config)
     device, embedding = parts.norm.device, parts.embedding
-    shared = config.tie_word_embeddings and embedding.device == device
+    shared = config.shares_head and embedding.device == device
     return Target(config, trunk, embedding.data if shared else head.to(device, dtype))

@@ -57,7 +57,7 @@ class Setting:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return self.config.tie_word_embeddings
+        return self.config.shares_head
 
     @property
     def positions(self) -> int:

@@ -17,7 +17,7 @@ from eagle.data.reader import Records, open_records
 from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card
-from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.families import DRAFT_FAMILIES, check_served
 from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
@@ -27,19 +27,21 @@ from eagle.generate.request import GenerationRequest
 from eagle.provenance import provenance
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
-from eagle.target.check import check_target
+from eagle.target.check import check_config, check_target
 from eagle.target.compiled import should_compile
 from eagle.target.config import ModelConfig
 from eagle.target.features import aux_layers, describe_feature
 from eagle.target.identity import Identity
 from eagle.target.tokenizer import tokens_without_row
+from eagle.target.trunk import has_long_rope
+from eagle.target.weights import first_weight_file
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A resolved request: the manifest's content, and what the parent needs to start the workers.
 
-    conversations: how many this node computes.
+    conversations: how many this node computes. identity: None where only a plan is made, of a model without weights.
     """
 
     request: GenerationRequest
@@ -49,7 +51,8 @@ class Job:
     notes: list[str]
     records: Records
     encoder: Encoder
-    identity: Identity
+    target: ModelConfig
+    identity: Identity | None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -61,14 +64,20 @@ class Job:
         return self.request.card_groups()
 
 
-def resolve(request: GenerationRequest) -> Job:
+def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     """Check the request against the disk, the data and the device, before any work begins.
+
+    only_planned: nothing is to be computed, so that the base model's folder may do without weights.
 
     Raises: FileNotFoundError, RequestError.
     """
     model = existing_path(request.model_name, "--model_name", "folder")
-    target = check_target(model, "--model_name")
-    config = target.config
+    identity = None
+    if only_planned and first_weight_file(model) is None:
+        config = check_config(model, "--model_name")
+    else:
+        checked = check_target(model, "--model_name")
+        config, identity = checked.config, checked.identity
     if request.model_type not in (None, config.family):
         raise RequestError(
             f"--model_type {request.model_type}: {model}/config.json says model_type {config.family!r}. "
@@ -86,7 +95,7 @@ def resolve(request: GenerationRequest) -> Job:
     conversations = min(len(records), request.end_num or len(records))
     if conversations < request.num_nodes:
         raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
-    notes = _notes(request, records, encoder, config.max_position_embeddings)
+    notes = _notes(request, records, encoder, config)
     if beyond := tokens_without_row(encoder.tokenizer, config.vocab_size):
         notes.append(
             f"the embedding has no row for {', '.join(sorted(beyond)[:4])}; conversations that spell them out are left "
@@ -96,7 +105,7 @@ def resolve(request: GenerationRequest) -> Job:
         "format_version": FORMAT_VERSION,
         "target": {
             "name": str(model.resolve()),
-            "fingerprint": target.identity.current,
+            "fingerprint": identity.current if identity else None,
             "config_digest": config.digest(),
             "family": config.family,
             "hidden_size": config.hidden_size,
@@ -134,12 +143,13 @@ def resolve(request: GenerationRequest) -> Job:
     }
     share = node_share(manifest)
     refuse_other_formats(records, sorted(share), request.data_path)
-    return Job(request, kind, len(share), manifest, notes, records, encoder, target.identity)
+    return Job(request, kind, len(share), manifest, notes, records, encoder, config, identity)
 
 
 def features_for(request: GenerationRequest, target: ModelConfig) -> dict[str, int]:
     """Widths of the features that the draft of this job reads, by name. Raises: RequestError."""
     family = DRAFT_FAMILIES[request.draft]
+    check_served(family, target)
     features = family.features(family.config(target, None, request.choices))
     if request.compile == "on" and any(map(aux_layers, features)):
         raise RequestError(
@@ -157,7 +167,8 @@ def began_with(request: GenerationRequest) -> dict | None:
     return None
 
 
-def _notes(request: GenerationRequest, records: Records, encoder: Encoder, longest: int) -> list[str]:
+def _notes(request: GenerationRequest, records: Records, encoder: Encoder, config: ModelConfig) -> list[str]:
+    longest = config.max_position_embeddings
     notes = [f"chat template: {encoder.template_name}", *encoder.notes()]
     if records.damage:
         notes.append(
@@ -168,6 +179,13 @@ def _notes(request: GenerationRequest, records: Records, encoder: Encoder, longe
         notes.append(f"--end_num {request.end_num:,}: the file holds {len(records):,} conversations; all are used")
     if request.max_length > longest:
         notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
+    if has_long_rope(config):
+        assert config.rope_scaling
+        original = config.rope_scaling["original_max_position_embeddings"]
+        notes.append(
+            f"longrope: features are computed with its long factors, as vLLM does unless --max-model-len is {original} "
+            "at most. To serve it so, put the short factors in place of the long ones in config.json, here and there"
+        )
     return notes
 
 
@@ -221,7 +239,8 @@ def check_outdir(job: Job) -> bool:
         if "resharded_into" in existing:
             raise RequestError(f"--outdir {outdir} holds a resharded store, which cannot be continued; name another.")
         # Stores of version 0.1 name their target by another fingerprint.
-        named = job.identity.as_in(existing["target"].get("fingerprint"))
+        named = existing["target"].get("fingerprint")
+        named = job.identity.as_in(named) if job.identity else named
         own = {**job.manifest, "target": {**job.manifest["target"], "fingerprint": named}}
         differences = _differences(existing, own)
         if differences and has_shards(outdir):

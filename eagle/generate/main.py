@@ -110,7 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="say what the job takes (disk, time by a short probe, the workers' commands) and write nothing",
+        help="say what the job takes (disk, memory, time by a short probe, the workers' commands) and write nothing; "
+        "--model_name may then hold config.json and tokenizer alone, which leaves out the probe",
     )
     return parser
 
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     request = GenerationRequest(**options)
     if os.environ.get("EAGLE_TARIN_MODE"):
         print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")
-    job = resolve(request)
+    job = resolve(request, only_planned=args.dry_run)
     print(f"{job.conversations:,} conversations, {len(job.groups)} worker(s) on {job.kind}")
     for note in job.notes:
         print(visible(f"  {note}"))

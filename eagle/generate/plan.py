@@ -24,6 +24,7 @@ from eagle.store.dtypes import STORE_DTYPES, bytes_per_value
 from eagle.store.manifest import MANIFEST
 from eagle.store.writer import SHARD_BYTES, shard_bytes_for
 from eagle.target.features import states_in
+from eagle.target.trunk import trunk_values
 
 #: Seconds of computing that a dry run judges the speed by.
 PROBE_SECONDS = 10
@@ -133,10 +134,22 @@ def make_plan(job: Job, tokens: Tokens) -> Plan:
 
 
 def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:
-    """The per-worker commands, and the expected time from a short probe of the worker that has most left to do."""
+    """The per-worker commands, the base model's size, and the expected time.
+
+    It is judged by a short probe of the worker that has most left to do.
+    """
     lines = [f"worker {number}: {_shown(job, number)}" for number in range(len(job.groups))]
+    values, dtype = trunk_values(job.target), parse_dtype(job.manifest["dtype"])
+    cards, place = len(job.groups[0]), "" if job.kind == "cpu" else f" on {len(job.groups[0])} card(s)"
+    each = f", {_size(values * dtype.itemsize // cards)} on each" if cards > 1 else ""
+    lines.append(
+        f"base model: {values:,} values without its lm_head, {_size(values * dtype.itemsize)} in "
+        f"{job.manifest['dtype']} for every worker{place}{each}"
+    )
     left = [worker.tokens for worker in plan.workers]
-    if any(left):
+    if any(left) and job.identity is None:
+        lines.append(f"no probe, and so no time: {job.request.model_name} holds no weights")
+    elif any(left):
         rate = probe(job, tokens, left.index(max(left)))
         several = f" by each of {len(job.groups)} workers" if len(job.groups) > 1 else ""
         lines.append(

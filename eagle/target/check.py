@@ -14,8 +14,9 @@ from pathlib import Path
 from eagle.errors import RequestError
 from eagle.files import read_json
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.families import TARGET_FAMILIES, UNQUANTIZED
+from eagle.target.families import TARGET_FAMILIES
 from eagle.target.identity import Identity
+from eagle.target.refusals import UNQUANTIZED
 from eagle.target.trunk import expected_tensors
 from eagle.target.weights import Header, Weights, first_weight_file
 

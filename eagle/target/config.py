@@ -17,17 +17,16 @@ from typing import Any
 
 from eagle.errors import RequestError
 from eagle.files import read_json
-from eagle.target.families import LLAMA, TARGET_FAMILIES
-
-#: transformers' own assumption where a config names no theta.
-DEFAULT_ROPE_THETA = 10000.0
+from eagle.target.families import LLAMA, TARGET_FAMILIES, TargetFamily
+from eagle.target.refusals import other_kind_of_model
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The numbers a decoder layer is built from. `family` is the target's model_type.
 
-    extra: keys that a draft family adds to its drafts' config.json, as they stand there.
+    logit_scale: what the head's products are multiplied by. own: further keys of the target's family that change what
+    it computes. extra: keys that a draft family adds to its drafts' config.json, as they stand there.
     """
 
     family: str
@@ -52,6 +51,8 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
+    logit_scale: float = 1.0
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,10 +62,27 @@ class ModelConfig:
                 f"num_key_value_heads {self.num_key_value_heads}: the config is damaged."
             )
 
+    @property
+    def shares_head(self) -> bool:
+        """Whether the target's ``lm_head``, as its logits are computed, is its embedding: one tensor then, not two."""
+        return self.tie_word_embeddings and self.logit_scale == 1.0
+
+    @property
+    def window(self) -> int | None:
+        """To how many positions vLLM limits what the draft's layer attends to; None: to none."""
+        found = self.own.get(TARGET_FAMILIES[self.family].window or "")
+        return found if found is not None and found < self.max_position_embeddings else None
+
     def digest(self) -> str:
         """sha256 over everything that changes what the model computes (ids and dtype do not)."""
         ignored = {"dtype", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "extra"}
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        # Digests of targets that have none of these are as they were before there were any.
+        content["own"] = {key: value for key, value in self.own.items() if value is not None}
+        if not content["own"]:
+            del content["own"]
+        if self.logit_scale == 1.0:
+            del content["logit_scale"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def differences(self, base: ModelConfig, names: Iterable[str]) -> list[str]:
@@ -82,6 +100,7 @@ class ModelConfig:
         class loads.
         """
         family = LLAMA if as_llama else self.family
+        scaled = {"logit_scale": self.logit_scale} if self.logit_scale != 1.0 and family == LLAMA else {}
         rope = dict(self.rope_scaling or {"rope_type": "default"})
         config: dict[str, Any] = {
             "architectures": [TARGET_FAMILIES[family].architecture],
@@ -108,11 +127,20 @@ class ModelConfig:
             "torch_dtype": self.dtype,
         }
         biases = TARGET_FAMILIES[family].keys(self.qkv_bias, self.o_bias, self.mlp_bias)
-        return config | biases | self.extra
+        return config | biases | scaled | self.own | self.extra
 
     def draft(self) -> ModelConfig:
-        """The draft's config: this model with a single layer."""
-        return dataclasses.replace(self, num_hidden_layers=1)
+        """The draft's config: a single layer of this model's sizes, of Llama's kind where its own is another.
+
+        The draft learns its own attention, so that it need not have what only the target's has: a part of a head
+        without rope, or longrope, of which vLLM and transformers choose the factors differently.
+        """
+        layer = dataclasses.replace(self, num_hidden_layers=1, own={})
+        if layer.rope_scaling and layer.rope_scaling["rope_type"] == "longrope":
+            layer = dataclasses.replace(layer, rope_scaling=None)
+        if TARGET_FAMILIES[self.family].as_itself:
+            return layer
+        return dataclasses.replace(layer, family=LLAMA, hidden_act="silu")
 
 
 def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterable[str] = ()) -> ModelConfig:
@@ -132,18 +160,11 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
         if not isinstance(inner, dict):
             raise RequestError(f"{source}: model_type is 'eagle' but there is no 'model' object inside it.")
         raw = {"torch_dtype": raw.get("torch_dtype"), **inner}
-    family = TARGET_FAMILIES.get(raw.get("model_type", ""))
-    architectures = raw.get("architectures") or []
-    if family is None:
-        named = architectures[0] if architectures else raw.get("model_type")
-        raise RequestError(
-            f"{source}: the architecture {named!r} is not supported; expected a "
-            f"{' or '.join(known.describes for known in TARGET_FAMILIES.values())} model, whose config.json says "
-            f"model_type {' or '.join(map(repr, TARGET_FAMILIES))}."
-        )
+    family = _family(raw, source)
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(key) or {}, dict):
             raise RequestError(f"{source}: {key} is {raw[key]!r}; expected an object, or null.")
+    raw = family.understood(raw)
     for refusal in family.refusals:
         if reason := refusal(raw):
             raise RequestError(f"{source}: {reason}")
@@ -159,8 +180,10 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
         return need(key) if raw.get(key) else default
 
     heads = need("num_attention_heads")
+    for key in family.needed:
+        need(key)
     qkv_bias, o_bias = family.biases(raw)
-    theta, scaling = _rope(raw, source)
+    theta, scaling = _rope(raw, source, family.rope_theta)
     return ModelConfig(
         family=family.name,
         hidden_size=need("hidden_size"),
@@ -171,24 +194,51 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
         head_dim=optional("head_dim", need("hidden_size") // heads),
         vocab_size=need("vocab_size"),
         max_position_embeddings=optional("max_position_embeddings", family.max_position_embeddings),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=raw.get("rms_norm_eps", family.rms_norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
         hidden_act=raw.get("hidden_act", "silu"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.tied)),
         initializer_range=raw.get("initializer_range", 0.02),
         dtype=raw.get("dtype") or raw.get("torch_dtype"),
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=raw.get("eos_token_id"),
         pad_token_id=raw.get("pad_token_id"),
+        logit_scale=_logit_scale(raw, family, source),
+        own={key: raw[key] for key in family.own_keys if key in raw},
         extra={key: raw[key] for key in extra if key in raw},
     )
 
 
-def _rope(raw: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
+def _family(raw: dict[str, Any], source: str) -> TargetFamily:
+    """Raises: RequestError for a model of none."""
+    family = TARGET_FAMILIES.get(raw.get("model_type", ""))
+    if family is None or raw.get("is_encoder_decoder"):
+        if reason := other_kind_of_model(raw):
+            raise RequestError(f"{source}: {reason}")
+        architectures = raw.get("architectures") or []
+        named = architectures[0] if architectures else raw.get("model_type")
+        raise RequestError(
+            f"{source}: the architecture {named!r} is not supported; expected one of "
+            f"{', '.join(known.describes for known in TARGET_FAMILIES.values())}, whose config.json says model_type "
+            f"{', '.join(map(repr, TARGET_FAMILIES))}."
+        )
+    return family
+
+
+def _logit_scale(raw: dict[str, Any], family: TargetFamily, source: str) -> float:
+    """Drafts say it as vLLM reads it, targets as their family does."""
+    key = family.divisor or "logit_scale"
+    value = raw.get(key, 1.0) if family.divisor or family.name == LLAMA else 1.0
+    if not isinstance(value, int | float) or not value > 0:
+        raise RequestError(f"{source}: {key} is {value!r}; expected a number above 0.")
+    return 1.0 / value if family.divisor else float(value)
+
+
+def _rope(raw: dict[str, Any], source: str, default: float) -> tuple[float, dict[str, Any] | None]:
     """theta and scaling from either generation's keys; a plain rotary embedding has no scaling."""
     parameters = dict(raw.get("rope_parameters") or {})
     scaling = {**(raw.get("rope_scaling") or {}), **parameters}
@@ -201,7 +251,7 @@ def _rope(raw: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | Non
     theta = theta_new if theta_new is not None else theta_old
     kind = scaling.pop("type", None)  # the name transformers 4 used first
     scaling.setdefault("rope_type", kind or "default")
-    return float(theta or DEFAULT_ROPE_THETA), None if scaling["rope_type"] == "default" else scaling
+    return float(theta or default), None if scaling["rope_type"] == "default" else scaling
 
 
 def load_config(path: str | Path, extra: Iterable[str] = ()) -> ModelConfig:

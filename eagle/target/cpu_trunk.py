@@ -18,6 +18,7 @@ import torch
 
 from eagle.target.compiled import NOISE, difference
 from eagle.target.cpu_attention import Scratch, causal_attention
+from eagle.target.families import TARGET_FAMILIES
 from eagle.target.features import HIDDEN_STATE, aux_layers
 from eagle.target.packing import Group, pack
 from eagle.target.trunk import TrunkParts
@@ -153,12 +154,15 @@ def packed_trunk(trunk: Any, parts: TrunkParts) -> PackedTrunk | None:
     None where the trunk is another than that computes; and, with a word on stderr, where that fails or its features are
     not those of transformers to the noise of the dtype.
     """
-    weight = parts.embedding
+    weight, config = parts.embedding, trunk.config
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(trunk, "rotary_emb"):
+        return None
+    # A window would show in long sequences alone, which are not compared below.
+    if not TARGET_FAMILIES[config.model_type].plain or getattr(config, "sliding_window", None):
         return None
     for layer in parts.layers:
         modules = {name.rpartition(".")[0] for name, _ in layer.named_parameters()}
-        if modules != _MODULES or getattr(layer.self_attn, "sliding_window", None):
+        if modules != _MODULES:
             return None
     ids = np.random.default_rng(0).integers(len(weight), size=(len(_LENGTHS), max(_LENGTHS)))
     ids[:_SHARING, :_SHARED] = ids[0, :_SHARED]

@@ -1,42 +1,65 @@
 """The target families: everything in which supported models differ by the ``model_type`` of their config.json.
 
 Who needs to know asks the table; there is no other place that compares family names. A new family is an entry here,
-a chat template of its own perhaps, and a test target.
+a chat template of its own perhaps, and a row in the tests that compare it with vLLM (docs/targets.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-#: A key of config.json that makes a target unusable -> why, and the cure; None where all is well.
-Refusal = Callable[[dict[str, Any]], "str | None"]
+from eagle.target import dialects
+from eagle.target.dialects import Raw, Shapes
+from eagle.target.refusals import (
+    EVERY,
+    Refusal,
+    both_directions,
+    optional_window,
+    other_code_than_phi3s,
+    own_code,
+    soft_cap,
+)
+
+#: As which vLLM loads every draft, whatever its target.
+LLAMA = "llama"
 
 
-#: What to do instead of using a quantized model.
-UNQUANTIZED = "Train against the unquantized model it was made from; the draft fits both."
+def _llama_biases(raw: Raw) -> tuple[bool, bool]:
+    every = bool(raw.get("attention_bias", False))
+    # qkv_bias is vLLM's own key, in the drafts of Qwen2 targets.
+    return every or bool(raw.get("qkv_bias", False)), every
 
-#: The rope types that every supported transformers computes, and the keys each has to bring along.
-ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+
+def _llama_keys(qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> dict[str, Any]:
+    keys: dict[str, Any] = {"attention_bias": o_bias, "mlp_bias": mlp_bias}
+    return keys | {"qkv_bias": True} if qkv_bias and not o_bias else keys
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFamily:
     """One ``model_type``.
 
-    describes: for messages. architecture: transformers' class. max_position_embeddings: what transformers assumes where
-    config.json names none. biases: of a raw config, whether q, k and v have biases, and whether o has. keys: the keys
-    that say so, from those two and the MLP's, for a config to be written. template_names: what a model is called in
-    lower case, or a part of it, and the built-in chat template that those speak whose tokenizer brings none. template:
-    a guess at it for the others, by their longest context. refusals: what cannot be used.
+    describes: for messages. architecture: transformers' class. since: the transformers release that has it first.
+
+    config.json. max_position_embeddings, rope_theta, rms_norm_eps, tied: what transformers assumes where it names none.
+    needed: keys that it must name. understood: the config in Llama's words, where the family has words of its own.
+    own_keys: of what `understood` gives, the keys beside the common ones that change what the model computes. divisor:
+    the key of a number that logits are divided by. biases: whether q, k and v have biases, and whether o has. keys: the
+    keys that say so, from those two and the MLP's, for a config to be written. refusals: what cannot be used.
+
+    The draft is a Llama layer. as_itself: a config of this family can say all of that layer, so that checkpoints do.
+    serves: by vLLM's method for a draft, the model_impl that the target has to be served with (``auto``: any); a method
+    that is not there cannot be used with the family. window: the key of a sliding window of all layers, which vLLM
+    gives the draft's layer too.
+
+    Chat. template_names: what a model is called in lower case, or a part of it, and the built-in chat template that
+    those speak whose tokenizer brings none. template: a guess at it for the others, by their longest context; None: it
+    cannot be guessed.
+
+    Trunk. plain: every layer is Llama's and attends to all that went before. norm_offset: what a norm adds to its
+    weight. in_files: from the module's tensors to those of the weight files, shapes by name.
 
     The rest are names. Weights: embedding, head, norm (the final one); marks, three that every fine-tuning moves,
     ``{last}`` in them the last layer's number. Modules of the trunk: trunk_embedding, trunk_layers, trunk_norm.
@@ -46,11 +69,25 @@ class TargetFamily:
     describes: str
     architecture: str
     max_position_embeddings: int
-    biases: Callable[[dict[str, Any]], tuple[bool, bool]]
-    keys: Callable[[bool, bool, bool], dict[str, Any]]
-    template: Callable[[int], str]
+    template: Callable[[int], str | None] = lambda longest: None
     template_names: tuple[tuple[str, str], ...] = ()
-    refusals: tuple[Refusal, ...] = ()
+    since: tuple[int, int] = (4, 45)
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tied: bool = False
+    needed: tuple[str, ...] = ()
+    understood: Callable[[Raw], Raw] = dict
+    own_keys: tuple[str, ...] = ()
+    divisor: str | None = None
+    biases: Callable[[Raw], tuple[bool, bool]] = _llama_biases
+    keys: Callable[[bool, bool, bool], dict[str, Any]] = _llama_keys
+    refusals: tuple[Refusal, ...] = EVERY
+    as_itself: bool = False
+    serves: Mapping[str, str] = field(default_factory=lambda: {"eagle": "auto", "eagle3": "auto"})
+    window: str | None = None
+    plain: bool = False
+    norm_offset: float = 0.0
+    in_files: Callable[[Shapes], Shapes] = dict
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     norm: str = "model.norm.weight"
@@ -64,98 +101,28 @@ class TargetFamily:
     trunk_norm: str = "norm"
 
 
-def sliding_window(raw: dict[str, Any]) -> str | None:
-    # transformers takes a window of 4096 where the key is absent; an explicit null is no window.
-    if not (raw.get("use_sliding_window") and raw.get("sliding_window", 4096)):
-        return None
-    return (
-        "use_sliding_window is on; vLLM's EAGLE draft attends to everything, so a draft would not match. Set "
-        "use_sliding_window to false (the released Qwen2 configs have it off)."
-    )
+def _llama_template(longest: int) -> str | None:
+    """Llama-1 chat models (their context is 2048) speak Vicuna's, Llama-2 chat's have 4096; Llama-3's bring theirs."""
+    return "vicuna" if longest <= 2048 else "llama2" if longest <= 4096 else None
 
 
-def quantized(raw: dict[str, Any]) -> str | None:
-    # compression_config: what compressed-tensors wrote before it took the common key.
-    found = raw.get("quantization_config") or raw.get("compression_config")
-    if not found:
-        return None
-    method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
-    return f"this is a quantized model ({method}). {UNQUANTIZED}"
+def _chatml(longest: int) -> str | None:
+    return "chatml"
 
-
-def unknown_rope(raw: dict[str, Any]) -> str | None:
-    # In transformers' order: the newer key counts where both are there.
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        return (
-            f"the rope type {kind!r} is not known here; expected {', '.join(ROPE_TYPES)}. Features would be computed "
-            "with other positions than the model was trained with: use a model whose rope is one of these."
-        )
-    missing = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
-    if missing:
-        return (
-            f"its rope of type {kind!r} has no {', '.join(missing)}. config.json is damaged, or was edited: take the "
-            "one that was published with the weights."
-        )
-    return None
-
-
-def own_code(raw: dict[str, Any]) -> str | None:
-    found = raw.get("auto_map")
-    if not found:
-        return None
-    named = ", ".join(map(str, found.values())) if isinstance(found, dict) else str(found)
-    return (
-        f"the model brings code of its own (auto_map: {named}), which is not run here. Use a conversion of it to plain "
-        "Llama or Qwen2; where it is one already, and the code only repeats what transformers has, take auto_map out "
-        "of config.json."
-    )
-
-
-def weights_elsewhere(raw: dict[str, Any]) -> str | None:
-    found = raw.get("transformers_weights")
-    if not found:
-        return None
-    return (
-        f"transformers_weights names {found} as the weights, which only some versions of transformers follow. Name the "
-        "file model.safetensors (or model.safetensors.index.json) and take the key out of config.json."
-    )
-
-
-def _llama_biases(raw: dict[str, Any]) -> tuple[bool, bool]:
-    every = bool(raw.get("attention_bias", False))
-    # qkv_bias is vLLM's own key, in the drafts of Qwen2 targets.
-    return every or bool(raw.get("qkv_bias", False)), every
-
-
-def _llama_keys(qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> dict[str, Any]:
-    keys: dict[str, Any] = {"attention_bias": o_bias, "mlp_bias": mlp_bias}
-    return keys | {"qkv_bias": True} if qkv_bias and not o_bias else keys
-
-
-def _llama_template(longest: int) -> str:
-    """Llama-1 chat models (their context is 2048) speak Vicuna's; others Llama-2 chat's."""
-    return "vicuna" if longest <= 2048 else "llama2"
-
-
-#: As which vLLM loads every draft, whatever its target.
-LLAMA = "llama"
-REFUSALS: tuple[Refusal, ...] = (quantized, own_code, unknown_rope, sliding_window, weights_elsewhere)
 
 TARGET_FAMILIES: dict[str, TargetFamily] = {
     family.name: family
     for family in (
         TargetFamily(
             name=LLAMA,
-            describes="Llama (1, 2 or a model of the same shape)",
+            describes="Llama (1, 2, 3 or a model of the same shape)",
             architecture="LlamaForCausalLM",
             max_position_embeddings=2048,
-            biases=_llama_biases,
-            keys=_llama_keys,
             template=_llama_template,
             template_names=(("vicuna", "vicuna"), ("llama-2", "llama2"), ("llama2", "llama2"), ("llama_2", "llama2")),
-            refusals=REFUSALS,
+            refusals=(*EVERY, optional_window),
+            as_itself=True,
+            plain=True,
         ),
         TargetFamily(
             name="qwen2",
@@ -164,9 +131,111 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             max_position_embeddings=32768,
             biases=lambda raw: (True, False),
             keys=lambda qkv_bias, o_bias, mlp_bias: {},
-            template=lambda longest: "chatml",
+            template=_chatml,
             template_names=(("qwen", "chatml"),),
-            refusals=REFUSALS,
+            refusals=(*EVERY, optional_window),
+            as_itself=True,
+            plain=True,
+        ),
+        TargetFamily(
+            name="qwen3",
+            describes="Qwen3",
+            architecture="Qwen3ForCausalLM",
+            since=(4, 51),
+            max_position_embeddings=32768,
+            needed=("head_dim", "num_key_value_heads"),
+            refusals=(*EVERY, optional_window),
+        ),
+        TargetFamily(
+            name="qwen3_moe",
+            describes="Qwen3 mixture of experts",
+            architecture="Qwen3MoeForCausalLM",
+            since=(4, 51),
+            max_position_embeddings=32768,
+            needed=("num_key_value_heads", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+            understood=dialects.qwen3_moe,
+            own_keys=(
+                "moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step",
+                "mlp_only_layers",
+            ),
+            refusals=(*EVERY, optional_window),
+            in_files=dialects.qwen3_moe_files,
+        ),
+        TargetFamily(
+            name="mistral",
+            describes="Mistral",
+            architecture="MistralForCausalLM",
+            since=(4, 53),
+            max_position_embeddings=131072,
+            needed=("num_key_value_heads",),
+            understood=dialects.mistral,
+            own_keys=("sliding_window",),
+            window="sliding_window",
+            plain=True,
+        ),
+        TargetFamily(
+            name="mixtral",
+            describes="Mixtral",
+            architecture="MixtralForCausalLM",
+            since=(4, 53),
+            max_position_embeddings=131072,
+            rope_theta=1e6,
+            rms_norm_eps=1e-5,
+            needed=("num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
+            own_keys=("sliding_window", "num_local_experts", "num_experts_per_tok"),
+            window="sliding_window",
+            serves={"eagle": "auto", "eagle3": "transformers"},
+            in_files=dialects.mixtral_files,
+        ),
+        TargetFamily(
+            name="phi3",
+            describes="Phi-3 / Phi-4",
+            architecture="Phi3ForCausalLM",
+            since=(4, 53),
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            understood=dialects.phi3,
+            own_keys=("sliding_window", "partial_rotary_factor"),
+            refusals=tuple(other_code_than_phi3s if refusal is own_code else refusal for refusal in EVERY),
+            window="sliding_window",
+        ),
+        TargetFamily(
+            name="gemma3_text",
+            describes="Gemma 3 (text)",
+            architecture="Gemma3ForCausalLM",
+            since=(4, 53),
+            max_position_embeddings=131072,
+            rope_theta=1e6,
+            tied=True,
+            needed=("head_dim", "num_key_value_heads", "sliding_window", "query_pre_attn_scalar"),
+            understood=dialects.gemma3,
+            own_keys=(
+                "sliding_window", "layer_types", "query_pre_attn_scalar", "rope_local_base_freq", "hidden_activation",
+            ),
+            refusals=(*EVERY, soft_cap, both_directions),
+            serves={"eagle": "auto", "eagle3": "transformers"},
+            norm_offset=1.0,
+        ),
+        TargetFamily(
+            name="granite",
+            describes="Granite",
+            architecture="GraniteForCausalLM",
+            max_position_embeddings=2048,
+            own_keys=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+            divisor="logits_scaling",
+        ),
+        TargetFamily(
+            name="smollm3",
+            describes="SmolLM3",
+            architecture="SmolLM3ForCausalLM",
+            since=(4, 53),
+            max_position_embeddings=32768,
+            rope_theta=2e6,
+            tied=True,
+            needed=("num_key_value_heads",),
+            understood=dialects.smollm3,
+            own_keys=("no_rope_layers",),
+            refusals=(*EVERY, optional_window),
         ),
     )
-}
+}  # fmt: skip

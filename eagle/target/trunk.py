@@ -15,14 +15,24 @@ from eagle.device import VISIBILITY_VARIABLE, free_memory, is_out_of_memory, wei
 from eagle.dtypes import check_computes
 from eagle.errors import RequestError
 from eagle.releases import TORCH
-from eagle.target.config import ModelConfig
+from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
 from eagle.versions import release
 
 
-def check_packages() -> None:
-    """Raises: RequestError where this transformers refuses this torch; it says itself that there is none."""
+def check_packages(family: str) -> None:
+    """Raises: RequestError where this transformers refuses this torch, or does not have the family.
+
+    It says itself that there is no torch.
+    """
     from transformers.utils import is_torch_available
+
+    known = TARGET_FAMILIES[family]
+    if release(version("transformers")) < known.since:
+        raise RequestError(
+            f"transformers {version('transformers')} does not compute {known.describes} models as they are served; "
+            f"{'.'.join(map(str, known.since))} and newer do. Update transformers."
+        )
 
     if not is_torch_available():
         raise RequestError(
@@ -62,7 +72,8 @@ def load_trunk(
 
     logging.set_verbosity_error()  # it would report lm_head as unused, which is the point
     logging.disable_progress_bar()
-    check_packages()
+    config = load_config(folder)
+    check_packages(config.family)
     check_computes(dtype, device.type)
     if attention == "sdpa" and TORCH < (2, 1, 1):
         attention = "eager"
@@ -79,7 +90,11 @@ def load_trunk(
         placement["offload_folder"] = str(offload_folder)
     try:
         trunk = AutoModel.from_pretrained(
-            str(folder), **from_pretrained_dtype(dtype), attn_implementation=attention, **placement
+            str(folder),
+            config=_served_config(folder, config),
+            **from_pretrained_dtype(dtype),
+            attn_implementation=attention,
+            **placement,
         )
     except ValueError as error:
         if not spread or "offload" not in str(error):
@@ -95,6 +110,29 @@ def load_trunk(
     trunk.requires_grad_(False)
     trunk.eval()
     return trunk
+
+
+def has_long_rope(config: ModelConfig) -> bool:
+    """Whether the target has longrope and is served by default for contexts beyond what it was first trained for."""
+    rope = config.rope_scaling or {}
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return rope.get("rope_type") == "longrope" and config.max_position_embeddings > original
+
+
+def _served_config(folder: str | Path, config: ModelConfig) -> Any:
+    """transformers' config of the target, as an engine computes it.
+
+    Of longrope's two sets of factors transformers takes the short one where a batch is short; vLLM takes the long one
+    for every sequence as soon as it is to serve longer ones than the original context.
+    """
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.from_pretrained(str(folder))
+    if has_long_rope(config):
+        for name in ("rope_scaling", "rope_parameters"):
+            if rope := getattr(theirs, name, None):
+                rope["short_factor"] = rope["long_factor"]
+    return theirs
 
 
 def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError:
@@ -113,16 +151,18 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_packages()
+    check_packages(config.family)
     # A rope has no weights, and some types compute with what the meta device does not hold.
     raw = dataclasses.replace(config, rope_scaling=None).to_json()
-    family = raw.pop("model_type")
+    for key in ("model_type", "rope_theta", "rope_scaling", "rope_parameters"):
+        raw.pop(key)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **raw))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.family, **raw))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    family = TARGET_FAMILIES[config.family]
     if config.tie_word_embeddings:
-        shapes.pop(TARGET_FAMILIES[config.family].head, None)
-    return shapes
+        shapes.pop(family.head, None)
+    return family.in_files(shapes)
 
 
 def trunk_values(config: ModelConfig) -> int:

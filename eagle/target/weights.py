@@ -238,9 +238,15 @@ def read_embedding(weights: Weights, config: ModelConfig) -> torch.Tensor:
 
 
 def read_head(weights: Weights, config: ModelConfig) -> torch.Tensor:
-    """The target's ``lm_head`` ``[V, H]`` in its stored dtype; with tied embeddings the embedding itself."""
-    if config.tie_word_embeddings:
-        return read_embedding(weights, config)
+    """The target's ``lm_head`` ``[V, H]`` in its stored dtype, so that its products are the target's logits.
+
+    With tied embeddings it is the embedding; where a family scales its logits, that is in it.
+    """
+    head = read_embedding(weights, config) if config.tie_word_embeddings else _own_head(weights, config)
+    return head if config.logit_scale == 1.0 else head * config.logit_scale
+
+
+def _own_head(weights: Weights, config: ModelConfig) -> torch.Tensor:
     head = TARGET_FAMILIES[config.family].head
     if head not in weights:
         raise RequestError(
@@ -251,14 +257,15 @@ def read_head(weights: Weights, config: ModelConfig) -> torch.Tensor:
 
 
 def read_norm(weights: Weights, config: ModelConfig) -> torch.Tensor:
-    """The weight ``[H]`` of the target's final norm in its stored dtype."""
-    name = TARGET_FAMILIES[config.family].norm
+    """What the target's final norm multiplies by, ``[H]``, in its stored dtype."""
+    family = TARGET_FAMILIES[config.family]
+    name = family.norm
     if name not in weights:
         raise RequestError(
             f"{weights.flag} {weights.folder}: no {name} among its weights. It is not a "
-            f"{TARGET_FAMILIES[config.family].describes} causal language model in the Hugging Face layout."
+            f"{family.describes} causal language model in the Hugging Face layout."
         )
-    return weights[name]
+    return weights[name] + family.norm_offset if family.norm_offset else weights[name]
 
 
 def _checked(weights: Weights, name: str, config: ModelConfig) -> torch.Tensor:

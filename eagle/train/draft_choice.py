@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.families import DRAFT_FAMILIES, check_served
 from eagle.drafts.saved import start_folder
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
@@ -19,8 +19,14 @@ def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str
     Raises: FileNotFoundError, RequestError for what does not fit the base model or is not in the store.
     """
     family = options.family
+    check_served(family, target)
     choices = family.choices(options.choices, widths, f"--tmpdir {options.tmpdir}")
     config = family.config(target, config_file(options), choices)
+    if target.window is not None and options.max_len > target.window:
+        raise RequestError(
+            f"--max_len {options.max_len}: the base model attends to the last {target.window} tokens, and vLLM limits "
+            f"its draft alike, which is not so in training. Cut the records to that: --max_len {target.window}."
+        )
     if widths:
         check_widths(widths, family.features(config), options)
     return config

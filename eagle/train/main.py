@@ -133,9 +133,10 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = device.compute_dtype(accelerator.mixed_precision)
     draft = family.build(config, read_embedding(weights, target).to(compute)).to(accelerator.device)
-    # A tied lm_head is the embedding: one tensor then, not two.
-    tied = target.tie_word_embeddings
-    head = draft.embed_tokens.weight.detach() if tied else read_head(weights, target).to(accelerator.device, compute)
+    if target.shares_head:
+        head = draft.embed_tokens.weight.detach()
+    else:
+        head = read_head(weights, target).to(accelerator.device, compute)
 
     if options.freeze_head:
         draft.freeze_head()

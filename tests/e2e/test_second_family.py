@@ -20,6 +20,7 @@ from eagle.generate.request import GenerationRequest
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import check_store
 from eagle.store.writer import SHARD_BYTES
+from eagle.target.families import TARGET_FAMILIES
 from eagle.target.features import TRUNK_FEATURES
 from eagle.train.checkpoint import states
 from eagle.train.main import run_training
@@ -35,6 +36,8 @@ def toy():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DRAFT_FAMILIES, "toy", Toy())
         patch.setitem(TRUNK_FEATURES, FEATURE, TRUNK_FEATURE)
+        for family in TARGET_FAMILIES.values():
+            patch.setitem(family.serves, Toy.method, "auto")
         yield
 
 

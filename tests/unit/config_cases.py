@@ -20,8 +20,21 @@ PARAMETERS = {
     "qwen2_1.5B": 1_543_714_304,
     "qwen2_7B": 7_615_616_512,
     "qwen2_72B": 72_706_203_648,
+    "llama_3.1_8B": 8_030_261_248,
+    "llama_3.2_1B": 1_235_814_400,
+    "llama_3.2_3B": 3_212_749_824,
+    "llama_3.3_70B": 70_553_706_496,
+    "qwen3_4B": 4_022_468_096,
+    "qwen3_8B": 8_190_735_360,
+    "qwen3_32B": 32_762_123_264,
+    "qwen3_30B_A3B": 30_532_122_624,
+    "mistral_7B": 7_248_023_552,
+    "phi_4": 14_659_507_200,
+    "gemma_3_1B": 999_885_952,
 }
 BASES = sorted(PARAMETERS)
+#: Those of families whose config says all of a draft's.
+AS_THEMSELVES = [name for name in BASES if name.startswith(("llama", "vicuna", "qwen2"))]
 QWEN2 = [name for name in BASES if name.startswith("qwen2")]
 
 LLAMA3_SCALING = {

@@ -132,16 +132,16 @@ def test_eagle_config_without_a_model_object_is_refused(inner):
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        ({**base(), "model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM'"),
+        ({**base(), "model_type": "falcon", "architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM'"),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768}, "'GPT2LMHeadModel'"),
         ({"model_type": "gpt2", "n_embd": 768}, "'gpt2'"),
-        ({**base("qwen2_7B"), "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "'Qwen3ForCausalLM'"),
+        ({**base("qwen2_7B"), "model_type": "qwen4", "architectures": ["Qwen4ForCausalLM"]}, "'Qwen4ForCausalLM'"),
         ({}, "None"),
     ],
-    ids=["mistral", "gpt2", "gpt2_without_architectures", "qwen3", "empty"],
+    ids=["falcon", "gpt2", "gpt2_without_architectures", "qwen4", "empty"],
 )
 def test_other_architectures_are_refused(raw, named):
-    with pytest.raises(RequestError, match=f"source: the architecture {named} is not supported; expected a Llama"):
+    with pytest.raises(RequestError, match=f"source: the architecture {named} is not supported; expected one of Llama"):
         parse_config(raw, "source")
 
 
@@ -228,6 +228,8 @@ COMPUTES = {
     "o_bias": True,
     "mlp_bias": True,
     "tie_word_embeddings": True,
+    "logit_scale": 0.5,
+    "own": {"sliding_window": 4096},
 }
 COMPUTES_NOTHING = {
     "dtype": "bfloat16",

@@ -1,13 +1,14 @@
 """The plan of a job: exact bytes, what is left after an interruption, and stopping when they do not fit."""
 
 import dataclasses
+import json
 import re
 import shutil
 
 import pytest
 
 from eagle.entry import run
-from eagle.errors import WorkError
+from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT
 from eagle.generate import main as allocation
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
@@ -19,6 +20,7 @@ from eagle.store.verify import check_store
 from eagle.store.writer import shard_bytes_for
 from eagle.target.compiled import WORTH_TOKENS, should_compile
 from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
+from tests.unit.config_cases import PARAMETERS, base
 from tests.unit.test_job import inputs, request  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -115,7 +117,8 @@ def test_dry_run_writes_nothing(tmp_path, inputs, monkeypatch):  # noqa: F811
     tokens = encode_job(job, save=False)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
     assert "--worker 1" in lines[1] and "OMP_NUM_THREADS=" in lines[1] and "THP_MEM_ALLOC_ENABLE=" in lines[1]
-    assert "tokens/s by each of 2 workers" in lines[2]
+    assert lines[2] == "base model: 32,160 values without its lm_head, 0.1 MB in bfloat16 for every worker"
+    assert "tokens/s by each of 2 workers" in lines[3]
     assert not (tmp_path / "store").exists()
 
 
@@ -154,7 +157,27 @@ def test_dry_run_of_nothing(tmp_path, inputs):  # noqa: F811
     job = resolve(request((inputs[0], empty), tmp_path / "store"))
     tokens = encode_job(job, save=False)
     lines = dry_run_lines(job, make_plan(job, tokens), tokens)
-    assert lines[1] == "nothing is left to compute" and "3  " in lines[2] and lines[-1].startswith("dry run")
+    assert lines[2] == "nothing is left to compute" and "3  " in lines[3] and lines[-1].startswith("dry run")
+
+
+@pytest.mark.parametrize("name", ["llama_3.1_8B", "qwen3_8B"])
+def test_a_plan_of_a_model_that_is_not_here_yet(tmp_path, inputs, name, capsys):  # noqa: F811
+    """From config.json and tokenizer alone: disk, memory, and no time."""
+    model = tmp_path / "model"
+    shutil.copytree(inputs[0], model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (model / "config.json").write_text(json.dumps(base(name)))
+    arguments = ["--outdir", str(tmp_path / "store"), "--model_name", str(model), "--data_path", str(inputs[1])]
+    assert (
+        allocation.main([*arguments, "--device", "cpu", "--used_npus", "4", "--npu_indices", "0,1,2,3", "--dry_run"])
+        == 0
+    )
+    found = capsys.readouterr().out
+    values = PARAMETERS[name] - base(name)["vocab_size"] * 4096  # neither is tied
+    assert f"base model: {values:,} values without its lm_head, {values * 2 / 1e9:.2f} GB in bfloat16" in found
+    assert "8,197 bytes a token" in found and f"no probe, and so no time: {model} holds no weights" in found
+    assert not (tmp_path / "store").exists()
+    with pytest.raises((RequestError, FileNotFoundError), match="weights"):
+        allocation.main(arguments)
 
 
 def test_nodes_share_a_job(tmp_path, inputs):  # noqa: F811

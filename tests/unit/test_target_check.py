@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from eagle.errors import RequestError
 from eagle.target.check import check_target
 from eagle.target.config import load_config, parse_config
-from eagle.target.families import ROPE_TYPES
 from eagle.target.identity import Identity, spread
+from eagle.target.refusals import ROPE_TYPES
 from eagle.target.tokenizer import load_tokenizer, tokens_without_row
 from eagle.target.trunk import expected_tensors, trunk_values
 from eagle.target.weights import WEIGHT_FILES, Weights, fingerprint

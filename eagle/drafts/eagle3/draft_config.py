@@ -75,7 +75,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     given = load_config(configpath, CONFIG_KEYS) if configpath else None
     shape, extra = given or target, given.extra if given else {}
     if given is not None:
-        wrong = given.differences(target, ("hidden_size", "vocab_size", "hidden_act"))
+        wrong = given.differences(target.draft(), ("hidden_size", "vocab_size", "hidden_act"))
         if given.num_hidden_layers != 1:
             wrong.append(f"num_hidden_layers is {given.num_hidden_layers}, a draft has 1")
         wrong += [f"{name} is said, which is not read here" for name in VARIANTS if extra.get(name)]
@@ -106,6 +106,8 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     return dataclasses.replace(
         target.draft(),
         family=LLAMA,
+        tie_word_embeddings=target.shares_head,
+        logit_scale=1.0,  # its own head gives the target's logits as they are
         intermediate_size=shape.intermediate_size,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,

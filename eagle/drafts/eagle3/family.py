@@ -72,7 +72,7 @@ class Eagle3(DraftFamily):
 
     def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
         """The saved one's layer, in the target's context; its own heads may be others than the target's."""
-        if wrong := saved.differences(target, self.same_as_target):
+        if wrong := saved.differences(target.draft(), self.same_as_target):
             raise RequestError(
                 f"the EAGLE-3 draft does not fit the base model: {'; '.join(wrong)}. Name the base model it was "
                 "trained for."

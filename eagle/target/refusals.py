@@ -1,0 +1,130 @@
+"""What a config.json says that makes a target unusable: why, and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+#: Of a raw config: why the target cannot be used; None where all is well.
+Refusal = Callable[[dict[str, Any]], "str | None"]
+
+#: What to do instead of using a quantized model.
+UNQUANTIZED = "Train against the unquantized model it was made from; the draft fits both."
+
+#: The rope types that every supported transformers computes, and the keys each has to bring along.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+#: Model types that people bring and that are none of the families, and why.
+_NOT_SERVED = {
+    "gemma2": "vLLM's EAGLE-1 draft does not load beside a Gemma 2 target (0.32: it has no lm_head to share). The text "
+    "models of Gemma 3 are supported.",
+}
+
+
+def other_kind_of_model(raw: dict[str, Any]) -> str | None:
+    """Why a model of no known family is not one; None where there is nothing particular to say."""
+    kind, classes = raw.get("model_type"), " ".join(map(str, raw.get("architectures") or ()))
+    if any(raw.get(f"{part}_config") for part in ("vision", "audio", "speech")):
+        return (
+            f"a model of text and images or sound ({classes or kind}). Drafts are trained here for text models, and "
+            "vLLM's draft takes no images: name the text model that it was built on, or save its language model as a "
+            "text model of its own."
+        )
+    if raw.get("is_encoder_decoder") or "ForMaskedLM" in classes:
+        return f"an encoder ({classes or kind}), and no model that continues a text. Name a decoder, a chat model."
+    if kind in _NOT_SERVED:
+        return _NOT_SERVED[kind]
+    return own_code(raw)
+
+
+def own_code(raw: dict[str, Any]) -> str | None:
+    found = raw.get("auto_map")
+    if not found:
+        return None
+    named = ", ".join(map(str, found.values())) if isinstance(found, dict) else str(found)
+    return (
+        f"the model brings code of its own (auto_map: {named}), which is not run here. Use a conversion of it to a "
+        "supported model, Llama mostly; where it is one already, and the code only repeats what transformers has, take "
+        "auto_map out of config.json."
+    )
+
+
+def other_code_than_phi3s(raw: dict[str, Any]) -> str | None:
+    """The released Phi-3 models bring the code that transformers took over; it is not run."""
+    found = raw.get("auto_map")
+    theirs = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    if isinstance(found, dict) and {key: found.get(key, value) for key, value in theirs.items()} == theirs:
+        return None
+    return own_code(raw)
+
+
+def quantized(raw: dict[str, Any]) -> str | None:
+    # compression_config: what compressed-tensors wrote before it took the common key.
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if not found:
+        return None
+    method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
+    return f"this is a quantized model ({method}). {UNQUANTIZED}"
+
+
+def unknown_rope(raw: dict[str, Any]) -> str | None:
+    # In transformers' order: the newer key counts where both are there.
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        return (
+            f"the rope type {kind!r} is not known here; expected {', '.join(ROPE_TYPES)}. Features would be computed "
+            "with other positions than the model was trained with: use a model whose rope is one of these."
+        )
+    missing = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
+    if missing:
+        return (
+            f"its rope of type {kind!r} has no {', '.join(missing)}. config.json is damaged, or was edited: take the "
+            "one that was published with the weights."
+        )
+    return None
+
+
+def weights_elsewhere(raw: dict[str, Any]) -> str | None:
+    found = raw.get("transformers_weights")
+    if not found:
+        return None
+    return (
+        f"transformers_weights names {found} as the weights, which only some versions of transformers follow. Name the "
+        "file model.safetensors (or model.safetensors.index.json) and take the key out of config.json."
+    )
+
+
+def optional_window(raw: dict[str, Any]) -> str | None:
+    # transformers takes a window of 4096 where the key is absent; an explicit null is no window.
+    if not (raw.get("use_sliding_window") and raw.get("sliding_window", 4096)):
+        return None
+    return (
+        "use_sliding_window is on, which was never compared with vLLM for this kind of model. Set it to false (the "
+        "released configs have it off)."
+    )
+
+
+def soft_cap(raw: dict[str, Any]) -> str | None:
+    capped = [key for key in ("final_logit_softcapping", "attn_logit_softcapping") if raw.get(key)]
+    if not capped:
+        return None
+    return (
+        f"{' and '.join(capped)} is set: soft-capped logits are not what vLLM's draft computes. The released models of "
+        "Gemma 3 have none; name one of these."
+    )
+
+
+def both_directions(raw: dict[str, Any]) -> str | None:
+    if not raw.get("use_bidirectional_attention"):
+        return None
+    return "use_bidirectional_attention is on: an encoder, and no model that continues a text. Name a chat model."
+
+
+EVERY: tuple[Refusal, ...] = (quantized, own_code, unknown_rope, weights_elsewhere)
