@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.families import check_served
 from eagle.drafts.interface import DraftFamily
-from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.trunk import has_long_rope
@@ -50,20 +49,13 @@ class Serving:
         return found
 
 
-def serving_of(target: ModelConfig, family: DraftFamily, flag: str = "--base-path") -> Serving:
-    """How vLLM serves the target with a draft of that family. flag: where the target came from.
+def serving_of(target: ModelConfig, family: DraftFamily) -> Serving:
+    """How vLLM serves the target with a draft of that family.
 
     Raises: RequestError where it does not.
     """
-    known = TARGET_FAMILIES[target.family]
-    model_impl = known.serves.get(family.method)
-    if model_impl is None:
-        others = [other for other in DRAFT_FAMILIES.values() if other.method in known.serves]
-        instead = "".join(f" Train {other.describes} for it: --draft {other.name}." for other in others)
-        raise RequestError(
-            f"{flag}: no vLLM serves {family.describes} with a base model of model_type {target.family!r} (run with "
-            f"vLLM 0.32).{instead}"
-        )
+    check_served(family, target)
+    model_impl = TARGET_FAMILIES[target.family].serves[family.method]
     least = 0
     if has_long_rope(target):
         assert target.rope_scaling
