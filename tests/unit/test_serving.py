@@ -93,12 +93,13 @@ def test_a_target_with_longrope_is_served_with_its_long_factors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = json.loads((make_row(tmp_path / "base", row_named("qwen2")) / "config.json").read_text())
+    raw |= {"rope_parameters": LONG, "rope_theta": 1e4, "rope_scaling": None}
     for longest, least in ((131072, 4097), (4096, 0)):
-        config = parse_config(raw | {"rope_parameters": LONG, "rope_scaling": None, "max_position_embeddings": longest})
+        config = parse_config(raw | {"max_position_embeddings": longest})
         assert serving_of(config, EAGLE1) == Serving(least_context=least)
     assert Serving(least_context=4097).flags() == ""
     base = tmp_path / "base"
-    (base / "config.json").write_text(json.dumps(raw | {"rope_parameters": LONG, "max_position_embeddings": 131072}))
+    (base / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 131072}))
     folder = export(base, make_draft(tmp_path / "draft", base), tmp_path / "export", "v1")["v1"]
     assert "No `--max-model-len` below 4097" in (folder / "README.md").read_text()
     asked = engines(monkeypatch, RESULT, RESULT)
