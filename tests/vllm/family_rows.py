@@ -30,7 +30,7 @@ from tests.tiny import conversations, cpu_worker, write_sharegpt
 #: Draft steps: the first over the whole prompt, the others each from the draft's own state.
 DEPTH = 4
 #: Tokens of the longest record at most, and of the prompt at least: longer than any window of the rows.
-LONGEST, SHORTEST = 112, 64
+LONGEST, SHORTEST = 256, 64
 #: Of the target's tokens, those that an EAGLE-3 draft chooses among.
 DRAFTED = 100
 
@@ -39,8 +39,8 @@ DRAFTED = 100
 class Served:
     """A row's target with what steps 3 and 5 made for it.
 
-    record: the longest of its store; its tokens are the engines' prompt. drafts: the exported folders, by vLLM's
-    method; those that the family table says can be served.
+    record: of its store, computed in a batch with longer ones; its tokens are the engines' prompt. drafts: the exported
+    folders, by vLLM's method; those that the family table says can be served.
     """
 
     row: Row
@@ -90,7 +90,7 @@ def make_served(folder: Path, row: Row) -> Served:
     target = make_row(folder / "target", row)
     config = load_config(target)
     assert config.window == row.window
-    record = longest_record(folder, target, row)
+    record = make_record(folder, target, row)
     served = Served(row, target, config, record)
     for method, family in FAMILY_OF.items():
         if method not in TARGET_FAMILIES[config.family].serves:
@@ -103,7 +103,7 @@ def make_served(folder: Path, row: Row) -> Served:
     return served
 
 
-def longest_record(folder: Path, target: Path, row: Row) -> Record:
+def make_record(folder: Path, target: Path, row: Row) -> Record:
     """Step 3 for both families of drafts, its worker in this process."""
     data = write_sharegpt(folder / "data.json", conversations(12, turns=1, seed=5))
     words: list[object] = ["--outdir", folder / "store", "--model_name", target, "--model_type", row.family]
@@ -113,9 +113,10 @@ def longest_record(folder: Path, target: Path, row: Row) -> Record:
         patch.setattr(generation, "run_workers", work_here)
         assert generation.main([str(word) for word in words]) == 0
     store = FeatureStore(folder / "store")
-    record = store[int(max(range(len(store)), key=lambda index: store.lengths[index]))]
-    assert len(record) >= SHORTEST
-    return record
+    lengths = sorted(int(length) for length in store.lengths)
+    wanted = next(length for length in lengths if length >= SHORTEST)
+    assert wanted < lengths[-1] <= LONGEST
+    return store[store.lengths.tolist().index(wanted)]
 
 
 def work_here(job, tokens: int, lock: int) -> None:
