@@ -122,8 +122,8 @@ def _by_family(model: Path, config: ModelConfig) -> ChatTemplate:
         for part, template in family.template_names:
             if part in name.lower():
                 return ChatTemplate(_built_in(template), template, f"its tokenizer brings none; {place} says {part!r}")
-    template = family.template(config.max_position_embeddings)
-    if template is None:
+    guess = family.template(config.max_position_embeddings)
+    if guess is None:
         raise RequestError(
             f"{model}: its tokenizer brings no chat template, and none of the built-in ones is sure to be what a "
             f"{family.describes} model speaks. Name the one that you serve with: --chat_template with a Jinja file, or "
@@ -133,7 +133,7 @@ def _by_family(model: Path, config: ModelConfig) -> ChatTemplate:
         f"a guess: its tokenizer brings none, and neither its path nor config.json's _name_or_path says which. Name "
         f"one with --chat_template: {', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file, the one that you serve with"
     )
-    return ChatTemplate(_built_in(template), template, why)
+    return ChatTemplate(_built_in(guess), guess, why)
 
 
 def _names(model: Path) -> Iterator[tuple[str, str]]:

@@ -167,10 +167,8 @@ def test_a_plan_of_a_model_that_is_not_here_yet(tmp_path, inputs, name, capsys):
     shutil.copytree(inputs[0], model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (model / "config.json").write_text(json.dumps(base(name)))
     arguments = ["--outdir", str(tmp_path / "store"), "--model_name", str(model), "--data_path", str(inputs[1])]
-    assert (
-        allocation.main([*arguments, "--device", "cpu", "--used_npus", "4", "--npu_indices", "0,1,2,3", "--dry_run"])
-        == 0
-    )
+    arguments += ["--device", "cpu", "--chat_template", "chatml"]
+    assert allocation.main([*arguments, "--used_npus", "4", "--npu_indices", "0,1,2,3", "--dry_run"]) == 0
     found = capsys.readouterr().out
     values = PARAMETERS[name] - base(name)["vocab_size"] * 4096  # neither is tied
     assert f"base model: {values:,} values without its lm_head, {values * 2 / 1e9:.2f} GB in bfloat16" in found
