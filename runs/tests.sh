@@ -76,7 +76,7 @@ fi
 
 if [ -n "$vllm_environment" ]; then
     made vllm_environment .venv-vllm
-    .venv-vllm/bin/python -m pytest tests/vllm -s
+    .venv-vllm/bin/python -m pytest tests/vllm -s ${chosen[@]+"${chosen[@]}"}
 fi
 if [ -n "$left_out" ]; then
     echo "$left_out" >&2

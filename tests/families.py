@@ -187,7 +187,7 @@ ROWS: tuple[Row, ...] = (
         "Phi3",
         "Phi-4-mini",
         {
-            "en": "fused projections, longrope over a part of each head, tied",
+            "en": "fused projections, longrope over a part of each head, tied embeddings",
             "zh": "合并的投影，部分维度的 longrope，共享",
         },
         {

@@ -47,7 +47,8 @@ class Layout:
     from the draft and a dtype. tensors: all in the dtype, from the draft, the dtype, the base model's weights and its
     config; raises RequestError for a draft that has no place in it. rules: which of the layout's own rules a folder
     breaks, in words, from what stands in it and the tensors that were to be written. hint: a line for the serving
-    note, ``{draft}`` in it. inner: where in config.json the layer's numbers stand, "" for the top.
+    note, ``{draft}`` in it, and ``{flags}`` behind a ``vllm serve``. inner: where in config.json the layer's numbers
+    stand, "" for the top. targets: the target families that it is known to work with, None for all that are served.
     """
 
     name: str
@@ -59,3 +60,7 @@ class Layout:
     rules: Callable[[Exported, dict[str, torch.Tensor]], Iterator[str]]
     hint: str = ""
     inner: str = ""
+    targets: tuple[str, ...] | None = None
+
+    def is_for(self, target: ModelConfig) -> bool:
+        return self.targets is None or target.family in self.targets

@@ -24,6 +24,7 @@ from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import ROOT, write_json
+from eagle.vllm.serving import AUTO
 
 #: No downloads, no telemetry; the CPU's key-value cache in GiB. What the user has set stays.
 ENVIRONMENT = {
@@ -51,7 +52,8 @@ class EngineRequest:
     prompts: token ids. draft: an exported folder, None to run without one; method: vLLM's name for its family. dtype:
     vLLM's name for it; ``auto`` is the target's own. batch_size: how many prompts it decodes at once. stop_token_ids:
     end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs, as always on a CPU.
-    warm_up: generate once before the clock and the counters start.
+    warm_up: generate once before the clock and the counters start. model_impl: whose code runs the target.
+    least_context: serve at least so long a context.
     """
 
     model: str
@@ -66,10 +68,13 @@ class EngineRequest:
     stop_token_ids: list[int] = dataclasses.field(default_factory=list)
     enforce_eager: bool = False
     warm_up: bool = True
+    model_impl: str = AUTO
+    least_context: int = 0
 
     def max_model_len(self) -> int:
         """The shortest context that holds every prompt, its reply and the tokens drafted past its end."""
-        return max(len(prompt) for prompt in self.prompts) + self.max_new_tokens + self.num_speculative_tokens + 1
+        longest = max(len(prompt) for prompt in self.prompts)
+        return max(longest + self.max_new_tokens + self.num_speculative_tokens + 1, self.least_context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,7 @@ def serve(request: EngineRequest) -> EngineResult:
         "max_model_len": request.max_model_len(),
         "max_num_seqs": request.batch_size,
         "tensor_parallel_size": request.tensor_parallel_size,
+        "model_impl": request.model_impl,
         "skip_tokenizer_init": True,  # token ids go in and come out
         "disable_log_stats": False,  # or there are no counters
         "seed": 0,

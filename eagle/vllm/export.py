@@ -29,6 +29,7 @@ from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.vllm.note import serving_note
 from eagle.vllm.self_check import check_export
+from eagle.vllm.serving import Serving, serving_of
 
 #: By how much of its norm an embedding may change where it was stored in a narrower dtype.
 _ROUNDING = 0.01
@@ -53,6 +54,27 @@ def choose_layouts(layouts: dict[str, Layout], wanted: str) -> tuple[str, ...]:
     known = release(version) if version is not None else None
     fitting = [name for name, layout in layouts.items() if known is not None and layout.loads(known)]
     return tuple(fitting or layouts)
+
+
+def layouts_for(layouts: dict[str, Layout], wanted: str, target: ModelConfig) -> tuple[tuple[str, ...], dict[str, str]]:
+    """`choose_layouts` without those that are not known to work with the target, and of each of these why.
+
+    Raises: RequestError where none is left.
+    """
+    chosen = choose_layouts(layouts, wanted)
+    left_out = {
+        name: f"it was only run with base models of model_type {' and '.join(layouts[name].targets or ())}, and this "
+        f"one is {target.family}"
+        for name in chosen
+        if not layouts[name].is_for(target)
+    }
+    if len(left_out) == len(chosen):
+        fitting = [name for name, layout in layouts.items() if layout.is_for(target)]
+        raise RequestError(
+            f"--layout {wanted}: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}. Use --layout "
+            f"{' or '.join(fitting)}, for {' or '.join(layouts[name].engines for name in fitting)}."
+        )
+    return tuple(name for name in chosen if name not in left_out), left_out
 
 
 def release(version: str) -> tuple[int, int] | None:
@@ -97,7 +119,13 @@ def export_dtype(target: ModelConfig, base: Weights) -> torch.dtype:
 
 
 def export_layout(
-    draft: SavedDraft, layout: Layout, base_path: Path, base: Weights, target: ModelConfig, output: Path
+    draft: SavedDraft,
+    layout: Layout,
+    base_path: Path,
+    base: Weights,
+    target: ModelConfig,
+    output: Path,
+    serving: Serving,
 ) -> None:
     """Write one layout to `output`, a folder that does not exist yet; checked before it gets its name.
 
@@ -112,7 +140,7 @@ def export_layout(
         write_json(staging / "config.json", config)
         write_tensors(staging / WEIGHTS_FILE, tensors)
         check_export(staging, layout, draft.config, tensors)
-        note = serving_note(layout, base_path, output, draft.source, draft.measured)
+        note = serving_note(layout, base_path, output, draft.source, draft.measured, serving)
         (staging / "README.md").write_text(note, encoding="utf-8", errors="surrogateescape")
         if output.is_dir():
             output.rmdir()  # checked to be empty
@@ -167,19 +195,21 @@ def export(
         check_same_target(draft, checked.identity)
         check_embedding(draft, lambda: read_embedding(base, target))
     output = output_path or default_output(draft_path)
-    known = DRAFT_FAMILIES[draft.family].layouts
-    layouts = choose_layouts(known, layout)
+    family = DRAFT_FAMILIES[draft.family]
+    serving = serving_of(target, family)
+    known = family.layouts
+    layouts, left_out = layouts_for(known, layout, target)
     folders = {name: output / name if len(layouts) > 1 else output for name in layouts}
     for folder in dict.fromkeys((output, *folders.values())):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RequestError(f"--output-path {folder} exists and is not an empty folder. Name another or delete it.")
-    skipped: list[str] = []
+    skipped = [f"{name}: {why}" for name, why in left_out.items()]
     is_new = not output.exists()
     try:
         output_folder(next(iter(folders.values())).parent, "--output-path")
         for name, folder in list(folders.items()):
             try:
-                export_layout(draft, known[name], base_path, base, target, folder)
+                export_layout(draft, known[name], base_path, base, target, folder, serving)
             except RequestError as error:
                 # Both were asked for and only one cannot be had: give the other, and say so.
                 if len(layouts) == 1:

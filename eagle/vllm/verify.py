@@ -22,6 +22,7 @@ from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
 from eagle.drafts.foreign import check_is_draft
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.saved import draft_names
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter, run
@@ -34,6 +35,7 @@ from eagle.text import visible
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
 from eagle.vllm.export import installed_vllm, release
 from eagle.vllm.note import note_with_acceptance
+from eagle.vllm.serving import AUTO, Serving, serving_of
 
 NOTE = "README.md"
 
@@ -251,7 +253,19 @@ def measured_text(report: dict[str, Any]) -> str:
     )
 
 
-def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], stop: list[int]) -> EngineRequest:
+def draft_family(draft: Path) -> DraftFamily:
+    """Of an exported draft."""
+    return family_of(draft_names(Weights(draft, flag="--draft-path")))
+
+
+def make_request(
+    args: argparse.Namespace,
+    draft: Path,
+    ids: list[list[int]],
+    stop: list[int],
+    family: DraftFamily,
+    serving: Serving,
+) -> EngineRequest:
     """Raises: RequestError for a number out of range."""
     for flag in ("num_speculative_tokens", "max_new_tokens", "batch_size", "tensor_parallel_size"):
         if getattr(args, flag) < 1:
@@ -263,7 +277,7 @@ def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], st
         model=str(args.base_path.resolve()),
         prompts=ids,
         draft=str(draft.resolve()),
-        method=family_of(draft_names(Weights(draft, flag="--draft-path"))).method,
+        method=family.method,
         num_speculative_tokens=args.num_speculative_tokens,
         max_new_tokens=args.max_new_tokens,
         dtype="auto" if args.dtype == "auto" else str(DTYPES[args.dtype]).removeprefix("torch."),
@@ -271,6 +285,8 @@ def make_request(args: argparse.Namespace, draft: Path, ids: list[list[int]], st
         tensor_parallel_size=args.tensor_parallel_size,
         stop_token_ids=stop,
         enforce_eager=args.enforce_eager,
+        model_impl=serving.model_impl,
+        least_context=serving.least_context,
     )
 
 
@@ -279,19 +295,22 @@ def main(argv: list[str] | None = None) -> int:
     existing_path(args.base_path, "--base-path", "folder")
     config = check_target(args.base_path, "--base-path").config
     draft = resolve_export(args.draft_path)
+    family = draft_family(draft)
+    serving = serving_of(config, family)
     prompts = load_prompts(args.prompts, args.num_prompts)
     version = check_vllm()
     encoder = load_encoder(args.base_path, config)
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
-    request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder))
+    request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder), family, serving)
     longest = request.max_model_len()
     if longest > config.max_position_embeddings:
         raise RequestError(
             f"The longest prompt and its reply need {longest} positions, the base model has "
             f"{config.max_position_embeddings}. Lower --max_new_tokens or leave long prompts out."
         )
-    print(f"starting vLLM {version} with the draft", flush=True)
+    run_by = "" if serving.model_impl == AUTO else f", --model-impl {serving.model_impl}"
+    print(f"starting vLLM {version} with the draft{run_by}", flush=True)
     try:
         with_draft = run_engine(request)
     except EngineError as error:

@@ -24,6 +24,7 @@ FOREIGN_FLAGS = {
     "--rm", "--name", "--network", "--shm-size", "--model", "--speculative-model", "--num-speculative-tokens",
     "--use-v2-block-manager", "--tensor-parallel-size", "--compilation-config", "--version",
     "--repo-type", "--local-dir",
+    "--model-impl", "--max-model-len",
 }  # fmt: skip
 
 _LINK = re.compile(r"\[[^\]\[]*\]\(([^()\s]+)\)")

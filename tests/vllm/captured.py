@@ -1,15 +1,18 @@
-"""What the draft inside a real vLLM engine saw and answered, for the parity test.
+"""What the draft inside a real vLLM engine saw and answered, for the parity tests.
 
-The child is ``python -m tests.vllm.captured ASKED.json ANSWERED.json``. It runs one engine in its own process, looks
-over the draft model's shoulder while a prompt is prefilled and a chain is drafted, and saves tokens, positions,
-features and logits of those forward passes, one after the other.
+The child is ``python -m tests.vllm.captured ASKED.json ANSWERED.json``. It runs engines in its own process, one after
+the other, looks over the draft model's shoulder while a prompt is prefilled and a chain is drafted, and saves tokens,
+positions, features and logits of those forward passes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,21 @@ def capture(request: EngineRequest, folder: Path) -> dict[str, torch.Tensor]:
     Rows: one for each prompt token, then one for each further draft step, whose feature is the draft's own. Of an
     EAGLE-3 draft the features are what its ``fc`` made of the target's, which are there too: auxiliary ``[T, A * H]``.
     """
-    file = folder / "captured.pt"
-    run_child("tests.vllm.captured", folder, {"request": dataclasses.asdict(request), "file": str(file)})
-    return torch.load(file, weights_only=True)
+    (found,) = capture_all({"chain": request}, folder).values()
+    assert isinstance(found, dict), found
+    return found
+
+
+def capture_all(requests: Mapping[str, EngineRequest], folder: Path) -> dict[str, dict[str, torch.Tensor] | str]:
+    """By name what `capture` gives, or the traceback of an engine that failed; the others run all the same."""
+    files = {name: str(folder / f"{name}.pt") for name in requests}
+    asked = [
+        {"request": dataclasses.asdict(request), "file": files[name], "name": name}
+        for name, request in requests.items()
+    ]
+    failed = run_child("tests.vllm.captured", folder, asked)
+    assert isinstance(failed, dict)
+    return {name: failed.get(name) or torch.load(file, weights_only=True) for name, file in files.items()}
 
 
 def record_forward(passes: list[dict[str, torch.Tensor]], read: list[torch.Tensor]) -> None:
@@ -68,19 +83,30 @@ def first_chain(passes: list[dict[str, torch.Tensor]], prompt: list[int], depth:
 
 
 def main(argv: list[str]) -> int:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     asked, answered = (Path(argument) for argument in argv)
-    content = json.loads(asked.read_text(encoding="utf-8"))
-    request = EngineRequest(**content["request"])
     passes: list[dict[str, torch.Tensor]] = []
     read: list[torch.Tensor] = []
     record_forward(passes, read)
-    serve(request)
-    chain = first_chain(passes, request.prompts[0], request.num_speculative_tokens)
-    if read:
-        length = len(request.prompts[0])
-        chain["auxiliary"] = next(rows for rows in read if len(rows) >= length and bool(rows.any()))[:length].cpu()
-    torch.save(chain, content["file"])
-    answered.write_text("{}", encoding="utf-8")
+    failed = {}
+    for content in json.loads(asked.read_text(encoding="utf-8")):
+        request = EngineRequest(**content["request"])
+        passes.clear()
+        read.clear()
+        try:
+            serve(request)
+            chain = first_chain(passes, request.prompts[0], request.num_speculative_tokens)
+            if read:
+                length = len(request.prompts[0])
+                seen = next(rows for rows in read if len(rows) >= length and bool(rows.any()))
+                chain["auxiliary"] = seen[:length].cpu()
+            torch.save(chain, content["file"])
+        except Exception:
+            failed[content["name"]] = traceback.format_exc()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    answered.write_text(json.dumps(failed), encoding="utf-8")
     return 0
 
 

@@ -109,4 +109,5 @@ V0 = Layout(
     rules=_v0_rules,
     hint="(vLLM before 0.8: --speculative-model {draft} --num-speculative-tokens 3)",
     inner="model",
+    targets=("llama", "qwen2"),
 )

@@ -178,6 +178,6 @@ SPECULATORS = Layout(
     config=_speculators_config,
     tensors=_tensors,
     rules=_speculators_rules,
-    hint="(or both by the draft's folder alone, whose config.json names the base model: vllm serve {draft})",
+    hint="(or both by the draft's folder alone, whose config.json names the base model: vllm serve {draft}{flags})",
     inner="transformer_layer_config",
 )
