@@ -1,7 +1,12 @@
-"""How these tests call the toolkit: as a user types it (a process of its own), or `main` in this process."""
+"""How these tests call the toolkit: as a user types it (a process of its own), or `main` in this process.
+
+The first takes four seconds more than the second, in which Python and torch are started.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -79,9 +84,23 @@ def start(*words: object, env: Mapping[str, str] = os.environ, **environment: st
 def ask(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *words: object) -> Answer:
     """Call a script's `main` in this process the way its last lines do."""
     capsys.readouterr()
-    try:
-        code = run(lambda: main([str(word) for word in words]))
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
+    code = _code(main, words)
     said = capsys.readouterr()
     return Answer(code, said.out, said.err)
+
+
+def inside(main: Callable[[list[str]], int], *words: object, code: int = 0) -> Answer:
+    """As `ask`, also in fixtures, and expect exit code `code`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = _code(main, words)
+    answer = Answer(found, out.getvalue(), err.getvalue())
+    assert found == code, f"exit code {found}\n{answer.out}\n{answer.err}"
+    return answer
+
+
+def _code(main: Callable[[list[str]], int], words: tuple[object, ...]) -> int:
+    try:
+        return run(lambda: main([str(word) for word in words]))
+    except SystemExit as error:  # argparse
+        return int(error.code or 0)

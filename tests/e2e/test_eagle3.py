@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -18,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from eagle.decode import evaluate
 from eagle.drafts.saved import resolve_pointer
-from eagle.entry import run
 from eagle.generate import main as allocation
 from eagle.generate.plan import store_bytes
 from eagle.store import reshard as reassign
@@ -30,7 +27,7 @@ from eagle.tensor_file import read_header
 from eagle.train import main as train
 from eagle.train.checkpoint import states
 from eagle.vllm import convert as converter
-from tests.e2e.commands import Answer, ask, command
+from tests.e2e.commands import Answer, ask, command, inside
 from tests.e2e.conftest import contents
 from tests.e2e.killed import KILLED, context
 from tests.e2e.ranks import FSDP, start_ranks
@@ -47,11 +44,8 @@ WIDTHS = {"hidden_state": 32, "aux_0_1_3": 96}
 
 def done(main: Callable[[list[str]], int], *words: object) -> str:
     """What a script's `main` said, which did what it was asked for."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = run(lambda: main([str(word) for word in words]))
-    assert code == 0, said.getvalue()
-    return said.getvalue()
+    answer = inside(main, *words)
+    return answer.out + answer.err
 
 
 def generate(outdir: Path, target: Path, data: Path, *more: object) -> list[object]:
