@@ -345,7 +345,8 @@ def test_a_frozen_head_in_a_killed_run(
 ) -> None:  # fmt: skip
     """In a step behind a checkpoint within an epoch, then gone on with."""
     cpdir = tmp_path / "run"
-    words = options(targets["llama"], cpdir, "--tmpdir", stores["llama"], "--freeze_head", "--save_every", 3)
+    words = options(targets["llama"], cpdir, "--tmpdir", stores["llama"], "--freeze_head")
+    words += ["--save_every", 3, "--keep", 20]
     run = [[*words, "--bs", 4 // processes]] * processes
     ranks = start_ranks(tmp_path / "killed", run, dies={0: 13}, tick=0.1, variables=variables)
     assert all([rank.wait() for rank in ranks])
