@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
@@ -21,48 +18,11 @@ from eagle.target.config import load_config
 from eagle.train import main as train
 from eagle.train.checkpoint import states
 from tests.e2e.commands import Answer, command, inside
-from tests.e2e.killed import context
+from tests.e2e.killed import train_and_die
 
 #: Sums over a global batch in another order differ in the last bits of float32; three epochs of AdamW, which divides by
 #: the gradient's size, make more of them. Runs that only share the seed differ by 0.1 and more.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
-
-
-def _train_and_die(words: list[str], where: str, count: int) -> None:
-    from eagle.train import checkpoint, loop, main
-
-    torch.set_num_threads(1)
-    step, write_json, point = loop.Trainer._step, checkpoint.write_json, checkpoint.point
-
-    def die() -> NoReturn:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-    def dying_step(self, *rest):
-        return die() if self.position.step == count else step(self, *rest)
-
-    def dying_write(path, content):
-        return die() if content.get("step") == count else write_json(path, content)
-
-    def dying_point(folder, pointer, name):
-        return die() if name == f"state_{count}" else point(folder, pointer, name)
-
-    if where == "step":
-        loop.Trainer._step = dying_step
-    elif where == "saving":
-        checkpoint.write_json = dying_write
-    else:
-        checkpoint.point = dying_point
-    main.main(words)
-
-
-def killed(words: list[object], where: str, count: int) -> None:
-    """Train in a process that kills itself, without warning, at a step, while a checkpoint is written ("saving"), or
-    before it is pointed at ("pointing")."""
-    process = context.Process(target=_train_and_die, args=([str(word) for word in words], where, count))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
 
 
 def trained(*words: object, code: int = 0) -> Answer:
@@ -131,7 +91,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     run = options(store, llama, tmp_path / "run", "--bs", 4)
     epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
     for where, at in (("step", 3), ("step", epoch + 4), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
-        killed(run, where, at)
+        train_and_die(run, where, at)
         for state in states(tmp_path / "run"):
             load_draft(state)
     assert [state.name for state in states(tmp_path / "run")] == ["state_0", f"state_{epoch}", f"state_{2 * epoch}"]
@@ -234,7 +194,7 @@ def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama:
     epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
     assert epoch > 3
     for where, at in (("step", 4), ("step", epoch + 1), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
-        killed(run, where, at)
+        train_and_die(run, where, at)
         for state in states(tmp_path / "run"):
             load_draft(state)
     trained(*run)

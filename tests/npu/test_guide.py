@@ -120,6 +120,7 @@ def test_a_misspelt_command_is_noticed(tmp_path: Path, written: str, misspelt: s
         typist(tmp_path / "wrong").type(block.replace(written, misspelt))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "written", "misspelt", "says"),
     [
