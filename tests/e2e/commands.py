@@ -6,6 +6,7 @@ The first takes four seconds more than the second, in which Python and torch are
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import signal
@@ -26,6 +27,14 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 #: What stands behind the launchers' names, so that they are this interpreter's whatever PATH says.
 LAUNCHERS = {"accelerate launch": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
+
+
+#: Whose `main` the scripts of the checkout run.
+SCRIPTS = {
+    "allocation.py": "eagle.generate.main",
+    "reassign_data_num.py": "eagle.store.reshard",
+    "convert_eagle_ckpt_to_vllm_compatible.py": "eagle.vllm.convert",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +98,19 @@ def ask(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *w
     return Answer(code, said.out, said.err)
 
 
-def inside(main: Callable[[list[str]], int], *words: object, code: int = 0) -> Answer:
+def inside(*words: object, code: int = 0) -> Answer:
+    """As `command`, of one of our scripts or modules in this process."""
+    first, *rest = words
+    module = rest.pop(0) if first == "-m" else SCRIPTS[str(first)]
+    return call(importlib.import_module(str(module)).main, *rest, code=code)
+
+
+def call(main: Callable[[list[str]], int], *words: object, code: int = 0) -> Answer:
     """As `ask`, also in fixtures, and expect exit code `code`."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         found = _code(main, words)
     answer = Answer(found, out.getvalue(), err.getvalue())
     assert found == code, f"exit code {found}\n{answer.out}\n{answer.err}"

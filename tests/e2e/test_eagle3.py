@@ -27,7 +27,7 @@ from eagle.tensor_file import read_header
 from eagle.train import main as train
 from eagle.train.checkpoint import states
 from eagle.vllm import convert as converter
-from tests.e2e.commands import Answer, ask, command, inside
+from tests.e2e.commands import Answer, ask, call, command
 from tests.e2e.conftest import contents
 from tests.e2e.killed import KILLED, context
 from tests.e2e.ranks import FSDP, start_ranks
@@ -44,7 +44,7 @@ WIDTHS = {"hidden_state": 32, "aux_0_1_3": 96}
 
 def done(main: Callable[[list[str]], int], *words: object) -> str:
     """What a script's `main` said, which did what it was asked for."""
-    answer = inside(main, *words)
+    answer = call(main, *words)
     return answer.out + answer.err
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.generate import main as allocation
 from eagle.store.reader import FeatureStore
 from eagle.train import main as train
 from eagle.train.live_features import LiveFeatures, LiveSource
@@ -37,7 +36,7 @@ def test_the_records_are_those_of_a_store(store: Path, data: Path, llama: Path) 
 
 def test_end_num_chooses_the_same_conversations(data: Path, llama: Path, tmp_path: Path) -> None:
     inside(
-        allocation.main, "--outdir", tmp_path / "store", "--model_name", llama, "--data_path", data,
+        "allocation.py", "--outdir", tmp_path / "store", "--model_name", llama, "--data_path", data,
         "--dtype", "float32", "--end_num", 9, "--seed", 7, "--max_length", 40,
     )  # fmt: skip
     computed = live(data, llama, end_num=9, seed=7, max_length=40)
@@ -45,9 +44,9 @@ def test_end_num_chooses_the_same_conversations(data: Path, llama: Path, tmp_pat
 
 
 def test_training_gives_the_same_results(store: Path, data: Path, llama: Path, tmp_path: Path) -> None:
-    common = ["--basepath", llama, "--num_epochs", 2]
-    inside(train.main, *common, "--tmpdir", store, "--cpdir", tmp_path / "stored")
-    inside(train.main, *common, "--data_path", data, "--dtype", "float32", "--cpdir", tmp_path / "live")
+    common = ["-m", "eagle.train.main", "--basepath", llama, "--num_epochs", 2]
+    inside(*common, "--tmpdir", store, "--cpdir", tmp_path / "stored")
+    inside(*common, "--data_path", data, "--dtype", "float32", "--cpdir", tmp_path / "live")
     ours, theirs = steps_of(tmp_path / "live"), steps_of(tmp_path / "stored")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for line, expected in zip(ours, theirs, strict=True):

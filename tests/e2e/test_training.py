@@ -12,10 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eagle.drafts.saved import load_draft, resolve_pointer
-from eagle.generate import main as allocation
 from eagle.store.reader import FeatureStore
 from eagle.target.config import load_config
-from eagle.train import main as train
 from eagle.train.checkpoint import states
 from tests.e2e.commands import Answer, command, inside
 from tests.e2e.killed import train_and_die
@@ -27,7 +25,7 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 def trained(*words: object, code: int = 0) -> Answer:
     """Training in this process."""
-    return inside(train.main, *words, code=code)
+    return inside("-m", "eagle.train.main", *words, code=code)
 
 
 def options(store: Path, target: Path, cpdir: Path, *more: object) -> list[object]:
@@ -240,7 +238,7 @@ def test_other_features_are_another_run(
 ) -> None:
     """The same conversations, stored in another way: the same counts."""
     inside(
-        allocation.main, "--outdir", tmp_path / "int8", "--model_name", llama, "--data_path", data,
+        "allocation.py", "--outdir", tmp_path / "int8", "--model_name", llama, "--data_path", data,
         "--dtype", "float32", "--store_dtype", "int8",
     )  # fmt: skip
     answer = trained(*options(tmp_path / "int8", llama, undisturbed, "--bs", 4), code=2)
