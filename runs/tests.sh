@@ -63,13 +63,12 @@ made() {
 # Side by side, one thread each: threads that share a core wait for each other.
 cores="$("$PYTHON" -c 'from eagle.device import cores; print(min(cores(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
-chosen=(-m "not long")
-if [ "${LONG:-}" = 1 ]; then
-    chosen=()
+if [ "${LONG:-}" != 1 ]; then
+    parallel+=(-m "not long")
 fi
 # tests/npu, which has the longest tests, builds a simulated NPU first, half a minute with g++. Without g++ it is skipped
 # and says so, or fails where NEED_SIMULATED_NPU is set.
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" ${chosen[@]+"${chosen[@]}"} tests/npu tests/unit tests/e2e
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/npu tests/unit tests/e2e
 
 if [ -n "$older_environment" ]; then
     made older_environment .venv-older
