@@ -135,7 +135,8 @@ def test_the_guides_own_line_and_its_reshard(once: Once, data: Path, tmp_path: P
     assert contents(resharded) == contents(store)
 
 
-@pytest.mark.parametrize("store_dtype", [pytest.param("int8", marks=pytest.mark.long), "float8"])
+@pytest.mark.long
+@pytest.mark.parametrize("store_dtype", ["int8", "float8"])
 def test_stores_of_one_byte_a_value(store_dtype: str, llama: Path, data: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     words = ["--model_name", llama, "--data_path", data, "--npu_indices", 5, "--store_dtype", store_dtype]

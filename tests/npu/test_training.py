@@ -200,6 +200,7 @@ def test_float16_unrolled_from_int8_on_two_cards(
     check_cards(tmp_path / "log", 0, 1)
 
 
+@pytest.mark.long
 def test_unrolled_from_float8_and_a_draft(
     runs: Runs, stores: Runs, packed: Callable, qwen: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_without_a_store_on_one_card(runs: Runs, data: Path, llama: Path, tmp_pa
     check_cards(tmp_path / "log", 0)
 
 
+@pytest.mark.long
 def test_without_a_store_on_two_cards(pair: Path, data: Path, llama: Path, tmp_path: Path) -> None:
     """Each rank computes its own features on its own card."""
     on_npu(*GUIDE, *live(data, llama, tmp_path / "run"), cards=2, log=tmp_path / "log")
@@ -252,6 +254,7 @@ def test_a_killed_run_goes_on_to_the_bit(runs: Runs, stores: Runs, llama: Path, 
     check_same_to_the_bit(tmp_path / "run", runs("llama", "eagle3"))
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_ends_the_other(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None:
     """Started one by one, as on machines of their own. The guide's command goes on with both."""
     words = options(store, llama, tmp_path / "run")
