@@ -14,6 +14,7 @@ from eagle import device
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.reader import Records, open_records
+from eagle.data.template_variables import shown
 from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card
@@ -81,7 +82,7 @@ def resolve(request: GenerationRequest) -> Job:
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
     began = began_with(request)
     date = datetime.date.fromisoformat(began["date"]) if began and "date" in began else None
-    encoder = load_encoder(model, config, request.chat_template, date)
+    encoder = load_encoder(model, config, request.chat_template, date, request.chat_template_kwargs)
     encoder.trains_leading_space = not began or "trains_leading_space" in began
     conversations = min(len(records), request.end_num or len(records))
     if conversations < request.num_nodes:
@@ -121,6 +122,8 @@ def resolve(request: GenerationRequest) -> Job:
             "seed": request.seed,
             "max_length": request.max_length,
             "chat_template": request.chat_template,
+            # Absent where it is not given, as in the manifests of versions that did not know it.
+            **({"chat_template_kwargs": shown(request.chat_template_kwargs)} if request.chat_template_kwargs else {}),
             "allow_truncated": request.allow_truncated,
             "batch_tokens": request.batch_tokens,
             "workers": len(request.card_groups()),

@@ -12,12 +12,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from eagle.data.loss_mask import load_encoder
 from eagle.data.reader import open_records
+from eagle.data.template_variables import shown
 from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
@@ -41,6 +43,7 @@ class LiveSource:
     chat_template: str | None
     allow_truncated: bool
     dtype: str
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class LiveFeatures:
@@ -59,7 +62,7 @@ class LiveFeatures:
         records = open_records(source.data_path, allow_truncated=source.allow_truncated)
         # A template that writes the date is told the data file's, so that a run goes on next week as it began.
         date = datetime.date.fromtimestamp(source.data_path.stat().st_mtime)
-        encoder = load_encoder(basepath, config, source.chat_template, date)
+        encoder = load_encoder(basepath, config, source.chat_template, date, source.chat_template_kwargs)
         # The same choice as `eagle.generate.dealing.node_share`'s, in a store's order.
         order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
         chosen = np.sort(order)
@@ -81,6 +84,7 @@ class LiveFeatures:
         self.widths = widths
         self._notes = encoder.notes()
         self.data_digest = records.digest()
+        self.told = shown(encoder.variables) if encoder.variables else ""
         self.dtype = parse_dtype(source.dtype)
         self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
@@ -132,4 +136,4 @@ class LiveFeatures:
 
     def identity(self) -> list[str]:
         """As `eagle.store.reader.FeatureStore.identity`."""
-        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype])]
+        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype], self.told)]
