@@ -54,9 +54,18 @@ def choose_template(
     Raises: RequestError for a template that does not exist, or that a server would not read as it stands; where the
     model brings none and none of the built-in ones is its.
     """
-    if chat_template is None:
-        own = _own_template(tokenizer, Path(model_path))
-        return ChatTemplate(own, OWN) if own else _by_family(tokenizer, Path(model_path), config)
+    model = Path(model_path)
+    if chat_template is not None:
+        choice = _named(chat_template)
+    elif own := _own_template(tokenizer, model):
+        choice = ChatTemplate(own, OWN)
+    else:
+        choice = _by_family(tokenizer, model, config)
+    why = "; ".join(filter(None, (choice.why, _passed_over(model))))
+    return ChatTemplate(choice.text, choice.name, why)
+
+
+def _named(chat_template: str) -> ChatTemplate:
     if chat_template in BUILT_IN_TEMPLATES:
         return ChatTemplate(_built_in(chat_template), chat_template)
     file = Path(chat_template)
@@ -66,6 +75,19 @@ def choose_template(
             f"({', '.join(BUILT_IN_TEMPLATES)})."
         )
     return ChatTemplate(_read(file, f"--chat_template {file}"), chat_template)
+
+
+def _passed_over(model: Path) -> str:
+    """Why a server would not use the template at all; empty where it would."""
+    # vLLM's own rule, for its tokenizer mode "auto".
+    if any(model.glob("consolidated*.safetensors")):
+        for pattern in ("tekken.json", "tokenizer.model.v*"):
+            for file in model.glob(pattern):
+                return (
+                    f"vLLM does not use it of its own accord: with {file.name} and consolidated*.safetensors in the "
+                    "folder it renders and tokenises by mistral_common. Serve with --tokenizer-mode hf"
+                )
+    return ""
 
 
 def check_template_beside(model: Path) -> None:
