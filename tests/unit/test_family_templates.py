@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import json
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle.data.cleaning import Dropped, Tally
 from eagle.data.loss_mask import Encoder
 from eagle.data.rows import aligned_rows, rows_of
+from eagle.target.tokenizer import load_tokenizer
+from tests.unit import family_templates
 from tests.unit.family_templates import FAMILIES, OFF, ON, Family
 
 DATE = datetime.date(2025, 3, 9)
@@ -237,3 +242,33 @@ def test_variables_are_part_of_what_decides_the_tokens() -> None:
     tokenizer, template = TOKENIZERS[FAMILIES["qwen3"].tokens], FAMILIES["qwen3"].template
     digests = [Encoder(tokenizer, template, "t", variables=one).digest() for one in (None, {}, ON, OFF)]
     assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "is_rebuilt"),
+    [
+        ("llama3_tokens", "PreTrainedTokenizerFast", False),
+        ("chatml_tokens", "Qwen2Tokenizer", False),
+        ("mistral_tokens", "LlamaTokenizer", True),
+        ("mistral3_tokens", "LlamaTokenizer", False),
+        ("phi3_tokens", "LlamaTokenizer", True),
+        ("phi4_tokens", "GPT2Tokenizer", False),
+        ("granite_tokens", "GPT2Tokenizer", False),
+        ("gemma_tokens", "GemmaTokenizer", False),
+    ],
+)
+def test_a_class_that_tokenises_otherwise_than_its_file_is_named(
+    make: str, kind: str, is_rebuilt: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TOKENIZERS[getattr(family_templates, make)].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": kind, "legacy": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
+    tokenizer, said = load_tokenizer(tmp_path), capsys.readouterr().err
+    if is_rebuilt and int(transformers.__version__.split(".")[0]) >= 5:
+        assert f"a {kind}, which tokenises '<s>hello' as ['<s>', 'he'" in said
+        assert "its tokenizer.json as ['<s>', '▁he'" in said
+    else:
+        assert said == ""
+    assert tokenizer.is_fast
