@@ -104,8 +104,9 @@ def _tokenised_otherwise(tokenizer: Any, own: Any) -> str | None:
     Llama's class of transformers 5 puts no space in front of what stands behind a special token (Phi-3's replies), and
     none in front of a space (Mistral's first question).
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special][:16]
-    for text in (*(f"{token}{space}hello" for token in special for space in ("", " ", "\n")), "hello", " hello"):
+    added = tokenizer.added_tokens_decoder.items()  # its class may have added some that the file does not know
+    special = [token.content for number, token in added if token.special and own.token_to_id(token.content) == number]
+    for text in (*(f"{token}{space}hello" for token in special[:16] for space in ("", " ", "\n")), "hello", " hello"):
         if tokenizer(text, add_special_tokens=False)["input_ids"] != own.encode(text, add_special_tokens=False).ids:
             return text
     return None
