@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from eagle.errors import RequestError
 
@@ -69,7 +69,7 @@ def variables_of(template: str, tokenizer: Any) -> frozenset[str]:
     class Generation(ext.Extension):
         """The tag that marks a reply for training; transformers brings it, too."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -15,6 +15,7 @@ from eagle.data.template_variables import parse_kwargs, variables_of
 from eagle.data.tokens import key_of
 from eagle.entry import run
 from eagle.errors import RequestError
+from eagle.generate import main as generate
 from eagle.generate.job import check_outdir, claim_outdir, resolve
 from eagle.generate.request import GenerationRequest
 from eagle.store.manifest import MANIFEST
@@ -97,6 +98,20 @@ def test_what_a_template_does_not_ask_for_is_refused(model: Path) -> None:
 
 def request(model: Path, data: Path, outdir: Path, **changes: object) -> GenerationRequest:
     return GenerationRequest(outdir=outdir, model_name=str(model), data_path=data, device="cpu", **changes)
+
+
+def test_data_generation_is_asked_for_them(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[GenerationRequest] = []
+
+    def stop(request: GenerationRequest) -> None:
+        asked.append(request)
+        raise RequestError("enough")
+
+    monkeypatch.setattr(generate, "resolve", stop)
+    argv = ["--outdir", "o", "--model_name", str(model), "--data_path", str(data)]
+    for more in ([], ["--chat_template_kwargs", json.dumps(OFF)], ["--chat_template_kwargs", "x"]):
+        assert run(lambda more=more: generate.main([*argv, *more])) == 2
+    assert [request.chat_template_kwargs for request in asked] == [None, OFF]
 
 
 def test_a_store_is_of_its_variables(model: Path, data: Path, tmp_path: Path) -> None:
