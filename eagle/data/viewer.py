@@ -22,6 +22,7 @@ from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
 from eagle.data.loss_mask import Aligned, Encoder, load_encoder
 from eagle.data.reader import open_records
 from eagle.data.record_file import Records
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.data.token_source import align_record, encode_record
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
@@ -206,6 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--chat_template",
         help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
     )
+    parser.add_argument(FLAG, help=HELP)
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
     )
@@ -227,7 +229,9 @@ def main(argv: list[str] | None = None) -> int:
         raise RequestError(f"--start {args.start}: {args.data_path} holds {len(records):,} records, from 0 on.")
     if args.html and args.html.exists():
         raise FileExistsError(f"--html {args.html} exists; name a new file, or delete that one.")
-    encoder = load_encoder(model, load_config(model), args.chat_template)
+    encoder = load_encoder(
+        model, load_config(model), args.chat_template, chat_template_kwargs=parse_kwargs(args.chat_template_kwargs)
+    )
     indices = range(args.start, min(args.start + args.num, len(records)))
     shown = [show_record(records, encoder, index, args.max_length) for index in indices]
     notes = [*records.notes, *encoder.notes()]

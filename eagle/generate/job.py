@@ -14,6 +14,7 @@ from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.mixture import Data, Outcome, open_data, outcomes
 from eagle.data.record_file import Records
+from eagle.data.template_variables import shown
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card
 from eagle.drafts.families import DRAFT_FAMILIES, check_served
@@ -89,7 +90,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
     began = began_with(request)
     date = datetime.date.fromisoformat(began["date"]) if began and "date" in began else None
-    encoder = load_encoder(model, config, request.chat_template, date)
+    encoder = load_encoder(model, config, request.chat_template, date, request.chat_template_kwargs)
     encoder.trains_leading_space = not began or "trains_leading_space" in began
     conversations = data.conversations
     if conversations < request.num_nodes:
@@ -124,6 +125,8 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "seed": request.seed,
             "max_length": request.max_length,
             "chat_template": request.chat_template,
+            # Absent where it is not given, as in the manifests of versions that did not know it.
+            **({"chat_template_kwargs": shown(request.chat_template_kwargs)} if request.chat_template_kwargs else {}),
             "allow_truncated": request.allow_truncated,
             "batch_tokens": request.batch_tokens,
             "workers": len(request.card_groups()),

@@ -9,6 +9,7 @@ from pathlib import Path
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import Tally
 from eagle.data.mixture import DATA_HELP, as_data_path, outcome_lines
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.data.tokens import Tokens
 from eagle.drafts.choices import parse_layers
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
@@ -79,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--chat_template",
         help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
     )
+    parser.add_argument(FLAG, help=HELP)
     parser.add_argument(
         "--device",
         default="auto",
@@ -123,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {name: value for name, value in vars(args).items() if name != "dry_run"}
     options |= {"npu_indices": parse_indices(args.npu_indices), "aux_layers": parse_layers(args.aux_layers)}
     options["data_path"] = as_data_path(args.data_path)
+    options["chat_template_kwargs"] = parse_kwargs(args.chat_template_kwargs)
     request = GenerationRequest(**options)
     if os.environ.get("EAGLE_TARIN_MODE"):
         print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eagle.data.mixture import DataPath, read_weights
 from eagle.device import Card, is_mig, is_uuid
@@ -32,6 +33,7 @@ class GenerationRequest:
     max_length: int = 2048
     dtype: str = "bfloat16"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     device: str = "auto"
     batch_tokens: int = 4096
     shard_mb: int | None = None

@@ -12,12 +12,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from eagle.data.loss_mask import load_encoder
 from eagle.data.mixture import DataPath, choose, open_data, outcome_lines, outcomes, spelled
+from eagle.data.template_variables import shown
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -40,6 +42,7 @@ class LiveSource:
     chat_template: str | None
     allow_truncated: bool
     dtype: str
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class LiveFeatures:
@@ -59,7 +62,7 @@ class LiveFeatures:
         records = data.records
         # A template that writes the date is told the data's, so that a run goes on next week as it began.
         date = datetime.date.fromtimestamp(max(file.path.stat().st_mtime for file in records.files))
-        encoder = load_encoder(basepath, config, source.chat_template, date)
+        encoder = load_encoder(basepath, config, source.chat_template, date, source.chat_template_kwargs)
         # The same choice as `eagle.generate.dealing.node_share`'s, in a store's order.
         chosen = np.sort(choose(source.seed, data.sizes, data.conversations, data.shares))
         data.refuse_other_formats(chosen.tolist())
@@ -82,6 +85,7 @@ class LiveFeatures:
         if data.shares:
             self._notes += outcome_lines(outcomes(self.tokens_of, chosen.tolist(), data.to_json()["sources"]))
         self.data_digest = data.digest
+        self.told = shown(encoder.variables) if encoder.variables else ""
         self.dtype = parse_dtype(source.dtype)
         self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
@@ -133,4 +137,4 @@ class LiveFeatures:
 
     def identity(self) -> list[str]:
         """As `eagle.store.reader.FeatureStore.identity`."""
-        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype])]
+        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype], self.told)]

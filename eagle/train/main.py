@@ -99,6 +99,7 @@ def live_features(options: TrainOptions, accelerator: Accelerator, widths: dict[
         options.chat_template,
         options.allow_truncated,
         options.dtype,
+        options.chat_template_kwargs,
     )
     return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from eagle.data.mixture import DataPath, read_weights
 from eagle.drafts.choices import DraftChoices
@@ -37,6 +38,7 @@ class TrainOptions:
     end_num: int | None = None
     data_seed: int = 42
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     allow_truncated: bool = False
     dtype: str = "bfloat16"
     configpath: Path | None = None
@@ -189,6 +191,7 @@ FREE_ON_RESUME = (
     "end_num",
     "data_seed",
     "chat_template",
+    "chat_template_kwargs",  # they are compared with the features
     "allow_truncated",
     "dtype",
     "cpdir",
@@ -217,6 +220,7 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
             "end_num": f"it is for --data_path, and of a store (--tmpdir) every record is used. {leave}",
             "data_seed": f"it is for --data_path, and a store (--tmpdir) says which conversations it holds. {leave}",
             "chat_template": f"it is for --data_path, and a store (--tmpdir) holds tokens already. {leave}",
+            "chat_template_kwargs": f"it is for --data_path, and a store (--tmpdir) holds tokens already. {leave}",
             "allow_truncated": "it is for --data_path, and a store (--tmpdir) says which records it holds. Leave it "
             "out; --skip_damaged goes on without what is damaged in a store.",
             "dtype": "it is for --data_path, and the features of a store (--tmpdir) were computed before. Leave it "

@@ -56,9 +56,10 @@ DIRTY = {
     "bad_unicode": talk(QUESTION, ("gpt", "\ud83d")),
     "nested_too_deeply": "[" * 100_000 + "]" * 100_000,
 }
-#: What other templates and tokenizers do: `tests/e2e/brought/test_conversations.py`. The last nothing is known to do.
-ELSEWHERE = {"tokenizer_failed", "reasoning_missing", "record_failed", "token_without_row"}
-MENDED_ELSEWHERE = {"by_turn", "reasoning_left_out"}
+#: What other templates and tokenizers do: `tests/e2e/brought/test_conversations.py`, and, of the families that people
+#: run, `tests/unit/test_family_templates.py`. "record_failed" nothing is known to do.
+ELSEWHERE = {"tokenizer_failed", "reasoning_missing", "record_failed", "token_without_row", "system_turn_rejected"}
+MENDED_ELSEWHERE = {"by_turn", "reasoning_left_out", "reasoning_taken_out", "reasoning_absent"}
 MENDED = {
     "leading_reply_skipped": talk(REPLY, QUESTION, REPLY),
     "cut_at_repeated_role": talk(QUESTION, REPLY, REPLY, QUESTION),
