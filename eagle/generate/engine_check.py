@@ -30,7 +30,7 @@ FIXED = {
 }
 #: vLLM's method, by which auxiliary layers are read in a target.
 _READS = "eagle3"
-#: What the engine's python is asked: its vLLM's release, and whether that hands hidden states over. Nothing is imported.
+#: What the engine's python is asked: its vLLM's release, and whether that hands hidden states over.
 _QUESTION = """
 import importlib.util, json, os
 from importlib.metadata import PackageNotFoundError, version
@@ -56,9 +56,7 @@ def check_engine_args(arguments: Mapping[str, Any]) -> None:
     fixed = sorted(FIXED & arguments.keys())
     if fixed:
         own = {"tensor_parallel_size", "pipeline_parallel_size", "dtype"}
-        cure = (
-            f"Use --{fixed[0]}." if fixed[0] in own else "Leave it out: the features would not be those of the store."
-        )
+        cure = f"Use --{fixed[0]}." if fixed[0] in own else "Leave it out: the features would be others."
         raise RequestError(f"--engine_args: {fixed[0]} is decided by the job. {cure}")
 
 

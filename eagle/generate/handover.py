@@ -47,10 +47,7 @@ class Handover:
 
     def take(self, key: str) -> torch.Tensor:
         """What was put under that key, once. Raises: WorkError where nothing was."""
-        if self.folder is None:
-            states = _handed.pop(key, None)
-        else:
-            states = _read(self.folder / key)
+        states = _handed.pop(key, None) if self.folder is None else _read(self.folder / key)
         if states is None:
             raise WorkError(
                 "The engine finished a sequence without handing over its hidden states. Its log says why, perhaps; "

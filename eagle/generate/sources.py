@@ -81,6 +81,9 @@ FEATURE_SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {
     "vllm": VllmSource,
 }
 
+#: Those that start an engine, which may live in another environment.
+ENGINES = ("vllm",)
+
 #: The source of the documented commands.
 DEFAULT_SOURCE = "transformers"
 

@@ -1,11 +1,11 @@
 """What vLLM loads into its engine (``kv_connector_module_path``): hands over the hidden states of whole prompts.
 
 vLLM's method ``extract_hidden_states`` keeps the states of every position in a cache layer beside the keys and values.
-The connector that vLLM ships copies them once a request has ended, on streams that only CUDA has. Here a prompt's states
-are copied in the step that computes its last position, after the forward pass and on the stream of the pass, while its
-blocks are its own: it takes no further step, holds no block back, and needs nothing of the device but indexing.
+The connector that vLLM ships copies them once a request has ended, on streams that only CUDA has. Here the states of a
+prompt are copied in the step that computes its last position, behind the forward pass on its stream, while its blocks
+are its own: it takes no further step, holds no block back, and needs nothing of the device but indexing.
 
-Only vLLM imports this module: in its scheduler, which knows which blocks are whose, and in its workers, which hold them.
+Only vLLM imports this module: in its scheduler, which knows whose the blocks are, and in its workers, which hold them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class StatesConnector(ExampleHiddenStatesConnector):
         for prompt in self._get_connector_metadata().prompts:
             slots = self._slots(prompt).to(self._kv_cache.device)
             self._handover.put(prompt.key, extract_from_kv_cache(self._kv_cache, slots, prompt.length))
-            # A position that a later prompt of these blocks left out would be found by its zeros, not pass for another's.
+            # Where vLLM leaves a position out, its zeros show it; another prompt's states would pass for its own.
             self._kv_cache[slots // self._block_size, :, slots % self._block_size] = 0
 
     def _slots(self, prompt: Prompt) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Features from vLLM: its kernels, its tensor and pipeline parallelism, in the worker's own process or started from it.
 
-An engine of this process is given every sequence as a prompt whose reply is one token. Its hidden states come back from
-inside it (`eagle.generate.states_connector`): the inputs of layers as they are, and the output of the last layer, to which
+An engine of this process is given every sequence as a prompt whose reply is one token. The hidden states come back from
+inside it (`eagle.generate.states_connector`): the inputs of layers as they are, and what the last layer gives, to which
 the final norm is applied here.
 """
 
