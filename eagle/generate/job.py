@@ -95,7 +95,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     engine = {}
     if request.is_engine:
         check_engine_family(config)
-        version = vllm_of(request.engine_python or Path(sys.executable))
+        version = vllm_of(request.engine_python or Path(sys.executable), request.engine)
         engine = {"engine": {request.feature_source: version, **dataclasses.asdict(request.engine)}}
     data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
     began = began_with(request)

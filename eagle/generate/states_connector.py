@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
     extract_from_kv_cache,
 )
-from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 
 from eagle.generate.handover import Handover
 
@@ -91,11 +89,6 @@ class StatesConnector(ExampleHiddenStatesConnector):
         return self.request_finished(request, [])
 
     # The workers' side.
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        # Of a pipeline only the last stage has the layer.
-        if get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)):
-            super().register_kv_caches(kv_caches)
 
     def wait_for_save(self) -> None:
         """After a step's forward pass. Every tensor-parallel rank has the same states; the first hands them over."""

@@ -58,7 +58,8 @@ class VllmSource:
         self.handover, self._keys = Handover(folder), itertools.count()
         longest = options.longest or config.max_position_embeddings
         os.environ.update(_IN_PROCESS)
-        for name, value in ENVIRONMENT.items():
+        several = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # by itself it wants a NUMA node for each
+        for name, value in {**ENVIRONMENT, **(several if options.engine.cards > 1 else {})}.items():
             os.environ.setdefault(name, value)
         arguments = {
             "enforce_eager": True,  # graphs are for decoding
