@@ -18,7 +18,7 @@ from eagle.target.families import TARGET_FAMILIES
 FIXED = {
     "model",
     "dtype",
-    "model_impl",
+    "hf_overrides",
     "max_model_len",
     "tensor_parallel_size",
     "pipeline_parallel_size",

@@ -21,7 +21,7 @@ from eagle.errors import WorkError
 from eagle.generate.engine_check import FIXED, check_engine_family
 from eagle.generate.handover import Folder, Handover
 from eagle.generate.source_options import SourceOptions
-from eagle.target.config import load_config
+from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import HIDDEN_STATE, aux_layers, check_features
 from eagle.target.trunk import least_context, load_final_norm
 from eagle.target.weights import Weights
@@ -66,7 +66,7 @@ class VllmSource:
             **options.engine.arguments,
             "model": str(options.model),
             "dtype": dtype_name(options.dtype),
-            "model_impl": model_impl,
+            "hf_overrides": _overrides(config, model_impl),
             "max_model_len": max(longest + _BEHIND, least_context(config)),
             "tensor_parallel_size": options.engine.tensor_parallel_size,
             "pipeline_parallel_size": options.engine.pipeline_parallel_size,
@@ -146,6 +146,17 @@ def _start(arguments: dict[str, Any]) -> Any:
         return LLM(**arguments)
     except Exception as error:  # anything that its workers or kernels raise
         raise WorkError(f"vLLM did not start on {arguments['model']}: {_spelled(error)}") from error
+
+
+def _overrides(config: ModelConfig, model_impl: str) -> dict[str, Any]:
+    """Of what config.json says, to have the target run by that code.
+
+    Not vLLM's option model_impl, by which it would look for its own model that keeps the states there as well.
+    """
+    if model_impl == "auto":
+        return {}
+    experts = any("experts" in key for key in config.to_json())
+    return {"architectures": ["TransformersMoEForCausalLM" if experts else "TransformersForCausalLM"]}
 
 
 def _spelled(error: Exception) -> str:
