@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from eagle.dtypes import dtype_name
 from eagle.engines import ENVIRONMENT
 from eagle.errors import WorkError
+from eagle.files import ROOT
 from eagle.generate.engine_check import FIXED, check_engine_family
 from eagle.generate.handover import Folder, Handover
 from eagle.generate.source_options import SourceOptions
@@ -142,6 +144,9 @@ def _start(arguments: dict[str, Any]) -> Any:
     """Raises: WorkError with what it said."""
     from vllm import LLM
 
+    # Processes that it spawns import the command and the connector: behind the libraries, as the package is otherwise.
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
     try:
         return LLM(**arguments)
     except Exception as error:  # anything that its workers or kernels raise
