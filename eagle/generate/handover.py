@@ -64,17 +64,22 @@ def _read(path: Path) -> torch.Tensor | None:
     return states
 
 
-class Folder:
-    """A folder for files, locked while its process lives; those that killed processes left are taken away.
+def _places() -> list[Path]:
+    return [place for place in (_IN_MEMORY, Path(tempfile.gettempdir())) if place.is_dir()]
 
-    One in memory where there is room, else where temporary files go.
-    """
+
+def clean_up() -> None:
+    """Take away the folders that killed processes left."""
+    for place in _places():
+        for old in place.glob(f"{_PREFIX}*"):
+            _take_away(old)
+
+
+class Folder:
+    """A folder for files, locked while its process lives: in memory where there is room, else where others are."""
 
     def __init__(self) -> None:
-        places = [place for place in (_IN_MEMORY, Path(tempfile.gettempdir())) if place.is_dir()]
-        for place in places:
-            for old in place.glob(f"{_PREFIX}*"):
-                _take_away(old)
+        places = _places()
         roomy = [place for place in places if os.access(place, os.W_OK) and shutil.disk_usage(place).free >= _ROOM]
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=(roomy or places[-1:])[0]))
         self._lock = os.open(self.path, os.O_RDONLY)

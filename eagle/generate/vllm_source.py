@@ -21,7 +21,7 @@ from eagle.engines import ENVIRONMENT
 from eagle.errors import WorkError
 from eagle.files import ROOT
 from eagle.generate.engine_check import FIXED, check_engine_family
-from eagle.generate.handover import Folder, Handover
+from eagle.generate.handover import Folder, Handover, clean_up
 from eagle.generate.source_options import SourceOptions
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import HIDDEN_STATE, aux_layers, check_features
@@ -56,6 +56,7 @@ class VllmSource:
         self.layers = sorted(read | {self.last})
         self.dtype = options.dtype
         self.norm = load_final_norm(Weights(options.model), config, options.dtype, options.device)
+        clean_up()
         folder = Folder().path if options.engine.cards > 1 else None
         self.handover, self._keys = Handover(folder), itertools.count()
         longest = options.longest or config.max_position_embeddings
