@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# All tests, on a machine with only a CPU:
+# The tests, on a machine with only a CPU:
 #
 #   bash runs/tests.sh                             makes its own environments in .venv, .venv-older and .venv-vllm
+#   LONG=1 bash runs/tests.sh                      with those marked "long" too, which show at length what others show
+#                                                  in short: twice the time
 #   EAGLE_ENV=current bash runs/tests.sh           uses the packages that are there
 #   SKIP_VLLM=1 bash runs/tests.sh                 leaves out the tests that install and run a real vLLM
 #   SKIP_OLDER=1 bash runs/tests.sh                leaves out the second run on the oldest packages (torch 2.1), which
@@ -61,6 +63,9 @@ made() {
 # Side by side, one thread each: threads that share a core wait for each other.
 cores="$("$PYTHON" -c 'from eagle.device import cores; print(min(cores(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
+if [ "${LONG:-}" != 1 ]; then
+    parallel+=(-m "not long")
+fi
 # tests/npu, which has the longest tests, builds a simulated NPU first, half a minute with g++. Without g++ it is skipped
 # and says so, or fails where NEED_SIMULATED_NPU is set.
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest "${parallel[@]}" tests/npu tests/unit tests/e2e
@@ -80,4 +85,7 @@ if [ -n "$vllm_environment" ]; then
 fi
 if [ -n "$left_out" ]; then
     echo "$left_out" >&2
+fi
+if [ "${LONG:-}" != 1 ]; then
+    echo "note: the tests marked \"long\" are left out; LONG=1 bash runs/tests.sh runs them too." >&2
 fi

@@ -19,6 +19,16 @@ BUILT_IN_TEMPLATES = ("vicuna", "llama2", "chatml")
 #: What transformers, and so a server, reads beside the weights.
 BESIDE = "chat_template.jinja"
 OWN = "the tokenizer's own"
+#: Tokens that templates write of which none is built in, and whose they are: a tokenizer has them for its own.
+FOREIGN_TOKENS = {
+    "<|start_header_id|>": "Llama 3's",
+    "[INST]": "Mistral's",
+    "<start_of_turn>": "Gemma's",
+    "<|start_of_role|>": "Granite's",
+    "<|im_sep|>": "Phi-4's",
+    "<|user|>": "Phi-3's",
+    "<\uff5cUser\uff5c>": "DeepSeek's",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +51,21 @@ def choose_template(
     chat_template: None for the tokenizer's own, or where it has none the family's built-in one; or the name
     of a built-in one (`BUILT_IN_TEMPLATES`); or a path to a Jinja file.
 
-    Raises: RequestError for a template that does not exist, or that a server would not read as it stands.
+    Raises: RequestError for a template that does not exist, or that a server would not read as it stands; where the
+    model brings none and none of the built-in ones is its.
     """
-    if chat_template is None:
-        own = _own_template(tokenizer, Path(model_path))
-        return ChatTemplate(own, OWN) if own else _by_family(Path(model_path), config)
+    model = Path(model_path)
+    if chat_template is not None:
+        choice = _named(chat_template)
+    elif own := _own_template(tokenizer, model):
+        choice = ChatTemplate(own, OWN)
+    else:
+        choice = _by_family(tokenizer, model, config)
+    why = "; ".join(filter(None, (choice.why, _passed_over(model))))
+    return ChatTemplate(choice.text, choice.name, why)
+
+
+def _named(chat_template: str) -> ChatTemplate:
     if chat_template in BUILT_IN_TEMPLATES:
         return ChatTemplate(_built_in(chat_template), chat_template)
     file = Path(chat_template)
@@ -55,6 +75,19 @@ def choose_template(
             f"({', '.join(BUILT_IN_TEMPLATES)})."
         )
     return ChatTemplate(_read(file, f"--chat_template {file}"), chat_template)
+
+
+def _passed_over(model: Path) -> str:
+    """Why a server would not use the template at all; empty where it would."""
+    # vLLM's own rule, for its tokenizer mode "auto".
+    if any(model.glob("consolidated*.safetensors")):
+        for pattern in ("tekken.json", "tokenizer.model.v*"):
+            for file in model.glob(pattern):
+                return (
+                    f"vLLM does not use it of its own accord: with {file.name} and consolidated*.safetensors in the "
+                    "folder it renders and tokenises by mistral_common. Serve with --tokenizer-mode hf"
+                )
+    return ""
 
 
 def check_template_beside(model: Path) -> None:
@@ -115,25 +148,36 @@ def _own_template(tokenizer: Any, model: Path) -> str | None:
     return own
 
 
-def _by_family(model: Path, config: ModelConfig) -> ChatTemplate:
-    """The built-in template of a model whose tokenizer brings none: by a name that says it, else a guess."""
+def _by_family(tokenizer: Any, model: Path, config: ModelConfig) -> ChatTemplate:
+    """The built-in template of a model whose tokenizer brings none: by a name that says it, else a guess.
+
+    Raises: RequestError where none of them can be right.
+    """
     family = TARGET_FAMILIES[config.family]
+    added = tokenizer.get_added_vocab()
+    foreign = next((token for token in FOREIGN_TOKENS if token in added), None)
+    if foreign:
+        raise _refusal(model, f"it has the token {foreign}, of templates like {FOREIGN_TOKENS[foreign]}")
     for name, place in _names(model):
         for part, template in family.template_names:
             if part in name.lower():
                 return ChatTemplate(_built_in(template), template, f"its tokenizer brings none; {place} says {part!r}")
-    guess = family.template(config.max_position_embeddings)
+    guess: str | None = family.template(config.max_position_embeddings)
     if guess is None:
-        raise RequestError(
-            f"{model}: its tokenizer brings no chat template, and none of the built-in ones is sure to be what a "
-            f"{family.describes} model speaks. Name the one that you serve with: --chat_template with a Jinja file, or "
-            f"one of {', '.join(BUILT_IN_TEMPLATES)}."
-        )
+        raise _refusal(model, f"none is that of {family.describes}")
     why = (
         f"a guess: its tokenizer brings none, and neither its path nor config.json's _name_or_path says which. Name "
         f"one with --chat_template: {', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file, the one that you serve with"
     )
     return ChatTemplate(_built_in(guess), guess, why)
+
+
+def _refusal(model: Path, why: str) -> RequestError:
+    return RequestError(
+        f"{model}: its tokenizer brings no chat template, and of the built-in ones ({', '.join(BUILT_IN_TEMPLATES)}) "
+        f"none is guessed: {why}. Name the Jinja file that you serve with (--chat_template), or put it beside the "
+        f"weights as {BESIDE}. A base model that was never taught to chat has none: use its chat or instruct model."
+    )
 
 
 def _names(model: Path) -> Iterator[tuple[str, str]]:

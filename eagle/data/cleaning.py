@@ -68,6 +68,7 @@ DROP_REASONS = {
     "tokenizer_failed": "the tokenizer failed on the text",
     "reasoning_missing": "the server's prompt begins the model's reasoning, and the replies hold none",
     "record_failed": "the record could not be read",
+    "system_turn_rejected": "the chat template refuses a system turn",
 }
 
 #: What was mended instead of dropping the record. A new one goes to the end here too.
@@ -82,6 +83,8 @@ REPAIRS = {
     "weight_zero_masked": "replies of the weight 0 are context, not trained",
     "by_turn": "in one piece not what a server sees: every reply is trained behind the server's own prompt",
     "reasoning_left_out": "replies without reasoning were left out, as the server's prompt begins it",
+    "reasoning_taken_out": "the reasoning in replies was left out, as the server's prompt has ended it",
+    "reasoning_absent": "replies hold no reasoning, with which the model begins as it is prompted; kept as they are",
 }
 
 #: role: user, assistant or system; content; and "weight": "0" in a reply that is context only.

@@ -12,11 +12,10 @@ import mmap
 import re
 import shlex
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.data.record_file import Damage, RecordFile
 from eagle.errors import RequestError
 
 # A whole string (its closing quote captured: empty where the file ends inside it) or a structural character.
@@ -28,20 +27,11 @@ _WRAPPER = re.compile(rb'"data"\s*:\s*$')
 _LOOKED_AT = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Where a data file stops being whole: the record it happens in (0-based) and that record's first byte."""
-
-    record: int
-    byte: int
-    reason: str
-
-
 class TooDeep(ValueError):
     """A record is whole, but nested more deeply than Python's parser goes."""
 
 
-class JsonFile:
+class JsonFile(RecordFile):
     """Records of a ``.json`` array or ``.jsonl`` file, by index: ``len(file)``, ``file[i]``, iteration.
 
     An array may also be the ``data`` of an object that is the whole file: ``{"data": [...]}``.
@@ -59,7 +49,6 @@ class JsonFile:
         with self.path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._starts, self._ends = array("q"), array("q")
-        self.damage: Damage | None = None
         first = self._skip_whitespace(3 if self._bytes[:3] == b"\xef\xbb\xbf" else 0)
         self.is_array = self._bytes[first : first + 1] == b"[" and not self._first_line_is_a_list(first)
         if self.is_array:
@@ -90,11 +79,7 @@ class JsonFile:
     def __getitem__(self, index: int) -> Any:
         return _parsed(self._bytes[self._starts[index] : self._ends[index]])
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
-
     def digest(self) -> str:
-        """sha256 of the file."""
         digest = hashlib.sha256()
         for start in range(0, len(self._bytes), 1 << 24):
             digest.update(self._bytes[start : start + (1 << 24)])

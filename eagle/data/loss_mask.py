@@ -23,6 +23,7 @@ import numpy as np
 from eagle.data.chat_template import check_template_beside, choose_template
 from eagle.data.cleaning import Dropped, Message, Tally, described
 from eagle.data.rendering import Renderer
+from eagle.data.template_variables import shown
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
 from eagle.target.tokenizer import check_rows, load_tokenizer
@@ -56,8 +57,8 @@ class Aligned:
 class Encoder(Renderer):
     """Tokenises conversations with a chat template and knows which tokens are the assistant's.
 
-    tokenizer: a fast Hugging Face tokenizer (offsets are needed). template, template_name, date: as `Renderer`.
-    vocab_size: of the model, whose embedding may have more rows than the tokenizer has tokens (default: the
+    tokenizer: a fast Hugging Face tokenizer (offsets are needed). template, template_name, date, why, variables: as
+    `Renderer`. vocab_size: of the model, whose embedding may have more rows than the tokenizer has tokens (default: the
     tokenizer's).
     """
 
@@ -70,13 +71,14 @@ class Encoder(Renderer):
         *,
         date: datetime.date | None = None,
         why: str = "",
+        variables: dict[str, Any] | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise RequestError(
                 f"The tokenizer {type(tokenizer).__name__} is a slow one without character offsets, which the "
                 "loss mask needs. Save a fast one beside the model (a tokenizer.json)."
             )
-        super().__init__(tokenizer, template, template_name, date=date, why=why)
+        super().__init__(tokenizer, template, template_name, date=date, why=why, variables=variables)
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         #: Whether white space that the template writes before a reply, and no prompt has, is the model's to say; only
         #: jobs that version 0.1 began are continued without.
@@ -86,9 +88,11 @@ class Encoder(Renderer):
         self.special_ids = np.array(special, dtype=np.int32)
 
     def digest(self) -> str:
-        """sha256 over the vocabulary, the merges and the template: what decides the tokens of a text."""
+        """sha256 over the vocabulary, the merges, the template and its variables: what decides the tokens of a text."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         digest.update(self.template.encode())
+        if self.variables:
+            digest.update(b"\0" + shown(self.variables).encode())
         return digest.hexdigest()
 
     def encode(self, messages: list[Message], max_length: int, tally: Tally) -> Encoded:
@@ -181,7 +185,8 @@ class Encoder(Renderer):
     def continue_text(self, before: str, ids: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids and offsets (in both texts together) of `text`, as a model continues `before`, whose tokens are `ids`."""
         whole, offsets = self._tokenize_part(before + text)
-        if np.array_equal(whole[: len(ids)], ids):
+        # A token that takes the white space behind it with it would take the model's.
+        if np.array_equal(whole[: len(ids)], ids) and not (offsets[: len(ids), 1] > len(before)).any():
             return whole[len(ids) :], offsets[len(ids) :]
         # A token would have been half prompt, half reply: the server's prompt ends between them.
         found, offsets = self._tokenize_inside(text)
@@ -256,19 +261,28 @@ def is_supervised(mask: np.ndarray) -> bool:
 
 
 def load_encoder(
-    model_path: str | Path, config: ModelConfig, chat_template: str | None = None, date: datetime.date | None = None
+    model_path: str | Path,
+    config: ModelConfig,
+    chat_template: str | None = None,
+    date: datetime.date | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Encoder:
     """The tokenizer of a model folder with the template to use: see `choose_template` for `chat_template`.
 
-    date: the day that a template which asks for it is told (default: today).
+    date: the day that a template which asks for it is told (default: today). chat_template_kwargs: the template's
+    variables.
 
-    Raises: RequestError for a tokenizer that cannot be loaded or is not of this model, or a template that does not
-    exist or cannot be used.
+    Raises: RequestError for a tokenizer that cannot be loaded or is not of this model, a template that does not exist
+    or cannot be used, or a variable that it does not have.
     """
     check_template_beside(Path(model_path))
     tokenizer = load_tokenizer(model_path)
     choice = choose_template(tokenizer, model_path, config, chat_template)
     check_rows(tokenizer, choice.text, config, model_path)
-    encoder = Encoder(tokenizer, choice.text, choice.name, config.vocab_size, date=date, why=choice.why)
+    encoder = Encoder(
+        tokenizer, choice.text, choice.name, config.vocab_size,
+        date=date, why=choice.why, variables=chat_template_kwargs,
+    )  # fmt: skip
+    encoder.check_variables()
     encoder.check_repeatable()
     return encoder

@@ -1,13 +1,12 @@
 """Random access to the records of a Parquet file, without loading it: a row is a record, a column one of its fields.
 
-Needs pyarrow, which nothing else here does. What a row does not have is null in its record. A row group (a file may
+Needs pyarrow. What a row does not have is null in its record. A row group (a file may
 be a single one) is decoded in small batches from its start, so that any file fits in the memory; records that are
 asked for in the order of the file cost one pass over it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from eagle.data.json_file import Damage
+from eagle.data.arrow_file import import_pyarrow, read_columns, sentence
+from eagle.data.record_file import RecordFile
 from eagle.errors import RequestError, WorkError
 
 MAGIC = b"PAR1"
@@ -46,36 +46,26 @@ class _Cursor:
     batch: Any = ()
 
 
-class ParquetFile:
+class ParquetFile(RecordFile):
     """Records of a Parquet file, by index: ``len(file)``, ``file[i]``, iteration. Nested columns are lists and dicts.
 
     Columns of dates and times are left out: a record says nothing in them, and not every such value has a Python form.
 
     ``file[i]`` raises ValueError where a text of that row is not UTF-8, as `JsonFile` does for a bad record.
 
-    Raises: RequestError where pyarrow is missing, or the file has no rows, is damaged or ends too early: it is decoded
-    once when it is opened. (What a Parquet file holds is listed at its end, so that of a cut one nothing can be used.)
+    Raises: RequestError where pyarrow is missing, or the file is damaged or ends too early: it is decoded once when it
+    is opened. (What a Parquet file holds is listed at its end, so that of a cut one nothing can be used.)
     WorkError where it can no longer be read afterwards.
     """
 
-    is_array = False
-    damage: Damage | None = None
-
     def __init__(self, path: str | Path, *, flag: str = "--data_path") -> None:
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise RequestError(
-                f"{flag} {path} is a Parquet file, and pyarrow, which reads those, cannot be imported here ({error}); "
-                "pip install pyarrow ('pyarrow<24' beside numpy 1.x), or give the records as JSON Lines."
-            ) from error
+        pyarrow = import_pyarrow(f"{flag} {path} is a Parquet file")
         self.path = Path(path)
         self._unreadable = (pyarrow.ArrowException, OSError)
         self._cursor: _Cursor | None = None
         try:
             file = self._open()
-            temporal = [field.name for field in file.schema_arrow if pyarrow.types.is_temporal(field.type)]
-            self._columns = [name for name in file.schema_arrow.names if name not in temporal] if temporal else None
+            self._columns = read_columns(file.schema_arrow)
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._starts = list(accumulate(groups, initial=0))
             for group, rows in enumerate(groups):
@@ -84,10 +74,8 @@ class ParquetFile:
                     raise OSError(f"row group {group} holds {decoded} rows instead of {rows}")
         except self._unreadable as error:
             raise RequestError(
-                f"{flag} {path} is a damaged Parquet file, or none: {_sentence(error)} Fetch the file again."
+                f"{flag} {path} is a damaged Parquet file, or none: {sentence(error)} Fetch the file again."
             ) from error
-        if not len(self):
-            raise RequestError(f"{flag} {path} holds no records; expected a Parquet file with rows.")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -97,19 +85,11 @@ class ParquetFile:
         try:
             cursor = self._cursor_at(index)
         except self._unreadable as error:
-            raise WorkError(f"{self.path} cannot be read any more: {_sentence(error)}") from error
+            raise WorkError(f"{self.path} cannot be read any more: {sentence(error)}") from error
         return cursor.batch.slice(index - cursor.start, 1).to_pylist()[0]
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
-
-    def digest(self) -> str:
-        """sha256 of the file."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while part := file.read(1 << 24):
-                digest.update(part)
-        return digest.hexdigest()
+    def release(self) -> None:
+        self._cursor = None
 
     def _open(self) -> Any:
         import pyarrow.parquet
@@ -136,7 +116,3 @@ class ParquetFile:
                 raise OSError("it has fewer rows than when it was opened")
             cursor.start, cursor.batch = start, batch
         return cursor
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{' '.join(str(error).split()).rstrip('.')}."

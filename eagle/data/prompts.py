@@ -2,7 +2,7 @@
 
 {"question_id": 1, "category": "code", "turns": ["..."]}     MT-bench, one JSON object a line (or an array)
 {"id": "a", "conversations": [{"from": "human", ...}]}       a conversation as step 3 reads it: the first human turn
-any other suffix than .json, .jsonl, .ndjson, .parquet       one prompt a line
+any other suffix than .json, .jsonl, .ndjson, .parquet, .arrow   one prompt a line
 """
 
 from __future__ import annotations

@@ -1,23 +1,30 @@
-"""The records of a data file, whichever kind of file holds them: what every step opens conversations with."""
+"""The records of a file or folder, whichever kind of file holds them: what every step opens conversations with."""
 
 from __future__ import annotations
 
+import errno
+import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
-from eagle.data.json_file import Damage, JsonFile
+from eagle.data.arrow_file import ARROW_SUFFIX, ArrowFile, is_arrow
+from eagle.data.folder import is_split, split_files, splits_beside
+from eagle.data.json_file import JsonFile
 from eagle.data.parquet_file import SUFFIX, ParquetFile, is_parquet
+from eagle.data.record_file import JoinedRecords, RecordFile, Records
 from eagle.errors import RequestError
-from eagle.files import named_kind
+from eagle.files import check_no_pointer, existing_path, named_kind
 
 #: What names a file of records; any other name is looked into.
-SUFFIXES = (".json", ".jsonl", ".ndjson", SUFFIX)
+SUFFIXES = (".json", ".jsonl", ".ndjson", SUFFIX, ARROW_SUFFIX)
 #: What names a table of text, which is converted first.
 TABLE_SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
+#: What is looked for in a folder.
+SHARD_SUFFIXES = (*SUFFIXES, *TABLE_SUFFIXES)
 
-_EXPECTED = "expected a JSON array, JSON Lines or Parquet file."
+_EXPECTED = "expected a JSON array, JSON Lines, Parquet or Arrow file, or a folder of them."
+#: ``HuggingFaceH4/ultrachat_200k``.
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 #: The first bytes of what has to be unpacked first: its name, and the command that does it.
 _PACKED = (
     (b"\x1f\x8b", "gzip", "gzip -dc {file} > {made}"),
@@ -37,45 +44,61 @@ _ENCODINGS = (
 )
 
 
-class Records(Protocol):
-    """Records by index, read when they are asked for.
-
-    ``records[i]`` raises ValueError where that record cannot be read while those around it can. damage: what was left
-    out at the end of the file, where that was allowed. is_array: whether the file is one JSON array.
-    """
-
-    damage: Damage | None
-    is_array: bool
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def digest(self) -> str:
-        """sha256 of the file."""
-        ...
-
-
 def open_records(path: str | Path, *, allow_truncated: bool = False, flag: str = "--data_path") -> Records:
-    """The records of a JSON array, JSON Lines or Parquet file.
+    """The records of a JSON array, JSON Lines, Parquet or Arrow file, or of a folder of them (`eagle.data.folder`).
 
-    Raises: FileNotFoundError; RequestError when the file is empty, of no such kind, or damaged. With `allow_truncated`
-    the whole records before the damage of a JSON file are used instead, and `damage` says what was left out.
+    Raises: FileNotFoundError; RequestError when the file is empty, of no such kind, or damaged, or the folder holds no
+    such file, or not one split. With `allow_truncated` the whole records before the damage of a JSON file are used
+    instead, and `damage` says what was left out.
     """
     path = Path(path)
+    if path.is_dir() or is_split(path, SHARD_SUFFIXES):
+        split = split_files(path, SHARD_SUFFIXES, flag)
+        try:
+            parts = [_open_file(file, allow_truncated, flag) for file in split.files]
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise RequestError(
+                f"{flag} {path} has {len(split.files):,} files, more than this process may have open. Allow it more: "
+                "'ulimit -n 65536', in the same shell before this command."
+            ) from error
+        records: Records = JoinedRecords(parts, [split.note] if split.note else [])
+    else:
+        records = _open_file(path, allow_truncated, flag)
+    if not len(records):
+        raise RequestError(f"{flag} {path} holds no records; expected a row or more.")
+    return records
+
+
+def _open_file(path: Path, allow_truncated: bool, flag: str) -> RecordFile:
     if not path.exists():
-        raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}")
+        splits = splits_beside(path, SHARD_SUFFIXES)
+        hint = f" Of {path.parent} there are: {', '.join(splits[:5])}." if splits else ""
+        if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+            hint = f" A data set of the hub is downloaded first: hf download {path} --repo-type dataset --local-dir "
+            hint += f"./{path.name}"
+        raise FileNotFoundError(f"{flag} {path}: no such file; {_EXPECTED}{hint}")
     if not path.is_file():
         kind = named_kind(path)
         fix = " A pipe can be read once only, and records are read several times: write it to a file first."
         raise RequestError(f"{flag} {path} is {kind}; {_EXPECTED}{fix if kind == 'a pipe' else ''}")
     if path.stat().st_size == 0:
         raise RequestError(f"{flag} {path} is empty; {_EXPECTED}")
+    check_no_pointer(path)
     refuse_by_first_bytes(path, flag)
     if is_parquet(path):
         return ParquetFile(path, flag=flag)
+    if is_arrow(path):
+        return ArrowFile(path, flag=flag)
     if path.suffix.lower() in TABLE_SUFFIXES and first_character(path) not in (b"[", b"{"):
         raise RequestError(f"{flag} {path} is a table; {_EXPECTED} {convert_command(path)} converts it.")
     return JsonFile(path, allow_truncated=allow_truncated, flag=flag)
+
+
+def existing_records(path: Path, flag: str) -> Path:
+    """`path`, where a file or folder of records, or a split of one, is there. Raises: as `existing_path`."""
+    return path if is_split(path, SHARD_SUFFIXES) else existing_path(path, flag)
 
 
 def refuse_by_first_bytes(path: Path, flag: str) -> None:
@@ -107,5 +130,6 @@ def first_character(path: Path) -> bytes:
 
 def convert_command(path: Path) -> str:
     """The command line that makes ShareGPT of a file of another format."""
-    made = shlex.quote(str(path.with_name(f"{path.stem}.sharegpt.json")))
-    return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {made}"
+    name = f"{path.absolute().stem}.sharegpt.json"
+    made = path.with_name(name) if path.is_file() else Path(name)  # a folder of records is left as it is
+    return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {shlex.quote(str(made))}"

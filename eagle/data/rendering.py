@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from eagle.data.cleaning import Dropped, Message, described
+from eagle.data.reasoning import CLOSED, OPENS
+from eagle.data.template_variables import FLAG, SWITCHES, check_kwargs, shown, variables_of
 from eagle.errors import RequestError
 
 #: Two moments that differ in everything a template may write of one.
@@ -28,17 +30,26 @@ class Renderer:
     """A chat template with its tokenizer's special tokens.
 
     template: the Jinja text. template_name, why: what to call it, and how it was chosen where that is worth a note.
-    date: the day that a template which asks for it is told (default: today).
+    date: the day that a template which asks for it is told (default: today). variables: what the template is told
+    beside the conversation.
     """
 
     def __init__(
-        self, tokenizer: Any, template: str, template_name: str, *, date: datetime.date | None = None, why: str = ""
+        self,
+        tokenizer: Any,
+        template: str,
+        template_name: str,
+        *,
+        date: datetime.date | None = None,
+        why: str = "",
+        variables: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.template_name = template_name
         self.why = why
         self.date = datetime.date.today() if date is None else date
+        self.variables = dict(variables or {})
         self._special = [str(token) for token in tokenizer.all_special_tokens]
         self._special += [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
@@ -52,9 +63,37 @@ class Renderer:
     @cached_property
     def is_dated(self) -> bool:
         """Whether the template writes the date, or something else that is another one on another day."""
-        return "strftime_now" in self.template or any(
-            self._tried(probe, _MOMENTS[0]) != self._tried(probe, _MOMENTS[1]) for probe in _PROBES
-        )
+        asks = "strftime_now" in self.template and "date_string" not in self.variables
+        return asks or any(self._tried(probe, _MOMENTS[0]) != self._tried(probe, _MOMENTS[1]) for probe in _PROBES)
+
+    @cached_property
+    def known_variables(self) -> frozenset[str]:
+        """What the template looks up beside the conversation."""
+        return variables_of(self.template, self.tokenizer)
+
+    def check_variables(self) -> None:
+        """Raises: RequestError for a variable that the template does not know."""
+        if self.variables:
+            check_kwargs(self.variables, self.known_variables, self.template_name)
+
+    @cached_property
+    def begins_with_reasoning(self) -> bool:
+        """Whether the model is to begin its replies with its reasoning, which no prompt begins for it.
+
+        Known of templates with a switch: with it off, their prompts end the reasoning at once.
+        """
+        if not (switch := self._switch) or self.variables.get(switch) is False:
+            return False
+        for probe in _PROBES:
+            prompt, off = self._tried(probe), self._tried(probe, variables={switch: False})
+            if prompt is not None and off is not None:
+                return bool(CLOSED.search(off)) and not CLOSED.search(prompt) and not OPENS.search(prompt)
+        return False
+
+    @property
+    def _switch(self) -> str | None:
+        """The template's variable that turns reasoning on and off."""
+        return next((name for name in SWITCHES if name in self.known_variables), None)
 
     def check_repeatable(self) -> None:
         """Raises: RequestError for a template that renders a conversation differently every time."""
@@ -70,6 +109,9 @@ class Renderer:
         notes = []
         if self.why:
             notes.append(f"chat template {self.template_name}: {self.why}")
+        if self.variables:
+            notes.append(f"the chat template is told {shown(self.variables)}; serve with the same")
+        notes += self._notes_on_reasoning()
         if self.is_dated:
             notes.append(f"the chat template writes the date; every conversation is rendered as of {self.date}")
         if not self.has_generation_prompt and (before := self.before_reply.strip()):
@@ -78,6 +120,32 @@ class Renderer:
                 "ends without it, and the model has to say it first"
             )
         return notes
+
+    def _notes_on_reasoning(self) -> list[str]:
+        """What is trained of a model that reasons or does not, as whoever serves it says."""
+        notes, switch = [], self._switch
+        if switch and switch not in self.variables:
+            mode = self._mode(switch)
+            notes.append(
+                f"the chat template turns reasoning on and off by {switch}, which is not given: prompts are rendered "
+                f"{f'with it {mode}, ' if mode else ''}as by a server that is not told either. For a server that is, "
+                f"give {FLAG} '{{\"{switch}\": {'false' if mode != 'off' else 'true'}}}', here and there"
+            )
+        if self.begins_with_reasoning:
+            notes.append(
+                "prompted so, the model begins its replies with its reasoning; replies that hold none are not what it "
+                "says there. They are trained as they stand, and counted"
+            )
+        return notes
+
+    def _mode(self, switch: str) -> str:
+        """What a template takes its switch for where it is not told: "on", "off", or "" where that cannot be seen."""
+        for probe in _PROBES:
+            untold = self._tried(probe)
+            modes = {name: self._tried(probe, variables={switch: name == "on"}) for name in ("on", "off")}
+            if untold is not None and modes["on"] != modes["off"]:
+                return next((name for name, prompt in modes.items() if prompt == untold), "")
+        return ""
 
     @cached_property
     def before_reply(self) -> str:
@@ -88,11 +156,20 @@ class Renderer:
             return ""
         return before[len(prompt) :] if before.startswith(prompt) else ""
 
+    def takes(self, messages: list[Message]) -> bool:
+        """Whether the template renders these messages."""
+        return self._tried(messages, prompt=False) is not None
+
     def _tried(
-        self, messages: list[Message], moment: datetime.datetime | None = None, *, prompt: bool = True
+        self,
+        messages: list[Message],
+        moment: datetime.datetime | None = None,
+        *,
+        prompt: bool = True,
+        variables: dict[str, Any] | None = None,
     ) -> str | None:
         try:
-            return self.render(messages, add_generation_prompt=prompt, moment=moment)
+            return self.render(messages, add_generation_prompt=prompt, moment=moment, variables=variables)
         except Dropped:
             return None
 
@@ -102,10 +179,12 @@ class Renderer:
         *,
         add_generation_prompt: bool = False,
         moment: datetime.datetime | None = None,
+        variables: dict[str, Any] | None = None,
     ) -> str:
         """The text the model sees.
 
-        moment: what the template is told that it is now (default: the beginning of the encoder's date).
+        moment: what the template is told that it is now (default: the beginning of the encoder's date). variables:
+        beside the encoder's own, and in place of them.
 
         Raises: Dropped where the template refuses the conversation or fails on it.
         """
@@ -120,6 +199,7 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
                 # In place of the one that transformers gives to every template, and that asks the clock.
                 strftime_now=now.strftime,
+                **self.variables | (variables or {}),
             )
         except jinja2.TemplateSyntaxError as error:
             raise RequestError(

@@ -11,7 +11,6 @@ whose prompts continue each other.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,10 +18,7 @@ import numpy as np
 
 from eagle.data.cleaning import Dropped, Message, Tally
 from eagle.data.loss_mask import Aligned, Encoded, Encoder, cut, is_supervised
-
-#: What a generation prompt ends with that begins the model's reasoning.
-_OPENS_REASONING = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
-_ENDS_REASONING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
+from eagle.data.reasoning import CLOSED, ENDS, OPENS, answer_of, has_reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +38,22 @@ class _Turn:
 def rows_of(messages: list[Message], encoder: Encoder, max_length: int, tally: Tally) -> list[Encoded]:
     """The rows of a conversation, each cut to `max_length` tokens; what that takes is counted.
 
-    Raises: Dropped where nothing supervised is left.
+    Raises: Dropped where nothing supervised is left, or the template refuses the conversation.
     """
+    try:
+        return _rows_of(messages, encoder, max_length, tally)
+    except Dropped as dropped:
+        if dropped.reason == "template_rejected" and messages[0]["role"] == "system" and encoder.takes(messages[1:]):
+            raise Dropped("system_turn_rejected", dropped.detail) from dropped
+        raise
+
+
+def _rows_of(messages: list[Message], encoder: Encoder, max_length: int, tally: Tally) -> list[Encoded]:
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
         tally.repaired["empty_system_kept"] += 1
     if any("weight" in message for message in messages):
         tally.repaired["weight_zero_masked"] += 1
+    messages = _with_reasoning_as_served(messages, encoder, tally)
     whole = _in_one_piece(messages, encoder, max_length)
     if whole:
         return [encoder.cut_whole(messages, whole, max_length, tally)]
@@ -69,11 +75,47 @@ def aligned_rows(messages: list[Message], encoder: Encoder, at_least: int | None
 
     at_least: only the rows that are trained when each is cut to so many tokens; more than these may be in them.
     """
+    messages = _with_reasoning_as_served(messages, encoder, Tally())
     whole = _in_one_piece(messages, encoder, at_least)
     if whole:
         return [whole]
     rows = list(_by_turn(messages, encoder, Tally(), at_least))
     return [row for row in rows if is_supervised(row.loss_mask[:at_least])]
+
+
+def _with_reasoning_as_served(messages: list[Message], encoder: Encoder, tally: Tally) -> list[Message]:
+    """The conversation, its replies without their reasoning where the server's prompt has ended that.
+
+    Replies that lack what the model begins with are counted. Raises: Dropped.
+    """
+    replies = [message for message in messages if message["role"] == "assistant"]
+    has_some = any(has_reasoning(reply["content"]) for reply in replies)
+    if not has_some and not encoder.begins_with_reasoning:
+        return messages
+    is_over = CLOSED.search(encoder.prompt(messages[: messages.index(replies[0])]))
+    if is_over and has_some:
+        tally.repaired["reasoning_taken_out"] += 1
+        return _answers_alone(messages, tally)
+    trained = [reply["content"] for reply in replies if "weight" not in reply]
+    if not is_over and encoder.begins_with_reasoning and not all(map(has_reasoning, trained)):
+        tally.repaired["reasoning_absent"] += 1
+    return messages
+
+
+def _answers_alone(messages: list[Message], tally: Tally) -> list[Message]:
+    """The conversation without any reasoning, up to a reply that is nothing else. Raises: Dropped."""
+    kept: list[Message] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            message = {**message, "content": answer_of(message["content"])}
+            if not message["content"].strip():
+                kept.pop()  # its question
+                if not any(other["role"] == "assistant" for other in kept):
+                    raise Dropped("empty_reply")
+                tally.repaired["cut_at_empty_reply"] += 1
+                break
+        kept.append(message)
+    return kept
 
 
 def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | None) -> Aligned | None:
@@ -172,14 +214,16 @@ def _served(messages: list[Message], encoder: Encoder) -> _Turn | None:
     before, after = encoder.frame(messages[:-1])
     reply = _as_rendered(reply, encoder.render(messages), before, after)
     end = after[: encoder.end_of_turn(after)]
-    if opened := _OPENS_REASONING.search(prompt):
+    if opened := OPENS.search(prompt):
         begin, close = f"<{opened[1]}>", f"</{opened[1]}>"
         if close not in reply:
             return None
         if reply.lstrip().startswith(begin):  # the prompt has said it already, and perhaps a line break
             reply = reply.lstrip().removeprefix(begin).removeprefix(prompt[opened.start() + len(begin) :])
         return _Turn(prompt, "", reply + end, trained)
-    frame = before[len(prompt) :] if before.startswith(prompt) else ""
+    # Behind another history (a system prompt that stands in the last question) the space before a reply is the same.
+    lead = encoder.before_reply if encoder.before_reply.isspace() and before.endswith(encoder.before_reply) else ""
+    frame = before[len(prompt) :] if before.startswith(prompt) else lead
     if not frame.strip():
         return _Turn(prompt, "", frame + reply + end, trained)
     # What a template with a generation prompt puts there too (an empty reasoning), no server's prompt has.
@@ -191,10 +235,11 @@ def _as_rendered(reply: str, text: str, before: str, after: str) -> str:
 
     Raises: Dropped where the template changes more of it than its reasoning.
     """
-    for form in (reply, reply.strip(), reply.lstrip(), reply.rstrip()):
-        if text == before + form + after:
+    if text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text):
+        form = text[len(before) : len(text) - len(after)]
+        if form.strip() == reply.strip() and form in reply:
             return form
-    if ends := list(_ENDS_REASONING.finditer(reply)):
+    if ends := list(ENDS.finditer(reply)):
         answer = reply[ends[-1].end() :]
         for form in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
             if text.endswith(form + after):

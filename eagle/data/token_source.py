@@ -21,7 +21,8 @@ import numpy as np
 from eagle.data.cleaning import CONVERSATION_NAMES, Dropped, Tally, clean_record, described, first_of
 from eagle.data.json_file import TooDeep
 from eagle.data.loss_mask import Aligned, Encoded, Encoder, cut
-from eagle.data.reader import Records, convert_command
+from eagle.data.reader import convert_command
+from eagle.data.record_file import Records
 from eagle.data.rows import aligned_rows, rows_of
 from eagle.data.sharegpt.formats import TURN_NAMES, Columns, is_turn, shapes_of
 from eagle.errors import RequestError, WorkError

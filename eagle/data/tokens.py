@@ -36,7 +36,7 @@ import torch
 
 from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, earliest
 from eagle.data.loss_mask import Encoded, Encoder
-from eagle.data.reader import Records
+from eagle.data.record_file import Records
 from eagle.data.token_source import encode_record
 from eagle.device import cores
 from eagle.errors import WorkError
@@ -143,7 +143,8 @@ def encode(records: Records, encoder: Encoder, indices: Sequence[int], max_lengt
             own = encode_record(records, index, encoder, max_length, tally)
         except Dropped as why:
             own, tally, reason = [nothing], Tally(), 1 + _REASONS.index(why.reason)
-            first = earliest(first, {why.reason: (int(index), why.detail)})
+            where = [part for part in (records.place(int(index)), why.detail) if part]
+            first = earliest(first, {why.reason: (int(index), ": ".join(where))})
         rows += own
         dropped += [reason] * len(own)
         repaired += [sum(1 << _REPAIRS.index(name) for name in tally.repaired)] + [0] * (len(own) - 1)

@@ -20,7 +20,9 @@ from pathlib import Path
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
 from eagle.data.loss_mask import Aligned, Encoder, load_encoder
-from eagle.data.reader import Records, open_records
+from eagle.data.reader import open_records
+from eagle.data.record_file import Records
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.data.token_source import align_record, encode_record
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
@@ -191,7 +193,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--model_name", required=True, help="folder of the base model")
-    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
+    parser.add_argument(
+        "--data_path",
+        type=Path,
+        required=True,
+        help="conversations: .json, .jsonl, .parquet, .arrow, or a folder of them",
+    )
     parser.add_argument("--num", type=int, default=3, help="how many records")
     parser.add_argument("--start", type=int, default=0, help="the first one, counting from 0")
     parser.add_argument("--html", type=Path, help="write a page instead of printing")
@@ -200,6 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--chat_template",
         help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
     )
+    parser.add_argument(FLAG, help=HELP)
     parser.add_argument(
         "--allow_truncated", action="store_true", help="use the whole records of a data file that ends too early"
     )
@@ -221,17 +229,20 @@ def main(argv: list[str] | None = None) -> int:
         raise RequestError(f"--start {args.start}: {args.data_path} holds {len(records):,} records, from 0 on.")
     if args.html and args.html.exists():
         raise FileExistsError(f"--html {args.html} exists; name a new file, or delete that one.")
-    encoder = load_encoder(model, load_config(model), args.chat_template)
+    encoder = load_encoder(
+        model, load_config(model), args.chat_template, chat_template_kwargs=parse_kwargs(args.chat_template_kwargs)
+    )
     indices = range(args.start, min(args.start + args.num, len(records)))
     shown = [show_record(records, encoder, index, args.max_length) for index in indices]
+    notes = [*records.notes, *encoder.notes()]
     if args.html:
         title = f"What is trained on: {args.data_path.name}"
         about = f"Base model {model.resolve().name}, chat template {encoder.template_name}, "
-        about += " ".join([f"at most {args.max_length:,} tokens.", *(f"Note: {note}." for note in encoder.notes())])
+        about += " ".join([f"at most {args.max_length:,} tokens.", *(f"Note: {note}." for note in notes)])
         args.html.write_text(to_html(shown, title, about), encoding="utf-8")
         print(f"{args.html}: {len(shown):,} records")
         return 0
-    print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
+    print("".join(f"note: {note}\n" for note in notes), end="")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print("\n\n".join(to_terminal(record, colour=colour) for record in shown))
     return 0

@@ -22,6 +22,7 @@ import torch
 
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import MODES, DraftOptions
 from eagle.decode.fitting_draft import load_fitting_draft
@@ -82,8 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--prompts",
         type=Path,
-        help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other suffix: one prompt a line (default: the set "
-        "that ships)",
+        help="MT-bench or ShareGPT: .json, .jsonl, .parquet or .arrow; any other suffix: one prompt a line (default: "
+        "the set that ships)",
     )
     add("--num_prompts", type=int, help="use only the first so many (default: all)")
     add("--num_turns", type=int, default=2, help="answer at most so many turns of a prompt; the model's own "
@@ -112,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--chat_template", help="a Jinja file, or vicuna, llama2, chatml (default: the tokenizer's own, else by family)"
     )
+    add(FLAG, help=HELP)
     add("--no_baseline", action="store_true", help="leave out the base model alone: no speed ratio, no comparison")
     add("--output", type=Path, help="folder for report.json, report.svg and replies.jsonl")
     add("--overwrite", action="store_true", help="write into --output although there is something in it")
@@ -234,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     drafting = DraftOptions(args.mode, args.num_draft_tokens, args.tree_depth, args.tree_top_k)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     options = EvaluateOptions(args.max_new_tokens, args.num_turns, baseline=not args.no_baseline)
+    variables = parse_kwargs(args.chat_template_kwargs)
     kind = choose_kind(args.device)
     refuse_idle(given(make_parser(), argv), idle_flags(args, on_cpu=kind == "cpu"))
     existing_path(args.base_path, "--base-path", "folder")
@@ -243,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     check_is_draft(resolve_pointer(args.draft_path), "--draft-path")
     dtype = choose_dtype(args.dtype, config, args.base_path)
     device = torch_device(kind)
-    encoder = load_encoder(args.base_path, config, args.chat_template)
+    encoder = load_encoder(args.base_path, config, args.chat_template, chat_template_kwargs=variables)
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
     if args.output:
@@ -261,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         "temperature": sampling.temperature,
         "max_new_tokens": options.max_new_tokens,
         "dtype": dtype_name(dtype),
+        **({"chat_template_kwargs": variables} if variables else {}),
         "hardware": describe(target.device),
         **build_report(replies, depth, sampling.greedy, estimate_sizes(decoder, drafting, replies), decoder.vocabulary),
         "peak_memory_gb": peak_memory(target.device) / 1e9,

@@ -1,7 +1,7 @@
 """What a draft family is: everything in which kinds of drafts differ, as the stages ask for it.
 
     generate   `config`, and `features`: which tensors a record must hold, and how wide
-    train      `reads`, `config`, `build`, `prepare`, `objective`, `starts`, and for the memory plan the byte counts
+    train      `reads`, `config`, `build`, `chosen`, `prepare`, `objective`, `starts`; for the memory plan the bytes
     decode     `build` by way of `eagle.drafts.saved`; the network itself does the rest
     vllm       `layouts`, `method`, `config_of`
 
@@ -95,19 +95,20 @@ class DraftFamily(ABC):
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> DraftNetwork:
         """The network with random weights. names: those of saved tensors it is to hold, where they decide its shape."""
 
-    def prepare(
-        self, network: DraftNetwork, head: torch.Tensor, norm: torch.Tensor, counts: Callable[[], np.ndarray]
-    ) -> list[str]:
-        """Give a new draft what it takes over from the target and the records before it starts; notes for people.
+    def chosen(self, config: ModelConfig, counts: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """The target's tokens ``[D]`` that a new draft of this config chooses among, ascending; None: all of them.
 
-        head: the target's ``[V, H]``. norm: its final norm's weight ``[H]``. counts: how often each of its tokens is
-        supervised, ``[V]``.
+        counts: how often each of the target's tokens is supervised, ``[V]``.
         """
-        return []
+        return None
 
-    def remarks(self, network: DraftNetwork, counts: Callable[[], np.ndarray]) -> list[str]:
-        """What to know of a draft that starts as a saved one did, for people. counts: as in `prepare`."""
-        return []
+    def prepare(  # noqa: B027  (most families have nothing to do)
+        self, network: DraftNetwork, head: torch.Tensor, norm: torch.Tensor, counts: Callable[[], np.ndarray]
+    ) -> None:
+        """Give a new draft what it takes over from the target and the records before it starts.
+
+        head: the target's ``[V, H]``. norm: its final norm's weight ``[H]``. counts: as in `chosen`.
+        """
 
     def canonical(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A saved draft's tensors under the names the network has, whichever public ones they came with."""

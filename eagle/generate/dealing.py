@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from eagle.data.mixture import choose
 from eagle.data.tokens import Tokens
 from eagle.errors import WorkError
 from eagle.files import read_json, write_json
@@ -35,13 +36,11 @@ FREE_OPTIONS = ("batch_tokens", "workers")
 
 
 def node_share(manifest: dict) -> Sequence[int]:
-    """The conversations one node computes, as indices into the data file: the seed's permutation of the whole file,
-    cut to the number asked for and dealt out to the nodes in turn.
-    """
-    options = manifest["options"]
-    # RandomState's streams are frozen for good, unlike the newer generators'.
-    order = np.random.RandomState(options["seed"]).permutation(manifest["data"]["records"])
-    return order[: options["conversations"]][options["node_rank"] :: options["num_nodes"]].tolist()
+    """The conversations one node computes, as indices into the data: those used, dealt out to the nodes in turn."""
+    options, data = manifest["options"], manifest["data"]
+    sizes = [source["records"] for source in data.get("sources", [data])]
+    order = choose(options["seed"], sizes, options["conversations"], options.get("shares"))
+    return order[options["node_rank"] :: options["num_nodes"]].tolist()
 
 
 def worker_folders(store: Path) -> list[Path]:

@@ -6,15 +6,15 @@ The parent (`eagle.generate.launch`) resolves the request once and writes it to 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from eagle import device
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
-from eagle.data.reader import Records, open_records
-from eagle.data.token_source import refuse_other_formats
+from eagle.data.mixture import Data, Outcome, open_data, outcomes
+from eagle.data.record_file import Records
+from eagle.data.template_variables import shown
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card
 from eagle.drafts.families import DRAFT_FAMILIES, check_served
@@ -87,15 +87,15 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     check_computes(parse_dtype(request.dtype), kind)
     device.check_indices(kind, request.npu_indices)
     should_compile(request.compile, kind, 0)  # refuses what its workers would have to
-    records = open_records(request.data_path, allow_truncated=request.allow_truncated)
+    data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
     began = began_with(request)
     date = datetime.date.fromisoformat(began["date"]) if began and "date" in began else None
-    encoder = load_encoder(model, config, request.chat_template, date)
+    encoder = load_encoder(model, config, request.chat_template, date, request.chat_template_kwargs)
     encoder.trains_leading_space = not began or "trains_leading_space" in began
-    conversations = min(len(records), request.end_num or len(records))
+    conversations = data.conversations
     if conversations < request.num_nodes:
         raise RequestError(f"--num_nodes {request.num_nodes}: {conversations} conversations are too few for them.")
-    notes = _notes(request, records, encoder, config)
+    notes = _notes(request, data, encoder, config)
     if beyond := tokens_without_row(encoder.tokenizer, config.vocab_size):
         notes.append(
             f"the embedding has no row for {', '.join(sorted(beyond)[:4])}; conversations that spell them out are left "
@@ -117,12 +117,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             **({"trains_leading_space": True} if encoder.trains_leading_space else {}),
             **({"date": encoder.date.isoformat()} if encoder.is_dated else {}),
         },
-        "data": {
-            "path": str(request.data_path.resolve()),
-            "digest": records.digest(),
-            "records": len(records),
-            "damage": dataclasses.asdict(records.damage) if records.damage else None,
-        },
+        "data": data.to_json(),
         "dtype": dtype_name(parse_dtype(request.dtype)),
         "features": features_for(request, config),
         "options": {
@@ -130,6 +125,8 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "seed": request.seed,
             "max_length": request.max_length,
             "chat_template": request.chat_template,
+            # Absent where it is not given, as in the manifests of versions that did not know it.
+            **({"chat_template_kwargs": shown(request.chat_template_kwargs)} if request.chat_template_kwargs else {}),
             "allow_truncated": request.allow_truncated,
             "batch_tokens": request.batch_tokens,
             "workers": len(request.card_groups()),
@@ -137,13 +134,14 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "num_nodes": request.num_nodes,
             "node_rank": request.node_rank,
             "length_block": LENGTH_BLOCK,
+            **({"shares": data.shares} if data.shares else {}),
         },
         "complete": False,
         "made_by": provenance(),
     }
     share = node_share(manifest)
-    refuse_other_formats(records, sorted(share), request.data_path)
-    return Job(request, kind, len(share), manifest, notes, records, encoder, config, identity)
+    data.refuse_other_formats(sorted(share))
+    return Job(request, kind, len(share), manifest, notes, data.records, encoder, config, identity)
 
 
 def features_for(request: GenerationRequest, target: ModelConfig) -> dict[str, int]:
@@ -167,16 +165,9 @@ def began_with(request: GenerationRequest) -> dict | None:
     return None
 
 
-def _notes(request: GenerationRequest, records: Records, encoder: Encoder, config: ModelConfig) -> list[str]:
+def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: ModelConfig) -> list[str]:
     longest = config.max_position_embeddings
-    notes = [f"chat template: {encoder.template_name}", *encoder.notes()]
-    if records.damage:
-        notes.append(
-            f"--allow_truncated: record {records.damage.record}, from byte {records.damage.byte}, is not whole and "
-            f"is left out; {len(records):,} whole records are used"
-        )
-    if request.end_num and request.end_num > len(records):
-        notes.append(f"--end_num {request.end_num:,}: the file holds {len(records):,} conversations; all are used")
+    notes = [f"chat template: {encoder.template_name}", *encoder.notes(), *data.notes(request.end_num)]
     if request.max_length > longest:
         notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
     if has_long_rope(config):
@@ -297,6 +288,12 @@ def encode_job(job: Job, *, save: bool = True) -> Tokens:
     return tokens
 
 
+def mixture(tokens: Tokens, manifest: dict) -> list[Outcome]:
+    """What came of each source of this node's conversations; nothing where there is one source only."""
+    sources = manifest["data"].get("sources")
+    return outcomes(tokens, node_share(manifest), sources) if sources else []
+
+
 def finish(job: Job) -> dict:
     """Add up what the workers did, all of them finished, into the manifest and mark it complete. Returns it.
 
@@ -304,6 +301,8 @@ def finish(job: Job) -> dict:
     """
     folder = job.request.folder
     manifest = read_manifest(folder / MANIFEST)
+    if "sources" in manifest["data"] and not manifest["complete"]:
+        manifest["mixture"] = [asdict(one) for one in mixture(encode_job(job, save=False), manifest)]
     if not manifest.get("redealt"):
         total, tally = {"records": 0, "tokens": 0, "supervised_tokens": 0}, Tally()
         for worker in range(manifest["options"]["workers"]):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import Tally
+from eagle.data.mixture import DATA_HELP, as_data_path, outcome_lines
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
+from eagle.data.tokens import Tokens
 from eagle.drafts.choices import parse_layers
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import DTYPES
@@ -15,7 +18,7 @@ from eagle.entry import HelpFormatter
 from eagle.errors import WorkError
 from eagle.generate.claim import claimed
 from eagle.generate.dealing import begin, is_done
-from eagle.generate.job import Job, check_outdir, encode_job, finish, resolve
+from eagle.generate.job import Job, check_outdir, encode_job, finish, mixture, resolve
 from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan, sized
 from eagle.generate.request import COMPILE_MODES, GenerationRequest, parse_indices
@@ -36,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the base model: .safetensors or .bin, one file or sharded, tied or untied",
     )
-    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet")
+    parser.add_argument("--data_path", nargs="+", action="extend", required=True, metavar="PATH", help=DATA_HELP)
     parser.add_argument(
         "--model_type",
         choices=TARGET_FAMILIES,
@@ -77,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--chat_template",
         help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
     )
+    parser.add_argument(FLAG, help=HELP)
     parser.add_argument(
         "--device",
         default="auto",
@@ -120,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name != "dry_run"}
     options |= {"npu_indices": parse_indices(args.npu_indices), "aux_layers": parse_layers(args.aux_layers)}
+    options["data_path"] = as_data_path(args.data_path)
+    options["chat_template_kwargs"] = parse_kwargs(args.chat_template_kwargs)
     request = GenerationRequest(**options)
     if os.environ.get("EAGLE_TARIN_MODE"):
         print("EAGLE_TARIN_MODE need not be exported: workers get it by themselves. Unset it before inference.")
@@ -132,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         tokens = encode_job(job, save=False)
         job = sized(job, tokens)
         plan = make_plan(job, tokens)
-        print("\n".join([*plan.lines(), *dry_run_lines(job, plan, tokens)]))
+        print("\n".join([*mixed(job, tokens), *plan.lines(), *dry_run_lines(job, plan, tokens)]))
         check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
         plan.check_space(request.folder)
         return 0
@@ -142,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             job = sized(job, tokens)
             check_usable(job, tokens.tally(), int(tokens.lengths.sum()))
             plan = make_plan(job, tokens)
-            print("\n".join(f"  {line}" for line in plan.lines()))
+            print("\n".join(f"  {line}" for line in [*mixed(job, tokens), *plan.lines()]))
             plan.check_space(request.folder)
             begin(tokens, job.manifest, request.folder)
             run_workers(job, plan.tokens, lock)
@@ -155,6 +161,11 @@ def main(argv: list[str] | None = None) -> int:
     for line in Tally.from_json(manifest).lines():
         print(visible(f"  {line}"))
     return 0
+
+
+def mixed(job: Job, tokens: Tokens) -> list[str]:
+    """What came of each path, where there are several. Raises: WorkError where nothing did."""
+    return [visible(line) for line in outcome_lines(mixture(tokens, job.manifest))]
 
 
 def check_usable(job: Job, tally: Tally, tokens: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from eagle.data.mixture import DataPath, read_weights
 from eagle.device import Card, is_mig, is_uuid
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT
@@ -22,7 +24,7 @@ class GenerationRequest:
 
     outdir: Path
     model_name: str
-    data_path: Path
+    data_path: DataPath
     model_type: str | None = None
     end_num: int | None = None
     npu_indices: tuple[Card, ...] = (0,)
@@ -31,6 +33,7 @@ class GenerationRequest:
     max_length: int = 2048
     dtype: str = "bfloat16"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     device: str = "auto"
     batch_tokens: int = 4096
     shard_mb: int | None = None
@@ -66,6 +69,7 @@ class GenerationRequest:
                 f"--compile on would do nothing with --used_npus {self.used_npus}: a model that is spread over several "
                 "cards is not compiled. Leave --compile out, or give each worker one card."
             )
+        read_weights(self.data_path)
         self.card_groups()
 
     @property

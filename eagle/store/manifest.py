@@ -14,15 +14,21 @@ DONE = "done.json"
 LOG = "worker.log"
 
 #: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.
-NODES_SHARE = ("conversations", "seed", "max_length", "chat_template", "store_dtype")
+NODES_SHARE = (
+    "conversations", "seed", "max_length", "chat_template", "chat_template_kwargs", "store_dtype", "shares",
+)  # fmt: skip
 
 #: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).
 INTERRUPTED_RESHARD = (".reshard-deleting", ".reshard-moving")
 
 
-def describe_features(data_digest: str, dtype: str, stored_as: str) -> str:
-    """Features of one data file, for a person and to be compared; empty digest: unknown data."""
-    return f"{dtype} stored as {stored_as}, of data {data_digest[:12] or '?'}"
+def describe_features(data_digest: str, dtype: str, stored_as: str, told: str = "") -> str:
+    """Features of one data file, for a person and to be compared; empty digest: unknown data.
+
+    told: the variables of its chat template, where it was given any.
+    """
+    rendered = f", its chat template told {told}" if told else ""
+    return f"{dtype} stored as {stored_as}, of data {data_digest[:12] or '?'}{rendered}"
 
 
 def check_no_reshard(folder: Path, flag: str) -> None:

@@ -300,9 +300,17 @@ class FeatureStore:
 
     def identity(self) -> list[str]:
         """What the features are of and how they are stored, whatever workers, shards and folders there are."""
-        known = {manifest["data"].get("digest") for manifest in self.manifests.values()}
+        told: dict[str, set[str]] = {}
+        for manifest in self.manifests.values():
+            variables = manifest.get("options", {}).get("chat_template_kwargs", "")
+            told.setdefault(manifest["data"].get("digest"), set()).add(variables)
         found = {
-            describe_features(digest if digest in known else "", source.dtype_code, source.stored_code)
+            describe_features(
+                digest if digest in told else "",
+                source.dtype_code,
+                source.stored_code,
+                " and ".join(sorted(told.get(digest, ()))),
+            )
             for digest, source in zip(self._digests, self.sources, strict=True)
         }
         return sorted(found)

@@ -236,6 +236,12 @@ def _merged_manifest(store: FeatureStore) -> dict:
     merged = dict(first)
     for key in ("dropped", "repaired"):
         merged[key] = dict(sum((Counter(manifest.get(key, {})) for manifest in manifests), Counter()))
+    if "mixture" in first:  # of each source what the nodes have of it together
+        rows = zip(*(manifest.get("mixture", []) for manifest in manifests), strict=False)
+        merged["mixture"] = [
+            {key: value if key in ("path", "share") else sum(own[key] for own in row) for key, value in row[0].items()}
+            for row in rows
+        ]
     merged |= {"records": len(store), "tokens": store.tokens}
     merged["complete"] = all(manifest.get("complete") for manifest in manifests)
     return merged

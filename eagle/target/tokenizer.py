@@ -27,6 +27,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises: RequestError.
     """
+    import transformers
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(folder)
@@ -43,13 +45,22 @@ def load_tokenizer(folder: str | Path) -> Any:
         _check_sentencepiece(folder / "tokenizer.model", where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-        if "tokenizer.json" in there and _is_rebuilt_wrongly(tokenizer, folder / "tokenizer.json"):
+        if "tokenizer.json" not in there:
+            return tokenizer
+        own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        own.no_padding()
+        own.no_truncation()
+        made = f"note: transformers {transformers.__version__} makes of {folder} a {type(tokenizer).__name__}, which"
+        if _is_rebuilt_wrongly(tokenizer, own):
+            print(f"{made} is not what its tokenizer.json says; tokenizer.json is used", file=sys.stderr)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        elif text := _tokenised_otherwise(tokenizer, own):
+            said, file = tokenizer.tokenize(text, add_special_tokens=False), own.encode(text, add_special_tokens=False)
             print(
-                f"note: transformers makes of {folder} a {type(tokenizer).__name__}, which is not what its "
-                "tokenizer.json says; tokenizer.json is used",
+                f"{made} tokenises {text!r} as {said}, and its tokenizer.json as {file.tokens}. Another version of "
+                "transformers may follow the file: train with the one that you serve with",
                 file=sys.stderr,
             )
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain exceptions of its own
         raise RequestError(f"{where}: {_reason(folder, there, error)}") from error
@@ -75,19 +86,30 @@ def _check_sentencepiece(path: Path, where: str) -> None:
         ) from error
 
 
-def _is_rebuilt_wrongly(tokenizer: Any, file: Path) -> bool:
-    """Whether text survives tokenizer.json and does not survive what transformers makes of it.
+def _is_rebuilt_wrongly(tokenizer: Any, own: Any) -> bool:
+    """Whether text survives tokenizer.json (`own`) and does not survive what transformers makes of it.
 
     transformers 5 builds some classes anew from the vocabulary alone: a byte-level tokenizer that calls itself
     LlamaTokenizerFast, as those of some Llama-3 models do, then loses spaces.
     """
-    from tokenizers import Tokenizer
-
-    own = Tokenizer.from_file(str(file))
     if own.decode(own.encode(_PROBE, add_special_tokens=False).ids) != _PROBE:
         return False
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False) != _PROBE
+
+
+def _tokenised_otherwise(tokenizer: Any, own: Any) -> str | None:
+    """A text of which transformers makes other tokens than tokenizer.json (`own`) says; None where none is found.
+
+    Llama's class of transformers 5 puts no space in front of what stands behind a special token (Phi-3's replies), and
+    none in front of a space (Mistral's first question).
+    """
+    added = tokenizer.added_tokens_decoder.items()  # its class may have added some that the file does not know
+    special = [token.content for number, token in added if token.special and own.token_to_id(token.content) == number]
+    for text in (*(f"{token}{space}hello" for token in special[:16] for space in ("", " ", "\n")), "hello", " hello"):
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != own.encode(text, add_special_tokens=False).ids:
+            return text
+    return None
 
 
 def _reason(folder: Path, there: list[str], error: Exception) -> str:

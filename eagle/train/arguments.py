@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eagle.data.mixture import DATA_HELP, as_data_path
+from eagle.data.template_variables import HELP, parse_kwargs
 from eagle.drafts.choices import parse_layers
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.losses import TOKEN_LOSSES
@@ -39,8 +41,8 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=kind, help=text, **default, **more)
 
     add("tmpdir", Path, "the store of step 3, or a folder of data_*.ckpt dumps; this or --data_path is needed")
-    add("data_path", Path, "instead of a store: conversations, .json, .jsonl or .parquet, whose features are computed "
-        "as training goes")  # fmt: skip
+    add("data_path", str, f"instead of a store, the features being computed as training goes: {DATA_HELP}", nargs="+",
+        action="extend", metavar="PATH")  # fmt: skip
     add("end_num", int, "with --data_path: how many conversations to use (default: all)")
     add("data_seed", int, "with --data_path: seed of their choice, allocation.py's --seed")
     add(
@@ -48,6 +50,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         str,
         "with --data_path: a Jinja file or a built-in template (default: the tokenizer's own, else by family)",
     )
+    add("chat_template_kwargs", str, f"with --data_path: {HELP}")
     add("dtype", str, "with --data_path: what the base model computes in")
     parser.add_argument(
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
@@ -121,6 +124,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     del args.recipe  # it has done its work
     args.aux_layers = parse_layers(args.aux_layers)
+    args.data_path = as_data_path(args.data_path)
+    args.chat_template_kwargs = parse_kwargs(args.chat_template_kwargs)
     return args
 
 

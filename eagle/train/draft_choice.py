@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from eagle.drafts.coverage import Coverage
 from eagle.drafts.families import DRAFT_FAMILIES, check_served
 from eagle.drafts.saved import start_folder
 from eagle.errors import RequestError
@@ -65,3 +67,17 @@ def check_widths(found: Mapping[str, int], expected: Mapping[str, int], options:
                 f"--tmpdir {options.tmpdir} holds {name} of size {found[name]}, but a draft of --basepath "
                 f"{options.basepath} needs {width}. They are of different models."
             )
+
+
+def warn_of_coverage(found: Coverage, options: TrainOptions) -> None:
+    """Say where the draft's vocabulary is too small for the records it is trained on, and what helps."""
+    if not found.is_low:
+        return
+    cure = f"raise --draft_vocab_size (to {found.enough:,} for 90%)"
+    if options.init not in options.family.starts:
+        cure = f"--init {options.init} brings its vocabulary along; start from another draft, or leave --init out"
+    print(
+        f"warning: at {1 - found.share:.1%} of the supervised positions the draft cannot be right, since the token is "
+        f"none of the {found.drafted:,} that it chooses among: {cure}",
+        file=sys.stderr,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from eagle import device
+from eagle.drafts.coverage import Coverage, coverage
 from eagle.drafts.layers import RotaryEmbedding
 from eagle.drafts.memory import Setting
 from eagle.dtypes import parse_dtype
@@ -22,7 +24,7 @@ from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
-from eagle.train.draft_choice import draft_config
+from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.loader import AHEAD
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, make_plan
 from eagle.train.options import TrainOptions
@@ -39,7 +41,23 @@ def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
     plan = make_plan(setting, options.family)
     if accelerator.is_main_process:
         print("\n".join([*lines(plan, options, accelerator), *start_lines(setting, options, accelerator)]))
+        if covered := planned_coverage(setting, options):
+            print(covered.describe())
+            warn_of_coverage(covered, options)
     return 0
+
+
+def planned_coverage(setting: Setting, options: TrainOptions) -> Coverage | None:
+    """Of a new draft over the records of ``--tmpdir``; None without these, and where a draft has no own vocabulary.
+
+    Nor of one that goes on from another draft, of which nothing is read here but its config.
+    """
+    tmpdir, vocabulary = options.tmpdir, setting.config.vocab_size
+    if tmpdir is None or options.init not in options.family.starts:
+        return None
+    counts = functools.cache(lambda: FeatureStore(tmpdir).token_counts(vocabulary))
+    ids = options.family.chosen(setting.config, counts)
+    return None if ids is None else coverage(counts(), ids)
 
 
 def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:

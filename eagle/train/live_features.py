@@ -12,13 +12,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from eagle.data.loss_mask import load_encoder
-from eagle.data.reader import open_records
-from eagle.data.token_source import refuse_other_formats
+from eagle.data.mixture import DataPath, choose, open_data, outcome_lines, outcomes, spelled
+from eagle.data.template_variables import shown
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
@@ -32,15 +33,16 @@ from eagle.tensor_file import DTYPE_CODES
 
 @dataclass(frozen=True, slots=True)
 class LiveSource:
-    """Which conversations of which file, as the options of ``allocation.py`` name them."""
+    """Which conversations of which files, as the options of ``allocation.py`` name them."""
 
-    data_path: Path
+    data_path: DataPath
     end_num: int | None
     seed: int
     max_length: int
     chat_template: str | None
     allow_truncated: bool
     dtype: str
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class LiveFeatures:
@@ -56,14 +58,14 @@ class LiveFeatures:
         self, source: LiveSource, basepath: Path, device: torch.device, widths: dict[str, int], processes: int = 1
     ) -> None:
         config = load_config(basepath)
-        records = open_records(source.data_path, allow_truncated=source.allow_truncated)
-        # A template that writes the date is told the data file's, so that a run goes on next week as it began.
-        date = datetime.date.fromtimestamp(source.data_path.stat().st_mtime)
-        encoder = load_encoder(basepath, config, source.chat_template, date)
+        data = open_data(source.data_path, source.end_num, allow_truncated=source.allow_truncated)
+        records = data.records
+        # A template that writes the date is told the data's, so that a run goes on next week as it began.
+        date = datetime.date.fromtimestamp(max(file.path.stat().st_mtime for file in records.files))
+        encoder = load_encoder(basepath, config, source.chat_template, date, source.chat_template_kwargs)
         # The same choice as `eagle.generate.dealing.node_share`'s, in a store's order.
-        order = np.random.RandomState(source.seed).permutation(len(records))[: source.end_num]
-        chosen = np.sort(order)
-        refuse_other_formats(records, chosen.tolist(), source.data_path)
+        chosen = np.sort(choose(source.seed, data.sizes, data.conversations, data.shares))
+        data.refuse_other_formats(chosen.tolist())
         self.tokens_of = encode_all(records, encoder, chosen.tolist(), source.max_length, 1 if processes > 1 else None)
         usable = np.flatnonzero(self.tokens_of.lengths)
         ids = np.array(self.tokens_of.ids(usable.tolist(), chosen.tolist(), len(records)), dtype=np.int64)
@@ -74,13 +76,16 @@ class LiveFeatures:
             tally = self.tokens_of.tally()
             reasons = "; ".join(" ".join(line.split()) for line in tally.lines())
             raise RequestError(
-                f"--data_path {source.data_path}: none of its conversations can be used: {reasons}."
+                f"--data_path {spelled(source.data_path)}: none of its conversations can be used: {reasons}."
                 + (" Raise --max_len." if tally.dropped["reply_beyond_max_length"] else "")
             )
         self.lengths = self.tokens_of.lengths[self._places]
         self.widths = widths
-        self._notes = encoder.notes()
-        self.data_digest = records.digest()
+        self._notes = [*encoder.notes(), *data.notes(source.end_num)]
+        if data.shares:
+            self._notes += outcome_lines(outcomes(self.tokens_of, chosen.tolist(), data.to_json()["sources"]))
+        self.data_digest = data.digest
+        self.told = shown(encoder.variables) if encoder.variables else ""
         self.dtype = parse_dtype(source.dtype)
         self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
@@ -132,4 +137,4 @@ class LiveFeatures:
 
     def identity(self) -> list[str]:
         """As `eagle.store.reader.FeatureStore.identity`."""
-        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype])]
+        return [describe_features(self.data_digest, DTYPE_CODES[self.dtype], DTYPE_CODES[self.dtype], self.told)]

@@ -12,6 +12,7 @@ Also ``python -m eagle.train.main ...``, and for several processes on a CPU
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import sys
@@ -24,6 +25,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from eagle import device
+from eagle.data.mixture import spelled
+from eagle.drafts.coverage import coverage
 from eagle.drafts.families import DEFAULT_DRAFT
 from eagle.drafts.saved import warm_start
 from eagle.entry import run
@@ -38,7 +41,7 @@ from eagle.train import checkpoint
 from eagle.train.agreement import describe
 from eagle.train.arguments import read_options
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store, usable_records
-from eagle.train.draft_choice import draft_config
+from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.dry_run import dry_run
 from eagle.train.group import Group, meet
 from eagle.train.launch_check import check_launch, launch_notes
@@ -96,6 +99,7 @@ def live_features(options: TrainOptions, accelerator: Accelerator, widths: dict[
         options.chat_template,
         options.allow_truncated,
         options.dtype,
+        options.chat_template_kwargs,
     )
     return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
 
@@ -121,7 +125,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     held = open_store(options, accelerator, identity) if options.tmpdir else None
     config = draft_config(options, target, held.widths if held else {})
     store: RecordStore = held or live_features(options, accelerator, family.features(config))
-    where = f"--tmpdir {options.tmpdir}" if options.tmpdir else f"--data_path {options.data_path}"
+    where = f"--tmpdir {options.tmpdir}"
+    if options.data_path:
+        where = f"--data_path {spelled(options.data_path)}"
     usable, notes = usable_records(store, options.max_len, where)
     train, held_out = split_store(store, options.val_ratio, options.seed, usable)
     if not len(train):
@@ -141,16 +147,21 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     if options.freeze_head:
         draft.freeze_head()
 
+    @functools.cache
     def counts() -> np.ndarray:
         return store.token_counts(target.vocab_size)
 
     if not saved and options.init in family.starts:
-        notes += family.prepare(draft, head, read_norm(weights, target), counts)
+        family.prepare(draft, head, read_norm(weights, target), counts)
     elif not saved:
         for note in warm_start(draft, Path(options.init), "--init", family, target, lambda: head):
             if accelerator.is_main_process:
                 print(f"note: {note}")
-        notes += family.remarks(draft, counts)
+    if not saved and draft.ids is not None:
+        covered = coverage(counts(), draft.ids.cpu().numpy())
+        notes.append(covered.describe())
+        if accelerator.is_main_process:
+            warn_of_coverage(covered, options)
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {

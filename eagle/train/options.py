@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from eagle.data.mixture import DataPath, read_weights
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
@@ -32,10 +34,11 @@ class TrainOptions:
     cpdir: Path | None
     basepath: Path | None
     tmpdir: Path | None = None
-    data_path: Path | None = None
+    data_path: DataPath | None = None
     end_num: int | None = None
     data_seed: int = 42
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     allow_truncated: bool = False
     dtype: str = "bfloat16"
     configpath: Path | None = None
@@ -96,6 +99,8 @@ class TrainOptions:
                 f"--num_workers {self.num_workers}: with --data_path the base model computes the features in the "
                 "training process; leave --num_workers at 0."
             )
+        if self.data_path:
+            read_weights(self.data_path)
         parse_dtype(self.dtype)
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"--max_steps {self.max_steps}: expected 1 or more.")
@@ -186,6 +191,7 @@ FREE_ON_RESUME = (
     "end_num",
     "data_seed",
     "chat_template",
+    "chat_template_kwargs",  # they are compared with the features
     "allow_truncated",
     "dtype",
     "cpdir",
@@ -214,6 +220,7 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
             "end_num": f"it is for --data_path, and of a store (--tmpdir) every record is used. {leave}",
             "data_seed": f"it is for --data_path, and a store (--tmpdir) says which conversations it holds. {leave}",
             "chat_template": f"it is for --data_path, and a store (--tmpdir) holds tokens already. {leave}",
+            "chat_template_kwargs": f"it is for --data_path, and a store (--tmpdir) holds tokens already. {leave}",
             "allow_truncated": "it is for --data_path, and a store (--tmpdir) says which records it holds. Leave it "
             "out; --skip_damaged goes on without what is damaged in a store.",
             "dtype": "it is for --data_path, and the features of a store (--tmpdir) were computed before. Leave it "
@@ -222,7 +229,7 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
     else:
         idle["skip_damaged"] = "it is for a store (--tmpdir), and with --data_path there is none. Leave it out; "
         idle["skip_damaged"] += "--allow_truncated uses the whole records of a file cut short."
-        if options.end_num is None:
+        if options.end_num is None and read_weights(options.data_path)[0].weight is None:
             idle["data_seed"] = "it chooses conversations for --end_num, and without it all are used. Add --end_num, "
             idle["data_seed"] += "or leave it out; --seed is that of split, order, noise and random initialisation."
     if options.ttt_steps == 1:

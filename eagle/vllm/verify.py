@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
 from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
@@ -68,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="MT-bench or ShareGPT: .json, .jsonl or .parquet; any other suffix: one prompt a line (default: the set "
-        "that ships)",
+        help="MT-bench or ShareGPT: .json, .jsonl, .parquet or .arrow; any other suffix: one prompt a line (default: "
+        "the set that ships)",
     )
     parser.add_argument("--num_prompts", type=int, help="use only the first so many (default: all)")
     parser.add_argument("--num_speculative_tokens", type=int, default=3, help="length of the chain that is drafted")
@@ -85,6 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="both engines without graphs, as vLLM Ascend's manual serves EAGLE-1; on a CPU it is always so",
     )
+    parser.add_argument(
+        "--chat_template",
+        help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
+    )
+    parser.add_argument(FLAG, help=HELP)
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
     parser.add_argument(
         "--write-note",
@@ -292,6 +299,7 @@ def make_request(
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    variables = parse_kwargs(args.chat_template_kwargs)
     existing_path(args.base_path, "--base-path", "folder")
     config = check_target(args.base_path, "--base-path").config
     draft = resolve_export(args.draft_path)
@@ -299,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     serving = serving_of(config, family)
     prompts = load_prompts(args.prompts, args.num_prompts)
     version = check_vllm()
-    encoder = load_encoder(args.base_path, config)
+    encoder = load_encoder(args.base_path, config, args.chat_template, chat_template_kwargs=variables)
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder), family, serving)
@@ -320,6 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     print("starting it without", flush=True)
     without = run_engine(dataclasses.replace(request, draft=None))
     report = build_report(request, with_draft, without, prompts, encoder)
+    if variables:
+        report["chat_template_kwargs"] = variables
     print(visible("\n".join(report_lines(report))))
     if args.output:
         write_json(args.output, {**report, "made_by": provenance()})

@@ -1,7 +1,13 @@
-"""How these tests call the toolkit: as a user types it (a process of its own), or `main` in this process."""
+"""How these tests call the toolkit: as a user types it (a process of its own), or `main` in this process.
+
+The first takes four seconds more than the second, in which Python and torch are started.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import signal
 import subprocess
@@ -21,6 +27,14 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 #: What stands behind the launchers' names, so that they are this interpreter's whatever PATH says.
 LAUNCHERS = {"accelerate launch": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
+
+
+#: Whose `main` the scripts of the checkout run.
+SCRIPTS = {
+    "allocation.py": "eagle.generate.main",
+    "reassign_data_num.py": "eagle.store.reshard",
+    "convert_eagle_ckpt_to_vllm_compatible.py": "eagle.vllm.convert",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +93,32 @@ def start(*words: object, env: Mapping[str, str] = os.environ, **environment: st
 def ask(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *words: object) -> Answer:
     """Call a script's `main` in this process the way its last lines do."""
     capsys.readouterr()
-    try:
-        code = run(lambda: main([str(word) for word in words]))
-    except SystemExit as error:  # argparse
-        code = int(error.code or 0)
+    code = _code(main, words)
     said = capsys.readouterr()
     return Answer(code, said.out, said.err)
+
+
+def inside(*words: object, code: int = 0) -> Answer:
+    """As `command`, of one of our scripts or modules in this process."""
+    first, *rest = words
+    module = rest.pop(0) if first == "-m" else SCRIPTS[str(first)]
+    return call(importlib.import_module(str(module)).main, *rest, code=code)
+
+
+def call(main: Callable[[list[str]], int], *words: object, code: int = 0) -> Answer:
+    """As `ask`, also in fixtures, and expect exit code `code`."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        found = _code(main, words)
+    answer = Answer(found, out.getvalue(), err.getvalue())
+    assert found == code, f"exit code {found}\n{answer.out}\n{answer.err}"
+    return answer
+
+
+def _code(main: Callable[[list[str]], int], words: tuple[object, ...]) -> int:
+    try:
+        return run(lambda: main([str(word) for word in words]))
+    except SystemExit as error:  # argparse
+        return int(error.code or 0)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 KILLED = 9
 
@@ -46,3 +48,42 @@ def _reshard(words: list[str], moment: int) -> None:
     sys.addaudithook(before)
     code = reassign_data_num.main(words)
     os._exit(code)
+
+
+def train_and_die(words: list[object], where: str, count: int) -> None:
+    """Train in a process that kills itself at optimizer step `count` ("step"), while the checkpoint of it is written
+    ("saving"), or before that is pointed at ("pointing")."""
+    process = context.Process(target=_train_and_die, args=([str(word) for word in words], where, count))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _train_and_die(words: list[str], where: str, count: int) -> None:
+    import torch
+
+    from eagle.train import checkpoint, loop, main
+
+    torch.set_num_threads(1)
+    step, write_json, point = loop.Trainer._step, checkpoint.write_json, checkpoint.point
+
+    def die() -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    def dying_step(self, *rest):
+        return die() if self.position.step == count else step(self, *rest)
+
+    def dying_write(path, content):
+        return die() if content.get("step") == count else write_json(path, content)
+
+    def dying_point(folder, pointer, name):
+        return die() if name == f"state_{count}" else point(folder, pointer, name)
+
+    if where == "step":
+        loop.Trainer._step = dying_step
+    elif where == "saving":
+        checkpoint.write_json = dying_write
+    else:
+        checkpoint.point = dying_point
+    main.main(words)

@@ -20,6 +20,9 @@ from tests.e2e.killed import context
 #: Seconds after which a test gives up on a rank.
 PATIENCE = 120.0
 
+#: What accelerate's launcher sets for configs/fsdp.yaml that decides something.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
 
 @dataclass(frozen=True, slots=True)
 class Rank:
@@ -54,11 +57,12 @@ def start_ranks(
     by: int = signal.SIGKILL,
     tick: float | None = None,
     missing: int = 0,
+    variables: Mapping[str, str] | None = None,
 ) -> list[Rank]:
     """Start a rank with each of these options. dies: rank to step, behind which it sends itself the signal `by`.
 
     tick: seconds between the ranks' beats, where that is not to be the real one. missing: further ranks of the group,
-    which do not come; the others then wait two seconds.
+    which do not come; the others then wait two seconds. variables: of their environment, beside what a launcher sets.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +74,7 @@ def start_ranks(
         # One process of every "machine" says what is wrong, so all of these do.
         place: dict[str, object] = {"RANK": number, "WORLD_SIZE": len(commands) + missing, "LOCAL_RANK": 0}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in place.items()}
+        environment = {name: str(value) for name, value in place.items()} | dict(variables or {})
         dies_at, time_to_meet = (dies or {}).get(number), 2.0 if missing else None
         arguments = ([str(word) for word in words], environment, own, dies_at, by, tick, time_to_meet)
         process = context.Process(target=_train, args=arguments)

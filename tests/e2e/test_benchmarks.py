@@ -58,6 +58,7 @@ def train_benchmark(llama: Path, store: Path, *more: object) -> str:
     ).out  # fmt: skip
 
 
+@pytest.mark.long
 def test_training_against_the_published_way(store, llama, tmp_path):
     said = train_benchmark(llama, store, "--to_tau", "--patience", 0.5, "--output", tmp_path / "train.json")
     content = json.loads((tmp_path / "train.json").read_text())
@@ -82,6 +83,7 @@ def test_training_eagle3_against_the_published_way(llama, data, tmp_path):
     assert row["ours"]["ratio"] > 0 and row["published way"]["supervised_tokens_per_second"] > 0
 
 
+@pytest.mark.long
 def test_training_against_a_published_trainer(store, llama, tmp_path):
     wheel = tmp_path / "wheel"
     for name, text in {"train/main.py": TRAINER, "model/cnets.py": MODEL}.items():
@@ -95,6 +97,7 @@ def test_training_against_a_published_trainer(store, llama, tmp_path):
     assert "eagle-llm 1.2.1" in said
 
 
+@pytest.mark.long
 def test_data_generation_against_the_published_way(data, llama, tmp_path):
     said = command(
         "benchmarks/datagen.py", "--model_name", llama, "--data_path", data, "--lengths", 64, "--tokens", 500,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from eagle.decode import evaluate
 from eagle.drafts.saved import resolve_pointer
-from eagle.entry import run
 from eagle.generate import main as allocation
 from eagle.generate.plan import store_bytes
 from eagle.store import reshard as reassign
@@ -29,25 +27,25 @@ from eagle.tensor_file import read_header
 from eagle.train import main as train
 from eagle.train.checkpoint import states
 from eagle.vllm import convert as converter
-from tests.e2e.commands import ask, command
+from tests.e2e.commands import Answer, ask, call, command
 from tests.e2e.conftest import contents
 from tests.e2e.killed import KILLED, context
-from tests.e2e.ranks import start_ranks
+from tests.e2e.ranks import FSDP, start_ranks
 from tests.e2e.test_requests import check, snapshot
 from tests.e2e.test_training import TOLERANCE
 from tests.tiny import cpu_worker, make_target
 
 LAYERS, DRAFTED, TOKENS = "0,1,3", 120, 424
+NEEDS_FSDP = pytest.mark.skipif(
+    not hasattr(getattr(torch.distributed, "fsdp", None), "fully_shard"), reason="FSDP version 2 needs torch 2.6"
+)
 WIDTHS = {"hidden_state": 32, "aux_0_1_3": 96}
 
 
 def done(main: Callable[[list[str]], int], *words: object) -> str:
     """What a script's `main` said, which did what it was asked for."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = run(lambda: main([str(word) for word in words]))
-    assert code == 0, said.getvalue()
-    return said.getvalue()
+    answer = call(main, *words)
+    return answer.out + answer.err
 
 
 def generate(outdir: Path, target: Path, data: Path, *more: object) -> list[object]:
@@ -315,13 +313,53 @@ def test_without_a_store(runs: dict[str, Path], targets: dict[str, Path], data: 
     close(tmp_path / "live", runs["llama"])
 
 
-def test_a_frozen_head_stays_the_targets(stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path) -> None:
-    words = options(targets["llama"], tmp_path / "run", "--tmpdir", stores["llama"], "--freeze_head")
-    done(train.main, *words)
-    done(train.main, *words)  # goes on from its end
-    start, end = (weights(tmp_path / "run", pointer) for pointer in ("state_0", "last"))
-    assert torch.equal(start["lm_head.weight"], end["lm_head.weight"])
-    assert not torch.equal(start["fc.weight"], end["fc.weight"])
+@pytest.fixture(scope="module")
+def frozen(work: Path, targets: dict[str, Path], stores: dict[str, Path]) -> Path:
+    """A run of one process that leaves the draft's head alone."""
+    cpdir = work / "run_frozen"
+    done(train.main, *options(targets["llama"], cpdir), "--tmpdir", stores["llama"], "--freeze_head")
+    return cpdir
+
+
+def only_the_head_stays(cpdir: Path) -> None:
+    start, end = (weights(cpdir, pointer) for pointer in ("state_0", "last"))
+    stays = {name for name, tensor in start.items() if torch.equal(tensor, end[name])}
+    assert stays == {"lm_head.weight", "d2t", "embed_tokens.weight"}
+
+
+def test_a_frozen_head_stays_the_targets(frozen: Path, runs: dict[str, Path]) -> None:
+    only_the_head_stays(frozen)
+    own = weights(frozen)["lm_head.weight"]
+    assert torch.equal(own, weights(runs["llama"], "state_0")["lm_head.weight"])
+    assert not torch.equal(own, weights(runs["llama"])["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "variables"),
+    [(1, {}), (2, {}), pytest.param(2, FSDP, marks=NEEDS_FSDP)],
+    ids=["one process", "two processes", "FSDP"],
+)
+def test_a_frozen_head_in_a_killed_run(
+    processes: int, variables: dict[str, str], frozen: Path, stores: dict[str, Path], targets: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """In a step behind a checkpoint within an epoch, then gone on with."""
+    cpdir = tmp_path / "run"
+    words = options(targets["llama"], cpdir, "--tmpdir", stores["llama"], "--freeze_head")
+    words += ["--save_every", 3, "--keep", 20]
+    run = [[*words, "--bs", 4 // processes]] * processes
+    ranks = start_ranks(tmp_path / "killed", run, dies={0: 13}, tick=0.1, variables=variables)
+    assert all([rank.wait() for rank in ranks])
+    assert states(cpdir)[-1].name == "state_12"
+    ranks = start_ranks(tmp_path / "end", run, variables=variables)
+    assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].said
+    assert "resuming from" in ranks[0].out
+    only_the_head_stays(cpdir)
+    if processes == 1:
+        assert same(cpdir, frozen)
+    close(cpdir, frozen)
+    judged = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (cpdir, frozen)]
+    assert judged[0] == pytest.approx(judged[1], rel=1e-4)
 
 
 def test_a_killed_run_goes_on_to_the_bit(
@@ -349,9 +387,7 @@ def test_two_processes_train_what_one_does(
     close(tmp_path / "run", runs["llama"])
 
 
-@pytest.mark.skipif(
-    not hasattr(getattr(torch.distributed, "fsdp", None), "fully_shard"), reason="FSDP version 2 needs torch 2.6"
-)
+@NEEDS_FSDP
 def test_shared_out_by_fsdp(
     runs: dict[str, Path], stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -385,6 +421,32 @@ def test_the_plan_says_the_draft(stores: dict[str, Path], targets: dict[str, Pat
     assert "peak" in said and "3 draft step(s)" not in said and "5 draft step(s)" in said
     alone = done(train.main, *words, "--configpath", "configs/llama_2_chat_7B_config.json", "--ttt_steps", 3)
     assert "3 draft step(s)" in alone and "peak" in alone
+
+
+def test_a_small_vocabulary_is_warned_of(
+    runs: dict[str, Path], stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By the plan, which says what would do, by a run that begins, and by one that goes on from a draft; on stderr."""
+    words = ["--draft", "eagle3", "--tmpdir", stores["llama"], "--basepath", targets["llama"]]
+
+    def asked(*more: object) -> Answer:
+        answer = ask(train.main, capsys, *words, *more)
+        assert answer.code == 0 and "% of the supervised positions" in answer.out, answer.err
+        assert "warning:" not in answer.out
+        return answer
+
+    plan = asked("--dry_run", "--draft_vocab_size", 10)
+    assert f"the draft chooses among 10 of {TOKENS} tokens" in plan.out
+    wanted = re.search(r"warning: at ([\d.]+)% of .* raise --draft_vocab_size \(to (\d+) for 90%\)", plan.error)
+    assert wanted and f"{100 - float(wanted[1]):.1f}% of the supervised positions" in plan.out
+    enough = int(wanted[2])
+    assert "warning:" not in asked("--dry_run", "--draft_vocab_size", enough).err
+    assert "warning:" in asked("--dry_run", "--draft_vocab_size", enough - 1).err
+    begun = asked("--cpdir", tmp_path / "new", "--max_steps", 1, "--draft_vocab_size", 10)
+    assert begun.error.count(wanted[0]) == 1
+    small = ["--init", tmp_path / "new", "--cpdir", tmp_path / "next", "--max_steps", 1]
+    assert f"warning: at {wanted[1]}% of" in (said := asked(*small).error) and "brings its vocabulary along" in said
 
 
 # ---- requests that are refused

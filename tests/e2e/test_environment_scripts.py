@@ -164,6 +164,16 @@ def test_the_gate_ends_where_the_oldest_packages_cannot_be_installed(checkout):
     assert by_hand(checkout, "runs/tests.sh", SKIP_VLLM="1", SKIP_OLDER="1", DIES="requirements-older").returncode == 0
 
 
+def test_long_tests_are_left_out_unless_asked_for(checkout):
+    """The interpreter ends with code 9 where it is told to leave them out."""
+    quick = {"SKIP_VLLM": "1", "SKIP_OLDER": "1"}
+    assert by_hand(checkout, "runs/tests.sh", DIES="-m not long", **quick).returncode == 9
+    result = by_hand(checkout, "runs/tests.sh", **quick)
+    assert result.returncode == 0 and "LONG=1 bash runs/tests.sh" in result.stderr
+    result = by_hand(checkout, "runs/tests.sh", DIES="-m not long", LONG="1", **quick)
+    assert result.returncode == 0 and "LONG=1" not in result.stderr
+
+
 @pytest.mark.parametrize(("draft", "behind"), [(None, ""), ("eagle1", ""), ("eagle3", "-eagle3")])
 @pytest.mark.parametrize(
     "command",

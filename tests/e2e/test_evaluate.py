@@ -175,6 +175,20 @@ def world(tmp_path_factory: pytest.TempPathFactory, llama: Path, llama_bin: Path
     return world
 
 
+def test_variables_of_the_template_are_in_the_report(drafts, qwen, tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if thinking else '' }}")
+    words = ("--base-path", qwen, "--draft-path", drafts["run"], "--chat_template", template, "--no_baseline")
+    plain = measured(tmp_path / "plain", capsys, *words)
+    told = measured(tmp_path / "told", capsys, *words, "--chat_template_kwargs", '{"thinking": true}')
+    assert "chat_template_kwargs" not in plain and told["chat_template_kwargs"] == {"thinking": True}
+    prompts = [
+        [json.loads(line)["prompt_tokens"] for line in (tmp_path / name / "replies.jsonl").read_text().splitlines()]
+        for name in ("plain", "told")
+    ]
+    assert len(prompts[0]) == len(prompts[1]) and prompts[0][0] < prompts[1][0]
+
+
 REFUSED = {
     "no base model": ("--base-path nowhere", "--base-path nowhere"),
     "no draft": ("--draft-path nowhere", "--draft-path nowhere"),
@@ -202,6 +216,8 @@ REFUSED = {
     "an unknown dtype": ("--dtype int8", "--dtype int8"),
     "a device that is not there": ("--device cuda", "--device cuda"),
     "an unknown template": ("--chat_template nothing.jinja", "--chat_template nothing.jinja"),
+    "variables that are no object": ("--chat_template_kwargs x", "expected a JSON object"),
+    "a variable of another template": ('--chat_template_kwargs {"x":1}', "--chat_template_kwargs: x would do nothing"),
     "a folder in use": ("--output full", "--output full is not empty"),
     "a file as a folder": ("--output empty.txt", "--output empty.txt is a file"),
 }

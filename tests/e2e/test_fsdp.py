@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from eagle.drafts.saved import resolve_pointer
 from eagle.train.checkpoint import states
-from tests.e2e.commands import ROOT, command
+from tests.e2e.commands import ROOT, command, inside
 
 pytest.importorskip("torch.distributed.fsdp", reason="no distributed torch here")
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
@@ -69,7 +69,7 @@ def weights(state: Path) -> dict[str, torch.Tensor]:
 
 def test_as_one_process_and_resumed(store: Path, llama: Path, tmp_path: Path) -> None:
     alone, shared, resumed = (tmp_path / name for name in ("alone", "shared", "resumed"))
-    command("-m", "eagle.train.main", *options(store, llama, alone), "--bs", 4)
+    inside("-m", "eagle.train.main", *options(store, llama, alone), "--bs", 4)
     launch = [*FSDP, "-m", "eagle.train.main", "--bs", 1, "--gradient_accumulation_steps", 2]
     assert "on 2 x cpu" in command(*launch, *options(store, llama, shared)).out
     assert [state.name for state in states(shared)] == [state.name for state in states(alone)]
@@ -96,7 +96,7 @@ def test_as_one_process_and_resumed(store: Path, llama: Path, tmp_path: Path) ->
 
     # Without FSDP and on its own, one process goes on with what two shared.
     shutil.rmtree(states(resumed)[-1])
-    assert "resuming from" in command("-m", "eagle.train.main", *options(store, llama, resumed), "--bs", 4).out
+    assert "resuming from" in inside("-m", "eagle.train.main", *options(store, llama, resumed), "--bs", 4).out
     last, expected = weights(resolve_pointer(resumed / "last")), weights(resolve_pointer(alone / "last"))
     for name, tensor in expected.items():
         torch.testing.assert_close(last[name], tensor, **TOLERANCE, msg=name)
@@ -115,7 +115,7 @@ def test_mixed_precision_trains(store: Path, llama: Path, tmp_path: Path) -> Non
     start, state = states(tmp_path / "run")
     assert start.name == "state_0"
     assert {tensor.dtype for name, tensor in weights(state).items() if name != "embed_tokens.weight"} == {torch.float32}
-    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "alone"), "--max_steps", 2)
+    inside("-m", "eagle.train.main", *options(store, llama, tmp_path / "alone"), "--max_steps", 2)
     ours, alone = losses(tmp_path / "run"), losses(tmp_path / "alone")
     assert len(ours) == 2
     assert ours == pytest.approx(alone, rel=0.02)

@@ -13,7 +13,7 @@ import pytest
 
 from eagle.drafts.saved import load_draft, resolve_pointer, save_draft
 from eagle.train.checkpoint import states
-from tests.e2e.commands import command, start
+from tests.e2e.commands import inside, start
 from tests.e2e.conftest import WORKERS, contents, draft_of
 from tests.e2e.test_interrupted_generation import wait_until, workers_of
 
@@ -70,14 +70,14 @@ def test_generation(disk: tuple[Path, Resize], job: list[object], undisturbed: P
     assert set(contents(path / "store")) < set(contents(undisturbed))
     assert not list((path / "store").rglob("*.tmp")), "half a file would keep the disk full"
     others.unlink()
-    command(*job, "--outdir", path / "store")
+    inside(*job, "--outdir", path / "store")
     assert contents(path / "store") == contents(undisturbed)
 
 
 def test_generation_that_would_not_fit_does_not_begin(disk: tuple[Path, Resize], job: list[object]) -> None:
     path, resize = disk
     resize("4m")
-    answer = command(*job, "--outdir", path / "store", code=1)
+    answer = inside(*job, "--outdir", path / "store", code=1)
     said = answer.error
     assert "but its disk has" in said and "Nothing was computed" in said and "--store_dtype int8 needs" in said
     assert not list(path.rglob("shard-*"))
@@ -87,10 +87,10 @@ def test_resharding(disk: tuple[Path, Resize], undisturbed: Path) -> None:
     path, resize = disk
     resize("6m")
     words = ["reassign_data_num.py", "--old_folder", undisturbed, "--new_folder", path / "new", "--tp", 3]
-    answer = command(*words, code=1)
+    answer = inside(*words, code=1)
     check_message(answer.err)
     resize("64m")
-    command(*words)
+    inside(*words)
     assert contents(path / "new") == contents(undisturbed)
 
 
@@ -99,7 +99,7 @@ def test_training(disk: tuple[Path, Resize], store: Path, llama: Path) -> None:
     resize("500k")  # the start, and one checkpoint with an optimizer behind it
     words = ["-m", "eagle.train.main", "--tmpdir", store, "--basepath", llama, "--cpdir", path / "run"]
     words += ["--num_epochs", 5, "--keep", 5]
-    answer = command(*words, code=1)
+    answer = inside(*words, code=1)
     check_message(answer.err, "Could not save", "The checkpoints before it are whole", "run the same command again")
     before = states(path / "run")
     assert before
@@ -108,7 +108,7 @@ def test_training(disk: tuple[Path, Resize], store: Path, llama: Path) -> None:
         load_draft(state)
     assert not list((path / "run").glob(".*.tmp"))
     resize("8m")
-    assert f"resuming from {before[-1]}" in command(*words).out
+    assert f"resuming from {before[-1]}" in inside(*words).out
     assert len(states(path / "run")) == 5
     load_draft(path / "run" / "last")
 
@@ -118,7 +118,7 @@ def test_exporting(disk: tuple[Path, Resize], llama: Path, tmp_path: Path) -> No
     save_draft(draft_of(llama), tmp_path / "draft")
     words = ["convert_eagle_ckpt_to_vllm_compatible.py", "--base-path", llama, "--draft-path", tmp_path / "draft"]
     words += ["--output-path", path / "out", "--layout", "v0"]
-    check_message(command(*words, code=1).err)
+    check_message(inside(*words, code=1).err)
     assert not list(path.iterdir())
     resize("8m")
-    command(*words)
+    inside(*words)

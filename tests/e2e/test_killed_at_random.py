@@ -56,7 +56,7 @@ def in_a_child(request: GenerationRequest, seconds: float | None = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
-@pytest.mark.parametrize("store_dtype", ["same", "int8"])
+@pytest.mark.parametrize("store_dtype", ["same", pytest.param("int8", marks=pytest.mark.long)])
 def test_twenty_kills(store_dtype: str, tmp_path: Path) -> None:
     target = make_target(tmp_path / "target", tied=True, hidden=16, layers=1)
     data = write_sharegpt(tmp_path / "data.json", conversations(400, turns=1))

@@ -11,7 +11,7 @@ import torch
 from eagle.store.reader import FeatureStore
 from eagle.train import main as train
 from eagle.train.live_features import LiveFeatures, LiveSource
-from tests.e2e.commands import ask, command
+from tests.e2e.commands import ask, inside
 from tests.e2e.test_training import TOLERANCE, steps_of, weights
 
 #: Of a tiny target's features.
@@ -35,7 +35,7 @@ def test_the_records_are_those_of_a_store(store: Path, data: Path, llama: Path) 
 
 
 def test_end_num_chooses_the_same_conversations(data: Path, llama: Path, tmp_path: Path) -> None:
-    command(
+    inside(
         "allocation.py", "--outdir", tmp_path / "store", "--model_name", llama, "--data_path", data,
         "--dtype", "float32", "--end_num", 9, "--seed", 7, "--max_length", 40,
     )  # fmt: skip
@@ -45,8 +45,8 @@ def test_end_num_chooses_the_same_conversations(data: Path, llama: Path, tmp_pat
 
 def test_training_gives_the_same_results(store: Path, data: Path, llama: Path, tmp_path: Path) -> None:
     common = ["-m", "eagle.train.main", "--basepath", llama, "--num_epochs", 2]
-    command(*common, "--tmpdir", store, "--cpdir", tmp_path / "stored")
-    command(*common, "--data_path", data, "--dtype", "float32", "--cpdir", tmp_path / "live")
+    inside(*common, "--tmpdir", store, "--cpdir", tmp_path / "stored")
+    inside(*common, "--data_path", data, "--dtype", "float32", "--cpdir", tmp_path / "live")
     ours, theirs = steps_of(tmp_path / "live"), steps_of(tmp_path / "stored")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for line, expected in zip(ours, theirs, strict=True):

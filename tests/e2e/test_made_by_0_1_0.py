@@ -17,7 +17,7 @@ import pytest
 
 from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.store.verify import check_store
-from tests.e2e.commands import ROOT, command
+from tests.e2e.commands import ROOT, command, inside
 
 MADE = ROOT / "tests" / "data" / "made_by_0_1_0"
 
@@ -56,7 +56,7 @@ def test_an_interrupted_store_is_continued(made: Path, indices: str) -> None:
 def test_a_killed_run_is_resumed_and_ends_as_it_would_have(made: Path) -> None:
     run = made / "run"
     load_draft(run / "state_14")
-    answer = command(
+    answer = inside(
         "-m", "eagle.train.main", "--tmpdir", made / "store", "--basepath", made / "target", "--cpdir", run,
         "--bs", 4, "--num_epochs", 3, "--save_every", 14,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_killed_run_is_resumed_and_ends_as_it_would_have(made: Path) -> None:
 
 
 def test_a_checkpoint_is_exported(made: Path) -> None:
-    command(
+    inside(
         "convert_eagle_ckpt_to_vllm_compatible.py", "--base-path", made / "target",
         "--draft-path", made / "run" / "state_14", "--output-path", made / "exported", "--layout", "both",
     )  # fmt: skip

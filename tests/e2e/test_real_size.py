@@ -92,11 +92,13 @@ def maps_held(folder: Path, records: int, *, reads: int, files: int = 0) -> int:
     return int(found[2])
 
 
+@pytest.mark.long
 def test_as_many_dumps_as_real_jobs_have(tmp_path: Path) -> None:
     folder = many_dumps(tmp_path / "dumps", DUMPS)
     assert maps_held(folder, DUMPS, reads=3000) < 1000
 
 
+@pytest.mark.long
 def test_as_many_shards_as_real_jobs_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opened, read at random, and each verified."""
     folder = many_shards(tmp_path / "shards", SHARDS, monkeypatch)

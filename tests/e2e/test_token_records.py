@@ -13,7 +13,7 @@ from eagle.data.loss_mask import load_encoder
 from eagle.store.reader import FeatureStore
 from eagle.store.verify import check_store
 from eagle.target.config import load_config
-from tests.e2e.commands import command
+from tests.e2e.commands import inside
 from tests.e2e.test_live_features import live
 
 
@@ -42,7 +42,7 @@ def table_of_both(data: Path, tokens: Path, path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["tokens", "both"])
 def test_the_store_is_the_same(kind: str, store: Path, data: Path, tokens: Path, llama: Path, tmp_path: Path) -> None:
     source = tokens if kind == "tokens" else table_of_both(data, tokens, tmp_path / "both.parquet")
-    command(
+    inside(
         "allocation.py", "--outdir", tmp_path / "store", "--model_name", llama, "--data_path", source,
         "--dtype", "float32",
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,32 +15,17 @@ from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.store.reader import FeatureStore
 from eagle.target.config import load_config
 from eagle.train.checkpoint import states
-from tests.e2e.commands import command
+from tests.e2e.commands import Answer, command, inside
+from tests.e2e.killed import train_and_die
 
 #: Sums over a global batch in another order differ in the last bits of float32; three epochs of AdamW, which divides by
 #: the gradient's size, make more of them. Runs that only share the seed differ by 0.1 and more.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
-#: Runs training and kills the process, without warning, at the moment its first argument names.
-KILLER = """
-import os, signal, sys
-from eagle.train import checkpoint, loop, main
 
-where, count = sys.argv[1], int(sys.argv[2])
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if where == "step":
-    step = loop.Trainer._step
-    loop.Trainer._step = lambda self, *rest: die() if self.position.step == count else step(self, *rest)
-elif where == "saving":
-    write_json = checkpoint.write_json
-    checkpoint.write_json = lambda path, content: die() if content.get("step") == count else write_json(path, content)
-elif where == "pointing":
-    point = checkpoint.point
-    checkpoint.point = lambda folder, pointer, name: die() if name == f"state_{count}" else point(folder, pointer, name)
-main.main(sys.argv[3:])
-"""
+def trained(*words: object, code: int = 0) -> Answer:
+    """Training in this process."""
+    return inside("-m", "eagle.train.main", *words, code=code)
 
 
 def options(store: Path, target: Path, cpdir: Path, *more: object) -> list[object]:
@@ -105,11 +89,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     run = options(store, llama, tmp_path / "run", "--bs", 4)
     epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
     for where, at in (("step", 3), ("step", epoch + 4), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
-        command("-c", KILLER, where, at, *run, code=-signal.SIGKILL)
+        train_and_die(run, where, at)
         for state in states(tmp_path / "run"):
             load_draft(state)
     assert [state.name for state in states(tmp_path / "run")] == ["state_0", f"state_{epoch}", f"state_{2 * epoch}"]
-    assert "resuming from" in command("-m", "eagle.train.main", *run).out
+    assert "resuming from" in trained(*run).out
 
     assert steps_of(tmp_path / "run") == steps_of(undisturbed)
     for state in states(undisturbed):
@@ -146,7 +130,7 @@ def test_accelerate_that_starts_the_one_process_it_should(
 
 
 def test_without_validation_the_newest_checkpoint_is_the_best(store: Path, llama: Path, tmp_path: Path) -> None:
-    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--val_ratio", 0, "--keep", 1))
+    trained(*options(store, llama, tmp_path / "run", "--val_ratio", 0, "--keep", 1))
     newest = states(tmp_path / "run")
     assert len(newest) == 1
     assert resolve_pointer(tmp_path / "run" / "best") == resolve_pointer(tmp_path / "run" / "last") == newest[0]
@@ -157,7 +141,7 @@ def test_a_process_without_validation_records_waits_for_nobody(store: Path, llam
     launch = ["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "eagle.train.main"]
     answer = command(*launch, *options(store, llama, tmp_path / "run", "--val_ratio", 0.02, "--num_epochs", 1))
     assert "and 1 validation records" in answer.out
-    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "alone", "--val_ratio", 0.02, "--bs", 8,
+    trained(*options(store, llama, tmp_path / "alone", "--val_ratio", 0.02, "--bs", 8,
             "--num_epochs", 1))  # fmt: skip
     ours, alone = (steps_of(tmp_path / name)[-1] for name in ("run", "alone"))
     assert ours["val_positions"] == alone["val_positions"]
@@ -191,14 +175,14 @@ def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(
     more: list[object], says: str, broken: Path, llama: Path, tmp_path: Path
 ) -> None:
     run = options(broken, llama, tmp_path / "run", *more, "--save_every", 1)
-    answer = command("-m", "eagle.train.main", *run, code=1)
+    answer = trained(*run, code=1)
     assert re.search(says + r"( the)? conversations? 11\b", answer.error), answer.err
     for state in states(tmp_path / "run"):
         assert all(tensor.isfinite().all() for tensor in load_file(state / "model.safetensors").values())
 
 
 def test_replies_behind_max_len_are_said_to_be(store: Path, llama: Path, tmp_path: Path) -> None:
-    answer = command("-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--max_len", 3), code=2)
+    answer = trained(*options(store, llama, tmp_path / "run", "--max_len", 3), code=2)
     assert "supervised within --max_len 3 tokens" in answer.error
 
 
@@ -208,10 +192,10 @@ def test_saved_and_killed_within_an_epoch(undisturbed: Path, store: Path, llama:
     epoch = len({line["step"] for line in steps_of(undisturbed)} - {0}) // 3
     assert epoch > 3
     for where, at in (("step", 4), ("step", epoch + 1), ("saving", 2 * epoch), ("pointing", 2 * epoch)):
-        command("-c", KILLER, where, at, *run, code=-signal.SIGKILL)
+        train_and_die(run, where, at)
         for state in states(tmp_path / "run"):
             load_draft(state)
-    command("-m", "eagle.train.main", *run)
+    trained(*run)
     assert steps_of(tmp_path / "run") == steps_of(undisturbed)
     assert all(torch.equal(weights(tmp_path / "run")[name], tensor) for name, tensor in weights(undisturbed).items())
     assert not list((tmp_path / "run").glob(".*.tmp"))
@@ -242,7 +226,7 @@ def test_without_matplotlib_there_is_a_note_and_no_picture(store: Path, llama: P
 def test_the_best_is_the_validation_with_the_largest_tau(store: Path, llama: Path, tmp_path: Path) -> None:
     """However rarely checkpoints are wanted; `--patience` counts validations."""
     run = options(store, llama, tmp_path / "run", "--bs", 4, "--save_freq", 50, "--patience", 2)
-    command("-m", "eagle.train.main", *run, "--num_epochs", 30, "--lr", 0.02, "--val_ratio", 0.3)
+    trained(*run, "--num_epochs", 30, "--lr", 0.02, "--val_ratio", 0.3)
     taus = {line["step"]: line["val_tau"][-1] for line in steps_of(tmp_path / "run") if "val_tau" in line}
     best = max(taus, key=lambda step: (taus[step], -step))
     assert resolve_pointer(tmp_path / "run" / "best").name == f"state_{best}"
@@ -253,11 +237,11 @@ def test_other_features_are_another_run(
     undisturbed: Path, data: Path, store: Path, llama: Path, tmp_path: Path
 ) -> None:
     """The same conversations, stored in another way: the same counts."""
-    command(
+    inside(
         "allocation.py", "--outdir", tmp_path / "int8", "--model_name", llama, "--data_path", data,
         "--dtype", "float32", "--store_dtype", "int8",
     )  # fmt: skip
-    answer = command("-m", "eagle.train.main", *options(tmp_path / "int8", llama, undisturbed, "--bs", 4), code=2)
+    answer = trained(*options(tmp_path / "int8", llama, undisturbed, "--bs", 4), code=2)
     said = answer.error
     assert "holds checkpoints of another run" in said and "F32 stored as F32" in said and "stored as I8" in said
 
@@ -265,7 +249,7 @@ def test_other_features_are_another_run(
 def test_starting_from_a_draft(undisturbed: Path, store: Path, llama: Path, tmp_path: Path) -> None:
     """A run of ours as it is; a published draft with a bias on fc, which no vLLM reads."""
     once = ["--bs", 4, "--num_epochs", 1, "--max_steps", 1]
-    command("-m", "eagle.train.main", *options(store, llama, tmp_path / "ours", "--init", undisturbed, *once))
+    trained(*options(store, llama, tmp_path / "ours", "--init", undisturbed, *once))
     first = steps_of(tmp_path / "ours")[0]
     best = int(resolve_pointer(undisturbed / "best").name.removeprefix("state_"))
     judged = next(line for line in steps_of(undisturbed) if "val_tau" in line and line["step"] == best)
@@ -275,12 +259,12 @@ def test_starting_from_a_draft(undisturbed: Path, store: Path, llama: Path, tmp_
     tensors = load_file(published / "model.safetensors")
     save_file(tensors | {"fc.bias": torch.ones_like(tensors["fc.weight"][:, 0])}, published / "model.safetensors")
     run = options(store, llama, tmp_path / "theirs", "--init", published, *once)
-    said = command("-m", "eagle.train.main", *run).out
+    said = trained(*run).out
     assert "has a trained fc.bias" in said and "it is left out" in said
     assert steps_of(tmp_path / "theirs")[0]["val_tau"] == first["val_tau"]
 
 
 def test_a_run_whose_loss_keeps_growing_is_ended(store: Path, llama: Path, tmp_path: Path) -> None:
     run = options(store, llama, tmp_path / "run", "--bs", 2, "--lr", 2, "--grad_clip", 0, "--val_ratio", 0)
-    answer = command("-m", "eagle.train.main", *run, "--num_epochs", 10, code=1)
+    answer = trained(*run, "--num_epochs", 10, code=1)
     assert "keeps growing" in answer.error and "lower --lr" in answer.error and "conversations" in answer.error

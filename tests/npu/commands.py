@@ -29,6 +29,8 @@ def several(module: str, lines: Sequence[Sequence[object]], folder: Path, **give
     return [Answer(*said) for said in json.loads(file.read_text())]
 
 
+#: The tiny base models, by the names of their fixtures.
+TARGETS = ["llama", "qwen"]
 #: What a family is told of the tiny base models, whose layers are too few for its own choice, and of their tokens.
 LAYERS_READ = {"eagle3": ["--aux_layers", "0,1,3"]}
 TOKENS_DRAFTED = {"eagle3": ["--draft_vocab_size", 150]}

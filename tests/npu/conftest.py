@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eagle.drafts.families import DRAFT_FAMILIES
-from tests.npu.commands import GUIDE, of_family, on_npu, to_train
+from tests.npu.commands import GUIDE, TARGETS, of_family, on_npu, to_train
 from tests.npu.simulated import NotHere, library
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -21,6 +21,18 @@ RECORDS = 24
 LAYERS = 4
 
 Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of every family on every target: a family on one of them, by turns; on the others they are long ones."""
+    families = list(DRAFT_FAMILIES)
+    for item in items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {})
+        if "npu" in item.path.parts and {"family", "target"} <= chosen.keys():
+            turn = families.index(chosen["family"]) % len(TARGETS)
+            if chosen["target"] != TARGETS[turn]:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,11 +17,9 @@ from eagle.drafts.saved import BEST, resolve_pointer, save_draft
 from eagle.train.checkpoint import point
 from tests.e2e.commands import ask
 from tests.e2e.conftest import draft_of
-from tests.npu.commands import on_npu, processes, several
+from tests.npu.commands import TARGETS, on_npu, processes, several
 
 QUICK = ["--max_new_tokens", 12, "--num_prompts", 2, "--num_turns", 1, "--dtype", "float32"]
-
-TARGETS = ["llama", "qwen"]
 
 Runs = Callable[[str, str], Path]
 

@@ -79,6 +79,7 @@ def undisturbed(once: Once, job: list[object]) -> Path:
     return once("undisturbed", lambda folder: on_npu(*job, "--outdir", folder / "store", log=folder / "log"))
 
 
+@pytest.mark.long
 def test_two_cards_a_worker_give_what_one_gives(
     job: list[object], undisturbed: Path, llama: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_two_cards_a_worker_give_what_one_gives(
             assert card["kernels"] > 1000 and card["peak"] > 10_000, "a part of the model, for every batch"
 
 
+@pytest.mark.long
 def test_qwen2_in_float16(qwen: Path, data: Path, tmp_path: Path) -> None:
     words = ["allocation.py", "--model_type", "qwen2", "--model_name", qwen, "--data_path", data, "--dtype", "float16"]
     on_npu(*words, "--outdir", tmp_path / "one", cards=1)
@@ -106,6 +108,7 @@ def test_qwen2_in_float16(qwen: Path, data: Path, tmp_path: Path) -> None:
     assert list(worker.cards) == [6, 7]
 
 
+@pytest.mark.long
 def test_the_guides_own_line_and_its_reshard(once: Once, data: Path, tmp_path: Path) -> None:
     """With EAGLE_TARIN_MODE exported, as the guide says, which costs nothing here."""
     target = once("deep", lambda folder: make_target(folder, tied=True, layers=8, seed=3))
@@ -132,6 +135,7 @@ def test_the_guides_own_line_and_its_reshard(once: Once, data: Path, tmp_path: P
     assert contents(resharded) == contents(store)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("store_dtype", ["int8", "float8"])
 def test_stores_of_one_byte_a_value(store_dtype: str, llama: Path, data: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -181,6 +185,7 @@ def test_a_killed_job_is_continued(job: list[object], undisturbed: Path, tmp_pat
     assert contents(outdir) == expected
 
 
+@pytest.mark.long
 def test_a_dry_run_measures_on_the_cards_and_writes_nothing(job: list[object], tmp_path: Path) -> None:
     answer = on_npu(*job, "--outdir", tmp_path / "store", "--dry_run", log=tmp_path / "log")
     assert "2 worker(s) on npu" in answer.out and "ASCEND_RT_VISIBLE_DEVICES=0,2" in answer.out, answer.out
@@ -226,7 +231,7 @@ def test_where_cann_was_not_sourced(llama: Path, data: Path, tmp_path: Path) -> 
     check_features(tmp_path / "store", llama, torch.bfloat16)
 
 
-@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize("cards", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_cards_that_are_too_small(cards: int, llama: Path, data: Path, tmp_path: Path) -> None:
     words = ["--npu_indices", "0,1"[: 2 * cards - 1], "--used_npus", cards]
     failed = asked(tmp_path / "store", llama, data, *words, code=1, SIMULATED_NPU_MEMORY="40000")

@@ -77,6 +77,7 @@ def test_from_the_container_to_a_served_draft(tmp_path: Path) -> None:
     assert "loaded    yes, by vLLM 0.13.0 on npu: bfloat16" in said
 
 
+@pytest.mark.long
 def test_70b_and_several_machines(tmp_path: Path) -> None:
     shell = typist(tmp_path)
     target(tmp_path, "llama-2-70b-chat", "llama_2_chat_70B_config.json", layers=4)
@@ -120,6 +121,7 @@ def test_a_misspelt_command_is_noticed(tmp_path: Path, written: str, misspelt: s
         typist(tmp_path / "wrong").type(block.replace(written, misspelt))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "written", "misspelt", "says"),
     [

@@ -22,7 +22,7 @@ from eagle.store.writer import ShardWriter
 from eagle.train.checkpoint import states
 from tests.e2e.commands import start
 from tests.e2e.killed import context
-from tests.npu.commands import GUIDE, LAYERS_READ, on_npu, processes, to_train
+from tests.npu.commands import GUIDE, LAYERS_READ, TARGETS, on_npu, processes, to_train
 from tests.npu.simulated import environment
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -168,7 +168,7 @@ def pair(once: Callable, llama: Path, store: Path) -> Path:
     return once("run-on-two-cards", make)
 
 
-@pytest.mark.parametrize("target", ["llama", "qwen"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_one_card(
     target: str, family: str, runs: Runs, stores: Runs, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -200,6 +200,7 @@ def test_float16_unrolled_from_int8_on_two_cards(
     check_cards(tmp_path / "log", 0, 1)
 
 
+@pytest.mark.long
 def test_unrolled_from_float8_and_a_draft(
     runs: Runs, stores: Runs, packed: Callable, qwen: Path, tmp_path: Path
 ) -> None:
@@ -221,12 +222,14 @@ def test_unrolled_from_float8_and_a_draft(
     check_cards(tmp_path / "log", 0)
 
 
+@pytest.mark.long
 def test_without_a_store_on_one_card(runs: Runs, data: Path, llama: Path, tmp_path: Path) -> None:
     on_npu(*GUIDE, *live(data, llama, tmp_path / "run"), cards=1, log=tmp_path / "log")
     check_close(tmp_path / "run", runs("llama", "eagle1"), BF16)
     check_cards(tmp_path / "log", 0)
 
 
+@pytest.mark.long
 def test_without_a_store_on_two_cards(pair: Path, data: Path, llama: Path, tmp_path: Path) -> None:
     """Each rank computes its own features on its own card."""
     on_npu(*GUIDE, *live(data, llama, tmp_path / "run"), cards=2, log=tmp_path / "log")
@@ -251,6 +254,7 @@ def test_a_killed_run_goes_on_to_the_bit(runs: Runs, stores: Runs, llama: Path, 
     check_same_to_the_bit(tmp_path / "run", runs("llama", "eagle3"))
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_ends_the_other(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None:
     """Started one by one, as on machines of their own. The guide's command goes on with both."""
     words = options(store, llama, tmp_path / "run")
@@ -271,6 +275,7 @@ def test_a_rank_that_is_killed_ends_the_other(pair: Path, store: Path, llama: Pa
     check_same_to_the_bit(tmp_path / "run", pair / "run")
 
 
+@pytest.mark.long
 def test_fsdp(pair: Path, store: Path, llama: Path, tmp_path: Path) -> None:
     launch = ["accelerate launch", "--config_file", "configs/fsdp.yaml", "-m", "eagle.train.main"]
     on_npu(*launch, *options(store, llama, tmp_path / "run"), cards=2, log=tmp_path / "log")

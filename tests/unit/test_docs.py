@@ -22,8 +22,10 @@ FOREIGN_FLAGS = {
     "--mixed_precision", "--standalone", "--nproc_per_node", "--speculative-config",
     "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
     "--rm", "--name", "--network", "--shm-size", "--model", "--speculative-model", "--num-speculative-tokens",
-    "--use-v2-block-manager", "--tensor-parallel-size", "--compilation-config", "--version",
+    "--use-v2-block-manager", "--tensor-parallel-size", "--compilation-config", "--version", "--tokenizer-mode",
+    "--repo-type", "--local-dir",
     "--model-impl", "--max-model-len",
+    "--default-chat-template-kwargs",
 }  # fmt: skip
 
 _LINK = re.compile(r"\[[^\]\[]*\]\(([^()\s]+)\)")

@@ -116,6 +116,22 @@ def test_both_engines_run_without_graphs_where_asked_to(
     assert [request.enforce_eager for request in asked] == [True, True]
 
 
+def test_prompts_are_rendered_as_they_were_for_the_draft(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ 'b' if quiet else 'a' }}")
+    asked, report = engines(monkeypatch, RESULT, RESULT), tmp_path / "report.json"
+    variables = ["--chat_template_kwargs", '{"quiet": true}', "--output", report]
+    assert call(*pair, "--chat_template", template) == call(*pair, "--chat_template", template, *variables) == 0
+    plain, told = asked[0].prompts, asked[2].prompts
+    assert [ids[:-1] for ids in plain] == [ids[:-1] for ids in told] and plain != told
+    assert 'note: the chat template is told {"quiet": true}' in capsys.readouterr().out
+    assert json.loads(report.read_text())["chat_template_kwargs"] == {"quiet": True}
+    assert call(*pair, *variables) == 2 and len(asked) == 4
+    assert "--chat_template_kwargs: quiet would do nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
 def test_a_difference_is_shown_and_counts_in_float32(
     pair: tuple[Path, Path],

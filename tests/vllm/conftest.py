@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Cores of its own for each process of pytest-xdist: vLLM binds its threads to all that it may use."""
+    number, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if number and importlib.util.find_spec("vllm") and hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))[int(number.removeprefix("gw")) :: count]
+        if own:
+            os.sched_setaffinity(0, own)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Files of conversations in, one ShareGPT file out: the request, its report and the writer.
+"""Files and folders of conversations in, one ShareGPT file out: the request, its report and the writer.
 
 Records pass one at a time; a data set larger than the memory goes through.
 """
@@ -17,10 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from eagle.data.cleaning import Tally
+from eagle.data.reader import existing_records
 from eagle.data.sharegpt.formats import BAD_UNICODE, FORMATS, Columns, Shape, Unusable, detect, record_id, to_turns
 from eagle.data.sharegpt.sources import FLAG, TABLES, Source, TableSource, open_source
 from eagle.errors import RequestError, WorkError
-from eagle.files import existing_path, fsync_folder
+from eagle.files import fsync_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,13 @@ class ConvertRequest:
         if twice:
             raise RequestError(f"{FLAG} names {twice[0]} more than once; expected each file once. Leave one out.")
         for path in self.input:
-            existing_path(path, FLAG, "file")
-            if self.output.exists() and self.output.samefile(path):
+            existing_records(path, FLAG)
+            if self.output.exists() and path.exists() and self.output.samefile(path):
                 raise RequestError(f"--output {self.output} is also an input, which is never changed. Name another.")
+            if path.resolve() in self.output.resolve().parents:
+                raise RequestError(
+                    f"--output {self.output} lies in {FLAG} {path}, which is never changed. Name another."
+                )
         if self.output.is_dir():
             raise RequestError(f"--output {self.output} is a folder; expected the name of a file.")
         if self.output.exists() and not self.overwrite:
@@ -63,7 +68,7 @@ class ConvertRequest:
 
 @dataclass(slots=True)
 class Conversion:
-    """One input file: how it was recognised, and what became of its records."""
+    """One input file or folder: how it was recognised, and what became of its records."""
 
     path: Path
     source: Source
@@ -114,8 +119,9 @@ def plan(request: ConvertRequest) -> list[Conversion]:
                 f"{FLAG} {path} is {shape}, which has no columns; leave out --system_column "
                 f"{request.system_column}. A system turn among the turns is kept as it is."
             )
-        same = sum(path.stem == other.path.stem for other in conversions)
-        prefix = f"{path.stem}-{same + 1}" if same else path.stem
+        stem = path.absolute().stem  # "." is a folder too
+        same = sum(stem == other.path.absolute().stem for other in conversions)
+        prefix = f"{stem}-{same + 1}" if same else stem
         shape = dataclasses.replace(shape, told=told is not None)
         conversions.append(Conversion(path, source, shape, _how(source, told, votes, len(samples)), prefix))
     return conversions

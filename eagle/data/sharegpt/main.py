@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="extend",
         required=True,
         metavar="FILE",
-        help="the files to convert, into one output",
+        help="the files to convert, or folders of files, into one output",
     )
     parser.add_argument("--output", type=Path, required=True, help="ShareGPT file to write: .json (an array) or .jsonl")
     parser.add_argument(

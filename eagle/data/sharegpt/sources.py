@@ -1,4 +1,4 @@
-"""Where records come from: JSON arrays, JSON Lines, Parquet, CSV and TSV, read one record at a time.
+"""Where records come from: JSON arrays, JSON Lines, Parquet, Arrow, CSV and TSV, read one record at a time.
 
 A record that cannot be read comes as the `Unusable` that says why, so that the ones after it are not lost.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from eagle.data.arrow_file import is_arrow
 from eagle.data.cleaning import DROP_REASONS
 from eagle.data.json_file import TooDeep
 from eagle.data.parquet_file import is_parquet
@@ -26,7 +27,7 @@ WRONG_WIDTH = "the row has more or fewer cells than the header"
 
 
 class Source(Protocol):
-    """A file of records. Iterating gives each record, or the `Unusable` that says why it cannot be read."""
+    """Records of a file or folder. Iterating gives each, or the `Unusable` that says why it cannot be read."""
 
     notes: list[str]
 
@@ -37,13 +38,15 @@ class Source(Protocol):
 
 
 class RecordSource:
-    """Records of a JSON array, JSON Lines or Parquet file. A JSON array of turns is one conversation."""
+    """What `open_records` reads. A JSON array of turns is one conversation."""
 
     def __init__(self, path: Path, allow_truncated: bool) -> None:
         self._file = open_records(path, allow_truncated=allow_truncated, flag=FLAG)
-        self.notes: list[str] = []
-        if damage := self._file.damage:
-            self.notes.append(f"left out what follows byte {damage.byte:,} (record {damage.record:,}): {damage.reason}")
+        self.notes = list(self._file.notes)
+        for file in self._file.files:
+            if damage := file.damage:
+                said = f"left out what follows byte {damage.byte:,} (record {damage.record:,}): {damage.reason}"
+                self.notes.append(said if file is self._file else f"{file.path}: {said}")
         self._is_one_conversation = self._file.is_array and self._looks_like_one_conversation(path)
         self.count = 1 if self._is_one_conversation else len(self._file)
 
@@ -170,15 +173,19 @@ def _lift_field_limit() -> None:
 
 
 def open_source(path: Path, told: str | None, allow_truncated: bool) -> Source:
-    """The records of a file, by its suffix or as --format (`told`) says.
+    """The records of a file, by its suffix or as --format (`told`) says, or of a folder.
 
     Raises: RequestError for a file that is empty, compressed, not UTF-8, or of no known kind, and as `open_records`
     does.
     """
+    if not path.is_file():
+        if told in TABLES:
+            raise RequestError(f"--format {told}: {FLAG} {path} is a folder; name the tables in it, one by one.")
+        return RecordSource(path, allow_truncated)
     if not path.stat().st_size:
-        raise RequestError(f"{FLAG} {path} is empty; expected JSON, JSON Lines, Parquet, CSV or TSV.")
+        raise RequestError(f"{FLAG} {path} is empty; expected JSON, JSON Lines, Parquet, Arrow, CSV or TSV.")
     refuse_by_first_bytes(path, FLAG)
-    if is_parquet(path):
+    if is_parquet(path) or is_arrow(path):
         return RecordSource(path, allow_truncated)
     table = told if told in TABLES else TABLE_SUFFIXES.get(path.suffix.lower())
     if table:
@@ -186,6 +193,6 @@ def open_source(path: Path, told: str | None, allow_truncated: bool) -> Source:
     if path.suffix.lower() not in SUFFIXES and first_character(path) not in (b"{", b"["):
         raise RequestError(
             f"{FLAG} {path}: neither its name nor its first bytes say what it is. Expected .json, .jsonl, "
-            ".parquet, .csv or .tsv; for a table under another name pass --format csv or --format tsv."
+            ".parquet, .arrow, .csv or .tsv; for a table under another name pass --format csv or --format tsv."
         )
     return RecordSource(path, allow_truncated)

@@ -17,6 +17,7 @@ from eagle.drafts.eagle3.closed_form_start import closed_form, sizes, workspace_
 from eagle.drafts.eagle3.draft_config import (
     AUX_LAYERS,
     CONFIG_KEYS,
+    DRAFT_VOCAB,
     aux_feature,
     completed_config,
     draft_config_for,
@@ -24,7 +25,7 @@ from eagle.drafts.eagle3.draft_config import (
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.eagle3.objective import Eagle3Objective
 from eagle.drafts.eagle3.vllm_layouts import PLAIN, SPECULATORS
-from eagle.drafts.eagle3.vocabulary import coverage_notes, most_frequent
+from eagle.drafts.eagle3.vocabulary import most_frequent
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.memory import Phase, Setting
 from eagle.drafts.network import DraftNetwork
@@ -94,23 +95,19 @@ class Eagle3(DraftFamily):
     def build(self, config: ModelConfig, embedding: torch.Tensor, names: Iterable[str] = ()) -> Eagle3Network:
         return Eagle3Network(config, embedding)
 
+    def chosen(self, config: ModelConfig, counts: Callable[[], np.ndarray]) -> np.ndarray:
+        return most_frequent(counts(), config.extra[DRAFT_VOCAB])
+
     def prepare(
         self, network: DraftNetwork, head: torch.Tensor, norm: torch.Tensor, counts: Callable[[], np.ndarray]
-    ) -> list[str]:
+    ) -> None:
         """The tokens it chooses among, and for them the target's head behind the target's final norm."""
         assert isinstance(network, Eagle3Network)
-        size, found = len(network.d2t), counts()
-        ids = most_frequent(found, size)
-        chosen = torch.from_numpy(ids).to(network.d2t.device)
+        chosen = torch.from_numpy(self.chosen(network.config, counts)).to(network.d2t.device)
         with torch.no_grad():
             network.choose(chosen)
             network.lm_head.weight.copy_(head[chosen.to(head.device)])
             network.norm.weight.copy_(norm)
-        return coverage_notes(found, ids)
-
-    def remarks(self, network: DraftNetwork, counts: Callable[[], np.ndarray]) -> list[str]:
-        assert isinstance(network, Eagle3Network)
-        return coverage_notes(counts(), network.ids.cpu().numpy())
 
     def objective(self, network: DraftNetwork, head: torch.Tensor, options: LossOptions) -> Eagle3Objective:
         assert isinstance(network, Eagle3Network)

@@ -29,7 +29,7 @@ from eagle.data.sharegpt import main as sharegpt
 from eagle.generate import main as allocation
 from eagle.store.reader import FeatureStore
 from eagle.train import main as train
-from tests.e2e.commands import Answer, ask, command
+from tests.e2e.commands import Answer, ask, command, inside
 
 Q, A, Q2, A2, S = "What is the capital?", "The capital is Paris.", "And how are you?", "你好，世界。", "Be brief."
 HUMAN, GPT, HUMAN2, GPT2 = (
@@ -216,7 +216,7 @@ def job(work: Path, mixed: Path, qwen: Path) -> tuple[Answer, dict[str, Any], di
 @pytest.fixture(scope="module")
 def viewed(mixed: Path, qwen: Path) -> list[str]:
     """What the viewer shows of every record."""
-    out = command("-m", "eagle.data.viewer", "--model_name", qwen, "--data_path", mixed, "--num", len(RECORDS)).out
+    out = inside("-m", "eagle.data.viewer", "--model_name", qwen, "--data_path", mixed, "--num", len(RECORDS)).out
     return re.split(r"^record \d+: ", out, flags=re.MULTILINE)[1:]
 
 
@@ -634,7 +634,7 @@ def templated(work: Path) -> Callable[[str, Path], tuple[Answer, dict[str, Any],
         }
         records = [chat(*conversation(case.said, case.system)) for case in cases.values()]
         (folder / "d.json").write_text(json.dumps(records))
-        answer = command(
+        answer = inside(
             "allocation.py", "--outdir", folder / "store", "--model_name", model, "--data_path", folder / "d.json",
             "--chat_template", folder / "t.jinja", "--npu_indices", "0,1" if template == STRIPS else "0",
         )  # fmt: skip
@@ -684,7 +684,7 @@ def test_the_rows_of_a_conversation_are_held_out_together(qwen: Path, tmp_path: 
     (tmp_path / "t.jinja").write_text(OPENS)
     records = [chat(*conversation([Q, THOUGHT, Q2, THOUGHT2, Q, THOUGHT])) for _ in range(10)]
     (tmp_path / "d.json").write_text(json.dumps(records))
-    command(
+    inside(
         "allocation.py", "--outdir", tmp_path / "store", "--model_name", qwen, "--data_path", tmp_path / "d.json",
         "--chat_template", tmp_path / "t.jinja", "--dtype", "float32",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from eagle.decode import evaluate
 from eagle.drafts.saved import save_draft
 from eagle.train import main as train
 from eagle.vllm import convert, verify
-from tests.e2e.commands import Answer, ask, command
+from tests.e2e.commands import Answer, ask, inside
 from tests.e2e.conftest import draft_of
 from tests.e2e.test_requests import check, snapshot
 from tests.tiny import make_target
@@ -177,7 +177,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path_factory: pytest.TempPathFactory, llama: Path, data: Path) -> Path:
     """On which drafts of either family are trained."""
     outdir = tmp_path_factory.mktemp("store") / "store"
-    command(
+    inside(
         "allocation.py", "--outdir", outdir, "--model_name", llama, "--data_path", data, "--dtype", "float32",
         "--draft", "eagle3", "--aux_layers", "1,2,3",
     )  # fmt: skip

@@ -34,10 +34,11 @@ from eagle.store.writer import ShardWriter
 from eagle.train import main as train
 from eagle.train.checkpoint import point, states
 from eagle.vllm import convert
-from tests.e2e.commands import Answer, ask, command, start
+from tests.e2e.commands import Answer, ask, start
 from tests.e2e.conftest import draft_of
+from tests.e2e.killed import train_and_die
 from tests.e2e.test_interrupted_generation import wait_until, workers_of
-from tests.e2e.test_training import KILLER, steps_of
+from tests.e2e.test_training import steps_of, trained
 from tests.tiny import conversations, make_target, write_sharegpt
 
 
@@ -360,8 +361,7 @@ def taus(cpdir: Path) -> dict[int, float]:
 WORSE, BETTER = ("--lr", 1.0, "--grad_clip", 0), ("--lr", 0.005)
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-@pytest.mark.parametrize("init", ["closed_form", "a folder"])
+@pytest.mark.parametrize(("init", "keep"), [("closed_form", 1), ("a folder", 3)])
 def test_training_that_makes_it_worse(
     init: str, keep: int, store: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -424,24 +424,31 @@ def test_patience_counts_from_the_start(
     assert len(taus(run)) == 3 and resolve_pointer(run / "best").name == "state_0"
 
 
+@pytest.fixture(scope="module")
+def worse(store: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed epoch."""
+    cpdir = tmp_path_factory.mktemp("worse") / "run"
+    trained(*run_words(store, llama, cpdir, *WORSE, "--num_epochs", 1))
+    return cpdir
+
+
 @pytest.mark.parametrize(
     ("where", "at"), [("step", 0), ("step", 2), ("saving", 0), ("pointing", 0)],
     ids=["behind the start's checkpoint", "two steps behind it", "while it is written", "before it is pointed at"],
 )  # fmt: skip
-def test_killed_about_the_start(where: str, at: int, store: Path, llama: Path, tmp_path: Path) -> None:
+def test_killed_about_the_start(
+    where: str, at: int, worse: Path, store: Path, llama: Path, tmp_path: Path
+) -> None:  # fmt: skip
     words = run_words(store, llama, tmp_path / "run", *WORSE, "--num_epochs", 1)
-    command("-c", KILLER, where, at, *words, code=-signal.SIGKILL)
+    train_and_die(words, where, at)
     is_there = where != "saving"
     assert [state.name for state in states(tmp_path / "run")] == ["state_0"] * is_there
-    answer = command("-m", "eagle.train.main", *words)
+    answer = trained(*words)
     assert ("state_0 (step 0 of" in answer.out) == is_there
     assert ("closed-form start" in answer.out) != is_there, "it is not solved for again"
-    command("-m", "eagle.train.main", *run_words(store, llama, tmp_path / "undisturbed", *WORSE, "--num_epochs", 1))
-    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "undisturbed")
+    assert steps_of(tmp_path / "run") == steps_of(worse)
     for pointer in ("best", "last"):
-        assert (
-            resolve_pointer(tmp_path / "run" / pointer).name == resolve_pointer(tmp_path / "undisturbed" / pointer).name
-        )
+        assert resolve_pointer(tmp_path / "run" / pointer).name == resolve_pointer(worse / pointer).name
     assert resolve_pointer(tmp_path / "run" / "best").name == "state_0"
 
 

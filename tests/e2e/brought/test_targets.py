@@ -21,7 +21,7 @@ from eagle.target.trunk import from_pretrained_dtype
 from eagle.target.weights import Weights
 from eagle.train import main as train
 from eagle.vllm import convert, verify
-from tests.e2e.commands import ask, command
+from tests.e2e.commands import ask, command, inside
 from tests.e2e.conftest import draft_of
 from tests.e2e.test_requests import check, snapshot
 from tests.tiny import (
@@ -311,7 +311,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_target(folder / "llama", seed=5)
     save_draft(draft_of(folder / "llama"), folder / "draft")
     write_sharegpt(folder / "data.json", RECORDS)
-    command(
+    inside(
         "allocation.py", "--outdir", folder / "store", "--model_name", folder / "llama", "--data_path",
         folder / "data.json", "--dtype", "float32",
     )  # fmt: skip
