@@ -4,8 +4,8 @@
         --data_path ./sharegpt.json --output ./own.jsonl
 
 Asks OpenAI-compatible servers; without --server it starts vLLM where that is installed, else decodes by itself. The
-same command goes on with an interrupted run. Step 3 reads the output as it is. Exit codes: 0 done, 1 the work failed, 2 the
-request is wrong.
+same command goes on with an interrupted run. Step 3 reads the output as it is. Exit codes: 0 done, 1 the work failed,
+2 the request is wrong.
 """
 
 import sys

@@ -24,6 +24,7 @@ import eagle.data.viewer
 import eagle.decode.evaluate
 import eagle.device_check
 import eagle.generate.main
+import eagle.regenerate.main
 import eagle.store.reshard
 import eagle.store.verify
 import eagle.train.arguments
@@ -59,6 +60,14 @@ COMMANDS = (
         {"en": "Step 2: other formats to ShareGPT", "zh": "步骤 2：其他格式转为 ShareGPT"},
         "python tools/sharegpt_convert.py --input alpaca.json chats.jsonl qa.csv --output sharegpt.json",
         "eagle-sharegpt-convert",
+    ),
+    Command(
+        "tools/regenerate.py",
+        eagle.regenerate.main.make_parser,
+        {"en": "The base model's own replies", "zh": "基座模型自己的回答"},
+        "python tools/regenerate.py --server http://localhost:8000/v1 --model_name ./llama-2-7b-chat \\\n"
+        "    --data_path ./sharegpt.json --output ./own.jsonl",
+        "eagle-regenerate",
     ),
     Command(
         "allocation.py",

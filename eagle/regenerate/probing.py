@@ -172,7 +172,7 @@ def _difference(url: str, model: str, encoder: Encoder, ours: list[int], theirs:
     return (
         f"{url} makes other tokens of a prompt than --model_name's folder does, so what is trained would not be what "
         f"is served. The first difference is token {at} (from 0): here {shown(ours)}, there {shown(theirs)}; "
-        f"{len(ours)} tokens here, {len(theirs)} there. Its {model} is another model, has another tokenizer, or another chat "
-        f"template (here: {encoder.template_name}). Name the folder that it serves, or give its template with "
+        f"{len(ours)} tokens here, {len(theirs)} there. Its {model} is another model, or has another tokenizer or "
+        f"chat template (here: {encoder.template_name}). Name the folder that it serves, or give its template with "
         "--chat_template."
     )

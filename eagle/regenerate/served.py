@@ -17,7 +17,7 @@ from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate.dialogue import SAMPLED
 from eagle.regenerate.journal import FILTERED, LENGTH, STOP, TOO_LONG
-from eagle.regenerate.transport import Refused, Servers
+from eagle.regenerate.transport import Failed, Refused, Servers
 
 _TOO_LONG_WORDS = re.compile(
     r"context.?length|maximum (model|context)|max_model_len|too long|longer than|exceeds?.*(token|length)",
@@ -103,13 +103,17 @@ class ServedTarget:
         else:
             body["messages"] = plain(question.messages)
             path = "/chat/completions"
-        try:
-            answer = self.servers.call(path, body)
-        except Refused as refused:
-            if is_too_long(refused):
-                return Said(TOO_LONG)
-            raise RequestError(f"{refused} {cure(refused)}") from None
-        return self._read(answer)
+        for _ in range(self.servers.retries + 1):
+            try:
+                answer = self.servers.call(path, body)
+            except Refused as refused:
+                if is_too_long(refused):
+                    return Said(TOO_LONG)
+                raise RequestError(f"{refused} {cure(refused)}") from None
+            if not _is_broken_off(answer):
+                return self._read(answer)
+            self.servers.stop.wait(self.servers.first_wait)
+        raise Failed(f"{self.servers.addresses[0].url}: the reply was broken off by the server every time")
 
     def _read(self, answer: dict[str, Any]) -> Said:
         try:
@@ -152,6 +156,13 @@ def cure(refused: Refused) -> str:
         404: "See that --server ends where the API begins (mostly /v1) and that --served_model is a model it has.",
     }
     return cures.get(refused.status, "Nothing that was asked again would change that. What has come is kept.")
+
+
+def _is_broken_off(answer: dict[str, Any]) -> bool:
+    """Whether a server ended a reply in the middle, as one does that shuts down."""
+    choices = answer.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return isinstance(first, dict) and first.get("finish_reason") in ("abort", "error")
 
 
 def _whole_characters(text: str) -> str:
