@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder
@@ -64,7 +65,7 @@ class Asking:
         Raises: what any of them raises that is not its own failure; what has come by then is in the journal.
         """
         started, left, errors = time.monotonic(), iter(conversations), list[BaseException]()
-        bar = progress_bar(questions, "req", desc="regenerating", initial=min(len(self.journal), questions))
+        bar: Any = progress_bar(questions, "req", desc="regenerating", initial=min(len(self.journal), questions))
 
         def answer(walk: Walk) -> Answer | None:
             found, is_new = self.answer(walk)

@@ -171,7 +171,9 @@ def to_record(walk: Walk, name: Any, encoder: Encoder) -> dict[str, Any]:
     if not rows:
         raise Dropped("reply_too_short")
     speakers = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [{"from": speakers[message["role"]], "value": message["content"]} for message in walk.messages]
+    turns: list[dict[str, Any]] = [
+        {"from": speakers[message["role"]], "value": message["content"]} for message in walk.messages
+    ]
     record: dict[str, Any] = {"id": name, "conversations": turns}
     if walk.finishes[-1] == LENGTH:
         turns[-1]["truncated"] = True

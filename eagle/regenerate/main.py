@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="file to write: .json (an array) or .jsonl; beside it the journal "
         "of an unfinished run, and a report")  # fmt: skip
     add("--server", nargs="+", action="extend", default=[], metavar="URL", help="OpenAI-compatible servers of the "
-        "base model, e.g. http://localhost:8000/v1; OPENAI_API_KEY is sent (default: an engine that is here)")  # fmt: skip
+        "base model, e.g. http://localhost:8000/v1; OPENAI_API_KEY is sent (default: an engine here)")  # fmt: skip
     add("--served_model", help="what the servers call the model (default: the only one they have)")
     add("--engine", choices=ENGINES, default=AUTO, help="without --server: auto starts vLLM where it is installed, "
         "else decodes by itself; own always does")  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class OwnTarget:
         check_packages()
         check_computes(dtype, device.type)
         self.context, self._batch, self._sampling, self._stop = context, batch, sampling, list(stop)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **from_pretrained_dtype(dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), **from_pretrained_dtype(dtype))
         self._model = model.to(device).eval()
         self._said = f"decoded here by transformers, {dtype_name(dtype)} on {describe(device)}, {batch} at a time"
         self._waiting: list[_Waiting] = []

@@ -170,6 +170,8 @@ def _said(content: bytes) -> tuple[str, str]:
     code = ""
     with contextlib.suppress(ValueError):
         fields = json.loads(text)
+        if isinstance(fields, str):
+            text = fields
         if isinstance(fields, dict):
             inner = fields.get("error")
             fields = inner if isinstance(inner, dict) else fields
