@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", choices=ENGINES, default=AUTO, help="without --server: auto starts vLLM where it is installed, "
         "else decodes by itself; own always does")  # fmt: skip
     add("--engine_python", type=Path, help="Python interpreter of an environment with vLLM (default: this one)")
-    add("--engine_args", default="", help='more flags for vLLM, as one text: --engine_args="--tensor-parallel-size 4"')
+    add("--engine_args", help="more flags for vLLM, in quotes and behind an equals sign, as they follow its serve")
     add("--end_num", type=int, help="how many conversations to use, after shuffling with the seed as step 3 does "
         "(default: all)")  # fmt: skip
     add("--seed", type=int, default=42, help="seed of the shuffle, and of the sampling")

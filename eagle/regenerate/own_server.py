@@ -104,7 +104,7 @@ def server_command(request: RegenerateRequest, python: Path, template: Path, por
     words += ["--max-num-seqs", str(request.concurrency)]
     if request.dtype != AUTO:
         words += ["--dtype", str(parse_dtype(request.dtype)).removeprefix("torch.")]
-    return words + shlex.split(request.engine_args)
+    return words + shlex.split(request.engine_args or "")
 
 
 def _wait_until_ready(address: Address, process: subprocess.Popen[bytes], log: Path) -> None:

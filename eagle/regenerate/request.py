@@ -27,7 +27,7 @@ class RegenerateRequest:
     served_model: str | None = None
     engine: str = AUTO
     engine_python: Path | None = None
-    engine_args: str = ""
+    engine_args: str | None = None
     end_num: int | None = None
     seed: int = 42
     temperature: float = 0.0
@@ -63,7 +63,7 @@ class RegenerateRequest:
         if len(set(self.server)) < len(self.server):
             raise RequestError("--server names one address twice; expected each once. Leave one out.")
         try:
-            shlex.split(self.engine_args)
+            shlex.split(self.engine_args or "")
         except ValueError as error:
             raise RequestError(f"--engine_args {self.engine_args!r}: {error}; expected words as in a shell.") from error
 
