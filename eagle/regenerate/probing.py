@@ -6,7 +6,7 @@ do; of another one it is compared how many there are. Whose weights it has, nobo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from eagle.data.prompts import encode_messages
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError
 from eagle.regenerate.dialogue import FROM_TEXT, SAMPLED, Dialogue
-from eagle.regenerate.served import ServedTarget, cure, is_too_long, plain
+from eagle.regenerate.served import ServedTarget, cure, plain
 from eagle.regenerate.transport import Address, Refused, Servers
 
 #: Conversations whose prompts are compared.
@@ -39,24 +39,29 @@ def connect(
 
     Raises: RequestError for another model, tokenizer or chat template; WorkError where one does not answer.
     """
-    found, notes = [], []
-    prompts = list(_probes(dialogues, encoder))
-    for address in servers.addresses:
-        try:
-            model, longest = _model(servers, address, model_name, served_model)
+    try:
+        models = [_model(servers, address, model_name, served_model) for address in servers.addresses]
+        context = min([context, *(longest for _, longest in models if longest)])
+        prompts = list(_probes(dialogues, encoder, context))
+        if not prompts:
+            raise RequestError(
+                f"No first question fits into the context of {context:,} tokens, or the chat template "
+                f"{encoder.template_name} refuses them all. See the data with eagle.data.viewer."
+            )
+        found, notes = [], []
+        for address, (model, _) in zip(servers.addresses, models, strict=True):
             tokens_from, more = _compare(servers, address, model, encoder, prompts)
-        except Refused as refused:
-            raise RequestError(f"{refused} {cure(refused)}") from None
-        found.append((model, tokens_from, min(longest or context, context)))
-        notes += more + _named_otherwise(address.url, model, model_name)
-    if len({(model, tokens_from) for model, tokens_from, _ in found}) > 1:
+            found.append((model, tokens_from))
+            notes += more + _named_otherwise(address.url, model, model_name)
+    except Refused as refused:
+        raise RequestError(f"{refused} {cure(refused)}") from None
+    if len(set(found)) > 1:
         listed = "; ".join(
             f"{address.url}: {model}, {'token ids' if tokens_from == SAMPLED else 'text alone'}"
-            for address, (model, tokens_from, _) in zip(servers.addresses, found, strict=True)
+            for address, (model, tokens_from) in zip(servers.addresses, found, strict=True)
         )
         raise RequestError(f"--server: the servers differ ({listed}). Name those that serve the same.")
-    model, tokens_from, _ = found[0]
-    return ServedTarget(servers, model, tokens_from, min(entry[2] for entry in found), sampling, stop), notes
+    return ServedTarget(servers, *found[0], context, sampling, stop), notes
 
 
 def _model(servers: Servers, address: Address, name: Path, served: str | None) -> tuple[str, int | None]:
@@ -88,23 +93,24 @@ def _named_otherwise(url: str, served: str, name: Path) -> list[str]:
     return [f"{url} calls its model {served}; see that it is {name}, as weights cannot be compared from here"]
 
 
-def _probes(dialogues: Iterable[Dialogue], encoder: Encoder) -> Iterable[tuple[list[Message], list[int]]]:
-    """Prompts to compare, with their tokens here: of first turns, and of a second one behind a reply."""
+def _probes(dialogues: Iterable[Dialogue], encoder: Encoder, context: int) -> Iterator[tuple[list[Message], list[int]]]:
+    """Prompts to compare that fit, with their tokens here: of first turns, and of a second one behind a reply."""
     count = 0
     for dialogue in dialogues:
         if count == PROBED:
             return
-        messages = [*dialogue.begin(), {"role": "user", "content": dialogue.questions[0]}]
-        try:
-            first = encode_messages(messages, encoder)
-            yield messages, first
-            if len(dialogue.questions) > 1:
-                messages = [*messages, {"role": "assistant", "content": "Yes."}]
-                messages.append({"role": "user", "content": dialogue.questions[1]})
-                yield messages, encode_messages(messages, encoder)
-        except Dropped:
-            continue
-        count += 1
+        messages = dialogue.begin()
+        for question in dialogue.questions[:2]:
+            messages = [*messages, {"role": "user", "content": question}]
+            try:
+                tokens = encode_messages(messages, encoder)
+            except Dropped:
+                break
+            if len(tokens) >= context:
+                break
+            yield messages, tokens
+            count += len(messages) == len(dialogue.begin()) + 1
+            messages = [*messages, {"role": "assistant", "content": "Yes."}]
 
 
 def _compare(
@@ -117,12 +123,7 @@ def _compare(
     gives_ids, counts = True, []
     for messages, ours in prompts:
         body = {"model": model, "messages": plain(messages), "max_tokens": 1, "temperature": 0.0}
-        try:
-            answer = _probe(servers, address, "/chat/completions", body, gives_ids)
-        except Refused as refused:
-            if is_too_long(refused):
-                continue
-            raise
+        answer = _probe(servers, address, "/chat/completions", body, gives_ids)
         theirs = answer.get("prompt_token_ids")
         if isinstance(theirs, list):
             if theirs != ours:
@@ -132,7 +133,7 @@ def _compare(
         counted = (answer.get("usage") or {}).get("prompt_tokens")
         if isinstance(counted, int) and counted != len(ours):
             counts.append((counted, len(ours)))
-    if gives_ids and prompts:
+    if gives_ids:
         ours = prompts[0][1]
         body = {"model": model, "prompt": ours, "max_tokens": 1, "temperature": 0.0}
         choice = (_probe(servers, address, "/completions", body, True).get("choices") or [{}])[0]

@@ -122,7 +122,8 @@ class Servers:
                 kind, asked = str(status), _retry_after(headers.get("Retry-After"))
                 said = f"{status}: {said}"
             except TimeoutError:
-                kind, said = "timeout", f"no answer within {self.timeout:g} s"
+                kind = "timeout"
+                said = f"no answer within {self.timeout:g} s (--timeout; fewer at once, --concurrency, are faster each)"
             except (OSError, http.client.HTTPException) as error:
                 kind = "connection"
                 said = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -226,7 +226,7 @@ def test_a_slow_server_is_asked_again_and_a_dead_one_given_up():
     encoder = encoder_with(KEEPS)
     with FakeServer(encoder, seconds=0.4) as server:
         asked = servers(server.url, timeout=0.1, retries=1)
-        with pytest.raises(WorkError, match=r"no answer within 0.1 s \(2 tries"):
+        with pytest.raises(WorkError, match=r"no answer within 0.1 s .*\(2 tries"):
             asked.call("/completions", BODY)
         assert asked.retried == {"timeout": 1}
     with pytest.raises(WorkError, match="Connection refused"):
