@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from eagle.data.loss_mask import Encoder
@@ -164,3 +165,39 @@ class FakeServer:
                     super().handle()
 
         return Handler
+
+
+#: What stands in for vLLM: it lists a model, or dies with words.
+STAND_IN = """
+import http.server, os, pathlib, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if options.get("--max-model-len") == "1":
+    raise ValueError("too short for anything")
+pathlib.Path(options["--chat-template"]).read_text()
+print("pid", os.getpid(), *sys.argv, file=open(os.environ["STAND_IN_SAYS"], "w"), flush=True)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        time.sleep(1000)
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "m"}]}')
+
+http.server.HTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
+"""
+
+
+def write_stand_in(folder: Path) -> dict[str, str]:
+    """Put it there. Returns the variables with which a child process finds it; when it is up, it writes ``says``."""
+    package = folder / "site" / "vllm"
+    (package / "entrypoints" / "openai").mkdir(parents=True)
+    for module in (package, package / "entrypoints", package / "entrypoints" / "openai"):
+        (module / "__init__.py").touch()
+    (package / "entrypoints" / "openai" / "api_server.py").write_text(STAND_IN)
+    return {"PYTHONPATH": str(folder / "site"), "STAND_IN_SAYS": str(folder / "says")}
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from eagle.regenerate.journal import journal_path
 from eagle.regenerate.main import main
 from eagle.store.reader import FeatureStore
 from eagle.target.config import load_config
-from tests.e2e.commands import command
+from tests.e2e.commands import command, start
 from tests.e2e.killed import regenerate
-from tests.serving import FakeServer
+from tests.serving import FakeServer, runs, write_stand_in
 from tests.tiny import conversations, write_sharegpt
 
 CONCURRENCY, KILLS = 4, 2
@@ -82,3 +83,20 @@ def test_without_a_server_it_decodes_by_itself_and_step_3_reads_that(qwen, data,
     for record in store:
         source = records[record.conversation]
         assert record.input_ids.tolist() == source["input_ids"] and record.loss_mask.tolist() == source["loss_mask"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_an_engine_ends_with_the_job_that_was_killed(qwen, data, tmp_path):
+    words = ["--model_name", qwen, "--data_path", data, "--output", tmp_path / "own.jsonl"]
+    process = start("tools/regenerate.py", *words, "--engine_python", sys.executable, **write_stand_in(tmp_path))
+    says, deadline = tmp_path / "says", time.monotonic() + 60
+    while not (says.exists() and says.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    engine = int(says.read_text().split()[1])
+    assert runs(engine)
+    process.kill()
+    process.communicate(timeout=30)
+    while runs(engine) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not runs(engine)

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
-import threading
-import time
-from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder
 from eagle.data.prompts import encode_messages
-from eagle.decode.generate import generate_alone
-from eagle.decode.sampling import Sampling
-from eagle.decode.target import load_target
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate import journal as journals
 from eagle.regenerate.dialogue import Dialogue, Walk, is_refusal, read_dialogue, to_record, walk_through
 from eagle.regenerate.journal import LENGTH, STOP, Answer, Journal, differences, read_header
-from eagle.regenerate.own import OwnTarget
-from eagle.regenerate.served import Question
-from eagle.regenerate.transport import Address, Failed, Servers
-from tests.serving import FakeServer, Fault
-from tests.tiny import byte_level_tokenizer, make_target
+from tests.tiny import byte_level_tokenizer
 
 OPTIONS = {"temperature": 0.0, "model": "m"}
 KEY, OTHER = bytes(16), bytes(range(16))
@@ -201,126 +189,3 @@ def test_what_a_record_asks(roles, questions):
 )
 def test_refusals_are_known_by_how_they_begin(text):
     assert is_refusal(text) and not is_refusal(f"Here it is. {text.partition('>x')[0]}")
-
-
-def servers(*urls: str, retries: int = 3, timeout: float = 5.0) -> Servers:
-    return Servers([Address(url) for url in urls], timeout, retries, first_wait=0.01)
-
-
-BODY = {"model": "target", "prompt": [5, 6], "max_tokens": 9}
-
-
-def test_retry_after_is_heeded_as_seconds_and_as_a_date():
-    encoder = encoder_with(KEEPS)
-    for as_date in (False, True):
-        value = formatdate(time.time() + 2, usegmt=True) if as_date else "1"  # a date has whole seconds
-        fault = Fault(429, {"error": "slow"}, {"Retry-After": value})
-        with FakeServer(encoder, fault=lambda number, body, fault=fault: None if number else fault) as server:
-            began = time.monotonic()
-            asked = servers(server.url)
-            assert asked.call("/completions", BODY)["choices"]
-            assert 0.9 < time.monotonic() - began < 4 and asked.retried == {"429": 1}
-
-
-def test_a_slow_server_is_asked_again_and_a_dead_one_given_up():
-    encoder = encoder_with(KEEPS)
-    with FakeServer(encoder, seconds=0.4) as server:
-        asked = servers(server.url, timeout=0.1, retries=1)
-        with pytest.raises(WorkError, match=r"no answer within 0.1 s .*\(2 tries"):
-            asked.call("/completions", BODY)
-        assert asked.retried == {"timeout": 1}
-    with pytest.raises(WorkError, match="Connection refused"):
-        servers(server.url, retries=1).call("/models")
-
-
-def test_tries_come_ever_later_and_never_at_the_same_moment():
-    asked, waits = servers("http://h/v1"), []
-    asked.first_wait = 1.0
-    asked.stop.wait = waits.append  # type: ignore[method-assign, assignment]
-    for tries in (1, 2, 3, 4, 9):
-        asked._wait(asked.addresses[0], "500", tries, None, is_named=True)
-    assert all(0.5 * most <= wait <= most for wait, most in zip(waits, (1, 2, 4, 8, 60), strict=True))
-    assert len(set(waits)) == 5
-
-
-def test_one_that_fails_while_others_are_answered_fails_alone():
-    encoder = encoder_with(KEEPS)
-    with FakeServer(encoder, fault=lambda n, body: Fault(500, "bad") if body["prompt"] == [7] else None) as server:
-        asked, over = servers(server.url), threading.Event()
-
-        def others() -> None:
-            while not over.is_set():
-                asked.call("/completions", BODY)
-
-        thread = threading.Thread(target=others)
-        thread.start()
-        try:
-            with pytest.raises(Failed, match="500: bad"):
-                asked.call("/completions", {**BODY, "prompt": [7]})
-        finally:
-            over.set()
-            thread.join()
-
-
-def test_where_one_of_two_rests_the_other_is_asked():
-    asked = servers("http://127.0.0.1:9/v1", "http://h/v1")
-    asked.addresses[0].rests_until = time.monotonic() + 60
-    assert {asked._choose(None).url for _ in range(5)} == {"http://h/v1"}
-    asked.addresses[0].rests_until = 0.0
-    assert asked._choose(None).url == "http://127.0.0.1:9/v1"
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("own") / "target", "qwen2", hidden=16, layers=2)
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (3, 17, 9, 30, 4)]
-
-
-def own(target: Path, sampling: Sampling, stop: list[int]) -> OwnTarget:
-    return OwnTarget(target, torch.float32, torch.device("cpu"), 8, 4096, sampling, stop)
-
-
-def test_our_own_batches_say_what_the_target_says_by_itself(target):
-    alone = load_target(target, torch.float32, torch.device("cpu"))
-    plain = [generate_alone(alone, prompt, 12, Sampling()).tokens for prompt in prompts()]
-    stop = [plain[0][3], plain[1][7]]
-    engine = own(target, Sampling(), stop)
-    said = engine.decode([Question([], prompt, 12 - at, 0) for at, prompt in enumerate(prompts())])
-    for at, (prompt, reply) in enumerate(zip(prompts(), said, strict=True)):
-        expected = generate_alone(alone, prompt, 12 - at, Sampling(), stop).tokens
-        assert reply.ids == expected
-        assert reply.finish == (STOP if expected[-1] in stop else LENGTH)
-    assert {reply.finish for reply in said} == {STOP, LENGTH}
-    engine.stop()
-
-
-def test_a_sampled_reply_depends_on_its_own_seed_alone(target):
-    engine = own(target, Sampling(temperature=1.0, top_k=50, top_p=0.9), [])
-    questions = [Question([], prompt, 8, seed) for seed, prompt in enumerate(prompts())]
-    together = [said.ids for said in engine.decode(questions)]
-    apart = [engine.decode([question])[0].ids for question in questions]
-    assert together == apart
-    assert engine.decode([dataclasses.replace(questions[0], seed=99)])[0].ids != apart[0]
-    engine.stop()
-
-
-def test_those_that_ask_at_the_same_time_are_decoded_together(target, monkeypatch):
-    engine, sizes = own(target, Sampling(), []), []
-    decode = engine.decode
-    monkeypatch.setattr(engine, "decode", lambda questions: sizes.append(len(questions)) or decode(questions))
-    found: dict[int, object] = {}
-
-    def ask(number: int, prompt: list[int]) -> None:
-        found[number] = engine.ask(Question([], prompt, 3, 0))
-
-    threads = [threading.Thread(target=ask, args=entry) for entry in enumerate(prompts())]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(found) == 5 and max(sizes) > 1
-    engine.stop()
