@@ -6,13 +6,13 @@ do; of another one it is compared how many there are. Whose weights it has, nobo
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from eagle.data.cleaning import Dropped, Message
 from eagle.data.loss_mask import Encoder
-from eagle.data.prompts import encode_messages
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError
 from eagle.regenerate.dialogue import FROM_TEXT, SAMPLED, Dialogue
@@ -94,8 +94,11 @@ def _named_otherwise(url: str, served: str, name: Path) -> list[str]:
 
 
 def _probes(dialogues: Iterable[Dialogue], encoder: Encoder, context: int) -> Iterator[tuple[list[Message], list[int]]]:
-    """Prompts to compare that fit, with their tokens here: of first turns, and of a second one behind a reply."""
-    count = 0
+    """Prompts to compare that fit, with their tokens here: of first turns, and of a second one behind a reply.
+
+    A template that writes the date writes today's, as the server does; a job that goes on keeps to the day it began.
+    """
+    count, today = 0, datetime.datetime.combine(datetime.date.today(), datetime.time())
     for dialogue in dialogues:
         if count == PROBED:
             return
@@ -103,7 +106,8 @@ def _probes(dialogues: Iterable[Dialogue], encoder: Encoder, context: int) -> It
         for question in dialogue.questions[:2]:
             messages = [*messages, {"role": "user", "content": question}]
             try:
-                tokens = encode_messages(messages, encoder)
+                text = encoder.render(messages, add_generation_prompt=True, moment=today)
+                tokens = encoder.tokenize(text)[0].tolist()
             except Dropped:
                 break
             if len(tokens) >= context:
@@ -138,7 +142,9 @@ def _compare(
         body = {"model": model, "prompt": ours, "max_tokens": 1, "temperature": 0.0}
         choice = (_probe(servers, address, "/completions", body, True).get("choices") or [{}])[0]
         theirs = choice.get("prompt_token_ids")
-        if isinstance(choice.get("token_ids"), list) and theirs in (None, ours):
+        if isinstance(theirs, list) and theirs != ours:
+            raise RequestError(_difference(address.url, model, encoder, ours, theirs))
+        if isinstance(choice.get("token_ids"), list):
             return SAMPLED, []
     notes = [f"{address.url} gives no token ids: replies are taken as text and tokenised again, which may differ from "
              "what was sampled"]  # fmt: skip

@@ -111,17 +111,19 @@ class ServedTarget:
                     return Said(TOO_LONG)
                 raise RequestError(f"{refused} {cure(refused)}") from None
             if not _is_broken_off(answer):
-                return self._read(answer)
+                return self._read(answer, question.prompt)
             self.servers.stop.wait(self.servers.first_wait)
         raise Failed(f"{self.servers.addresses[0].url}: the reply was broken off by the server every time")
 
-    def _read(self, answer: dict[str, Any]) -> Said:
+    def _read(self, answer: dict[str, Any], prompt: list[int]) -> Said:
         try:
             choice = answer["choices"][0]
             finish = {"length": LENGTH, "content_filter": FILTERED}.get(choice.get("finish_reason"), STOP)
             counted = int((answer.get("usage") or {}).get("completion_tokens") or 0)
             if self.tokens_from == SAMPLED:
                 ids = choice["token_ids"]
+                if choice.get("prompt_token_ids") not in (None, prompt):
+                    raise ValueError("it is behind another prompt than the one that was sent")
                 return Said(finish, [int(token) for token in ids], "", len(ids))
             message = choice["message"]
             if message.get("refusal"):

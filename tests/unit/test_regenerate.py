@@ -297,6 +297,39 @@ def test_another_tokenizer_or_template_is_refused_before_anything_is_asked(capsy
         assert "another tokenizer or chat template" in ask(capsys, server, target, data, "--overwrite")
 
 
+def test_a_prompt_that_the_server_changes_is_noticed(capsys, target, encoder, data):
+    """A server that cuts prompts, before the first question or at any later one."""
+    for number, code in ((-1, 2), (3, 1)):
+
+        class Cutting(FakeServer):
+            def _reply(self, path: str, body: dict[str, Any], prompt: list[int], at: int = number) -> dict[str, Any]:
+                cut = path == "/v1/completions" and self.number > at
+                return super()._reply(path, body, prompt[1:] if cut else prompt)
+
+        with Cutting(encoder) as server:
+            said = ask(capsys, server, target, data, "--concurrency", 1, "--overwrite", code=code)
+        assert ("makes other tokens of a prompt" if code == 2 else "behind another prompt than the one") in said
+
+
+def test_a_dated_job_goes_on_with_its_day(capsys, target, encoder, data):
+    """What is trained has the day on which the job began; a server's own prompts, which are compared, have today's."""
+    template = encoder.template.replace("{%", "{{ strftime_now('%Y-%m-%d') }}{%", 1)
+    file = data.with_name("dated.jinja")
+    file.write_text(template)
+    with FakeServer(Encoder(encoder.tokenizer, template, "dated")) as server:
+        server.fault = lambda number, body: Fault(502) if number >= 3 else None
+        given = ["--chat_template", file, "--concurrency", 1, "--retries", 0]
+        ask(capsys, server, target, data, *given, code=1)
+        path = journal_path(data.with_name("own.jsonl"))
+        header, *lines = path.read_bytes().splitlines(keepends=True)
+        today = json.loads(header)["options"]["date"]
+        path.write_bytes(b"".join([header.replace(today.encode(), b"2001-02-03"), *lines]))
+        server.fault = lambda number, body: None
+        assert "going on: 3 replies" in ask(capsys, server, target, data, *given)
+    texts = [encoder.tokenizer.decode(record["input_ids"]) for record in output(data)]
+    assert [("2001-02-03" in text, today in text) for text in texts][-1] == (True, False)
+
+
 def test_a_journal_of_other_options_is_named(capsys, target, encoder, data):
     with FakeServer(encoder, fault=lambda number, body: Fault(502) if number >= 3 else None) as server:
         ask(capsys, server, target, data, "--retries", 0, "--concurrency", 1, code=1)

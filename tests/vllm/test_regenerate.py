@@ -18,7 +18,6 @@ from eagle.regenerate.journal import journal_path
 from eagle.regenerate.own_server import own_server
 from eagle.regenerate.request import RegenerateRequest
 from eagle.target.config import load_config
-from eagle.vllm.engine import EngineError
 from tests.e2e.killed import regenerate
 from tests.oracle import Shape, write_pair
 from tests.tiny import write_sharegpt
@@ -48,14 +47,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sharegpt(tmp_path_factory.mktemp("questions") / "data.json", records)
 
 
-def request(target: Path, data: Path, engine_args: str = ENGINE) -> RegenerateRequest:
-    return RegenerateRequest(target, data, data.with_name("x.jsonl"), dtype="float32", engine_args=engine_args)
-
-
 @pytest.fixture(scope="module")
 def url(target: Path, data: Path) -> Iterator[str]:
     encoder = load_encoder(target, load_config(target))
-    with own_server(request(target, data), encoder, Path(sys.executable)) as address:
+    request = RegenerateRequest(target, data, data.with_name("x.jsonl"), dtype="float32", engine_args=ENGINE)
+    with own_server(request, encoder, Path(sys.executable)) as address:
         yield address.url
 
 
@@ -106,10 +102,3 @@ def check_greedy(target: Path, records: list[dict]) -> None:
             found, ties = found + len(said), ties + int((behind > 0).sum())
     print(f"\n{found} sampled tokens in {len(records)} conversations, {ties} of them of two as likely")
     assert found > 10 * len(records) / 2 and ties <= found // 100
-
-
-def test_an_engine_that_does_not_start_says_why(target, data):
-    encoder = load_encoder(target, load_config(target))
-    wrong = request(target, data, "--max-model-len 999999999")
-    with pytest.raises(EngineError, match="vLLM ended by itself"), own_server(wrong, encoder, Path(sys.executable)):
-        pass
