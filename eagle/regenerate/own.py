@@ -23,6 +23,7 @@ from eagle.regenerate.dialogue import SAMPLED
 from eagle.regenerate.journal import LENGTH, STOP
 from eagle.regenerate.served import Question, Said
 from eagle.regenerate.transport import Stopped
+from eagle.streams import make_current
 from eagle.target.trunk import check_packages, from_pretrained_dtype
 
 
@@ -87,6 +88,7 @@ class OwnTarget:
         return waiting.said.result()
 
     def _decode_batches(self) -> None:
+        make_current(self._model.device)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopped)
