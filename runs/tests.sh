@@ -3,7 +3,7 @@
 #
 #   bash runs/tests.sh                             makes its own environments in .venv, .venv-older and .venv-vllm
 #   LONG=1 bash runs/tests.sh                      with those marked "long" too, which show at length what others show
-#                                                  in short: twice the time
+#                                                  in short
 #   EAGLE_ENV=current bash runs/tests.sh           uses the packages that are there
 #   SKIP_VLLM=1 bash runs/tests.sh                 leaves out the tests that install and run a real vLLM
 #   SKIP_OLDER=1 bash runs/tests.sh                leaves out the second run on the oldest packages (torch 2.1), which
@@ -81,7 +81,8 @@ fi
 
 if [ -n "$vllm_environment" ]; then
     made vllm_environment .venv-vllm
-    .venv-vllm/bin/python -m pytest tests/vllm -s
+    # By file, since the tests of one share their engines. -rP: what they print of acceptance is shown.
+    .venv-vllm/bin/python -m pytest -n "$cores" --dist loadfile -rP tests/vllm
 fi
 if [ -n "$left_out" ]; then
     echo "$left_out" >&2
