@@ -50,9 +50,10 @@ class TargetFamily:
     keys that say so, from those two and the MLP's, for a config to be written. refusals: what cannot be used.
 
     The draft is a Llama layer. as_itself: a config of this family can say all of that layer, so that checkpoints do.
-    serves: by vLLM's method for a draft, the model_impl that the target has to be served with (``auto``: any); a method
-    that is not there cannot be used with the family. window: the key of a sliding window of all layers, which vLLM
-    gives the draft's layer too.
+    serves: by vLLM's method for a draft, the model_impl that the target has to be served with (``auto``: vLLM's own
+    choice); a method that is not there cannot be used with the family. first_aux_layer: the first layer whose input
+    vLLM hands over to an EAGLE-3 draft (its transformers backend has none of the embeddings). window: the key of a
+    sliding window of all layers, which vLLM gives the draft's layer too.
 
     Chat. template_names: what a model is called in lower case, or a part of it, and the built-in chat template that
     those speak whose tokenizer brings none. template: a guess at it for the others, by their longest context; None: it
@@ -84,6 +85,7 @@ class TargetFamily:
     refusals: tuple[Refusal, ...] = EVERY
     as_itself: bool = False
     serves: Mapping[str, str] = field(default_factory=lambda: {"eagle": "auto", "eagle3": "auto"})
+    first_aux_layer: int = 0
     window: str | None = None
     plain: bool = False
     norm_offset: float = 0.0
@@ -185,6 +187,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             own_keys=("sliding_window", "num_local_experts", "num_experts_per_tok"),
             window="sliding_window",
             serves={"eagle": "auto", "eagle3": "transformers"},
+            first_aux_layer=1,
             in_files=dialects.mixtral_files,
         ),
         TargetFamily(
@@ -214,6 +217,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             ),
             refusals=(*EVERY, soft_cap, both_directions),
             serves={"eagle": "auto", "eagle3": "transformers"},
+            first_aux_layer=1,
             norm_offset=1.0,
         ),
         TargetFamily(
@@ -235,6 +239,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             needed=("num_key_value_heads",),
             understood=dialects.smollm3,
             own_keys=("no_rope_layers",),
+            first_aux_layer=1,
             refusals=(*EVERY, optional_window),
         ),
     )

@@ -240,6 +240,16 @@ def test_the_draft_of_a_target_with_a_window_is_limited_alike():
     assert parse_config(base("gemma_3_1B")).window is None  # of some layers only
 
 
+def test_the_embeddings_are_no_auxiliary_feature_where_vllm_does_not_hand_them_over():
+    for name, is_refused in (("gemma_3_1B", True), ("qwen3_8B", False)):
+        target, choices = parse_config(base(name)), DraftChoices(aux_layers=(0, 4, 9))
+        if is_refused:
+            with pytest.raises(RequestError, match="does not hand over the input of layer 0"):
+                DRAFT_FAMILIES["eagle3"].config(target, None, choices)
+        else:
+            assert DRAFT_FAMILIES["eagle3"].config(target, None, choices).extra
+
+
 def test_experts_are_counted():
     config = parse_config(base("qwen3_30B_A3B"))
     shapes = expected_tensors(config)

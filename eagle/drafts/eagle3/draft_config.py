@@ -11,7 +11,7 @@ import torch
 from eagle.drafts.choices import DraftChoices
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.families import LLAMA
+from eagle.target.families import LLAMA, TARGET_FAMILIES
 from eagle.target.features import aux_name
 
 #: Keys of config.json, as vLLM and SGLang read them.
@@ -94,6 +94,11 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     layers = choices.aux_layers or said or choices.held_layers or default_aux_layers(count)
     flag = f"{configpath}: {AUX_LAYERS}" if said else "--aux_layers"
     layers = check_aux_layers(tuple(layers), count, flag)
+    if layers[0] < TARGET_FAMILIES[target.family].first_aux_layer:
+        raise RequestError(
+            f"{flag} {','.join(map(str, layers))}: vLLM does not hand over the input of layer 0 of "
+            f"{TARGET_FAMILIES[target.family].describes} models. Name layers from 1 on."
+        )
     size, flag = choices.draft_vocab_size, "--draft_vocab_size"
     if size is None and extra.get(DRAFT_VOCAB) is not None:
         size, flag = extra[DRAFT_VOCAB], f"{configpath}: {DRAFT_VOCAB}"
