@@ -84,7 +84,7 @@ fi
 if [ -n "$vllm_environment" ]; then
     made vllm_environment .venv-vllm
     # By file, since the tests of one share their engines. -rP: what they print of acceptance is shown.
-    OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest -n "$cores" --dist loadfile -rP ${chosen[@]+"${chosen[@]}"} tests/vllm
+    .venv-vllm/bin/python -m pytest -n "$cores" --dist loadfile -rP ${chosen[@]+"${chosen[@]}"} tests/vllm
 fi
 if [ -n "$left_out" ]; then
     echo "$left_out" >&2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
 from eagle.given import given, refuse_idle
+from eagle.target.config import load_config
 from eagle.train.options import INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 
 
@@ -132,5 +134,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_options(argv: list[str] | None) -> TrainOptions:
     """Raises: RequestError; SystemExit as argparse does."""
     options = TrainOptions(**vars(parse_args(argv)))
-    refuse_idle(given(make_parser(argv), argv), idle_flags(options))
+    typed = given(make_parser(argv), argv)
+    refuse_idle(typed, idle_flags(options))
+    if "max_len" not in typed and options.basepath is not None and (options.basepath / "config.json").is_file():
+        window = load_config(options.basepath).window  # of the base model, which vLLM gives the draft
+        if window is not None and window < options.max_len:
+            options = dataclasses.replace(options, max_len=window)
     return options

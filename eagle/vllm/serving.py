@@ -19,11 +19,13 @@ class Serving:
     """What a target and its draft need beside ``speculative_config``.
 
     model_impl: whose code runs the target. least_context: the shortest context to serve that makes vLLM compute the
-    features that the draft was trained on, 0 where all do.
+    features that the draft was trained on, 0 where all do. scaled_elsewhere: whether transformers' class hands the
+    draft other embeddings than vLLM's own.
     """
 
     model_impl: str = AUTO
     least_context: int = 0
+    scaled_elsewhere: bool = False
 
     def flags(self) -> str:
         """Of ``vllm serve``, with a space in front of each."""
@@ -40,6 +42,11 @@ class Serving:
             found.append(
                 f"`--model-impl {self.model_impl}` is needed: vLLM's own class of this base model does not hand over "
                 "what the draft reads, and transformers' does."
+            )
+        if self.scaled_elsewhere and self.model_impl == AUTO:
+            found.append(
+                "No `--model-impl transformers`: the draft would be given the embeddings as that class scales them, "
+                "which are not those of the training."
             )
         if self.least_context:
             found.append(
@@ -60,4 +67,4 @@ def serving_of(target: ModelConfig, family: DraftFamily) -> Serving:
     if has_long_rope(target):
         assert target.rope_scaling
         least = target.rope_scaling["original_max_position_embeddings"] + 1
-    return Serving(model_impl, least)
+    return Serving(model_impl, least, TARGET_FAMILIES[target.family].scales_embeddings)

@@ -58,6 +58,18 @@ def test_shipped_config_fits_its_base(name):
     assert draft_config_for(target, CONFIGS_FOLDER / f"{name}_config.json") == target.draft()
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_the_bases_own_config_with_one_layer_fits_it(tmp_path, name):
+    target = parse_config(base(name))
+    write(tmp_path, base(name) | {"num_hidden_layers": 1})
+    assert draft_config_for(target, tmp_path / "config.json") == target.draft()
+    third = EAGLE3.config(target, tmp_path / "config.json", DraftChoices())
+    assert third == EAGLE3.config(target, None, DraftChoices())
+    with pytest.raises(RequestError, match="hidden_size is"):
+        write(tmp_path, base(name) | {"num_hidden_layers": 1, "hidden_size": 2 * target.hidden_size})
+        draft_config_for(target, tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("name", ["llama_2_chat_13B", "llama_2_chat_70B", "qwen2_7B"])
 def test_shipped_config_of_another_size_is_refused(name):
     with pytest.raises(RequestError, match="hidden_size is"):
