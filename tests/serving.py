@@ -79,6 +79,10 @@ class FakeServer:
         self._server.shutdown()
         self._server.server_close()
 
+    def told(self, variables: dict[str, Any] | None) -> Encoder:
+        own = self.encoder
+        return Encoder(own.tokenizer, own.template, "told", variables=variables) if variables else own
+
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any, dict[str, str]] | None:
         """Status, content and headers; None to hang up."""
         if path == "/v1/models":
@@ -89,7 +93,7 @@ class FakeServer:
             prompt = body["prompt"]
         else:
             with self.lock:
-                prompt = encode_messages(body["messages"], self.encoder)
+                prompt = encode_messages(body["messages"], self.told(body.get("chat_template_kwargs")))
         if body["max_tokens"] > 1:
             with self.lock:
                 number, self.number = self.number, self.number + 1

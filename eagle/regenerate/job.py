@@ -52,7 +52,7 @@ def regenerate(request: RegenerateRequest) -> int:
     journal, report = journal_path(request.output), report_path(request.output)
     begun = read_header(journal)
     date = datetime.date.fromisoformat(begun["date"]) if begun and "date" in begun else None
-    encoder = load_encoder(request.model_name, config, request.chat_template, date)
+    encoder = load_encoder(request.model_name, config, request.chat_template, date, request.chat_template_kwargs)
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
     options = options_of(request, config, encoder, records)
     if is_complete(request, options, begun):

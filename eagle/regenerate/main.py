@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
+from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.device import KINDS
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter
@@ -49,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=600.0, help="seconds that a reply may take")
     add("--chat_template", help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, "
         "else by family)")  # fmt: skip
+    add(FLAG, metavar="JSON", help=HELP)
     add("--dtype", default=AUTO, metavar="{" + ",".join((AUTO, *DTYPES)) + "}", help="dtype of an engine that is "
         "started here; auto is the base model's own")  # fmt: skip
     add("--device", default=AUTO, choices=(AUTO, *KINDS), help="what our own decoding runs on; auto takes the first "
@@ -60,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    request = RegenerateRequest(**{**vars(args), "server": tuple(args.server)})
+    parsed = {"server": tuple(args.server), "chat_template_kwargs": parse_kwargs(args.chat_template_kwargs)}
+    request = RegenerateRequest(**{**vars(args), **parsed})
     refuse_idle(given(make_parser(), argv), idle_flags(request))
     return regenerate(request)

@@ -16,7 +16,7 @@ from eagle.data.loss_mask import Encoder
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError
 from eagle.regenerate.dialogue import FROM_TEXT, SAMPLED, Dialogue
-from eagle.regenerate.served import ServedTarget, cure, plain
+from eagle.regenerate.served import ServedTarget, chat, cure
 from eagle.regenerate.transport import Address, Refused, Servers
 
 #: Conversations whose prompts are compared.
@@ -61,7 +61,7 @@ def connect(
             for address, (model, tokens_from) in zip(servers.addresses, found, strict=True)
         )
         raise RequestError(f"--server: the servers differ ({listed}). Name those that serve the same.")
-    return ServedTarget(servers, *found[0], context, sampling, stop), notes
+    return ServedTarget(servers, *found[0], context, sampling, stop, encoder.variables), notes
 
 
 def _model(servers: Servers, address: Address, name: Path, served: str | None) -> tuple[str, int | None]:
@@ -126,7 +126,7 @@ def _compare(
     """
     gives_ids, counts = True, []
     for messages, ours in prompts:
-        body = {"model": model, "messages": plain(messages), "max_tokens": 1, "temperature": 0.0}
+        body = {"model": model, **chat(messages, encoder.variables), "max_tokens": 1, "temperature": 0.0}
         answer = _probe(servers, address, "/chat/completions", body, gives_ids)
         theirs = answer.get("prompt_token_ids")
         if isinstance(theirs, list):

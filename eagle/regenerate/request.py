@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from eagle.decode.sampling import Sampling
@@ -38,6 +39,7 @@ class RegenerateRequest:
     retries: int = 8
     timeout: float = 600.0
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     dtype: str = AUTO
     device: str = AUTO
     allow_truncated: bool = False

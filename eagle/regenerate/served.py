@@ -8,7 +8,7 @@ tokens as they are made here, and says which tokens it sampled: what is trained 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,10 +66,17 @@ class ServedTarget:
     """The target as servers have it, that were found to be of it (`eagle.regenerate.probing`)."""
 
     def __init__(
-        self, servers: Servers, model: str, tokens_from: str, context: int, sampling: Sampling, stop: list[int]
+        self,
+        servers: Servers,
+        model: str,
+        tokens_from: str,
+        context: int,
+        sampling: Sampling,
+        stop: list[int],
+        variables: Mapping[str, Any],
     ) -> None:
         self.servers, self.model, self.tokens_from, self.context = servers, model, tokens_from, context
-        self._sampling, self._stop = sampling, stop
+        self._sampling, self._stop, self._variables = sampling, stop, variables
 
     def describe(self) -> str:
         listed = ", ".join(address.url for address in self.servers.addresses)
@@ -101,7 +108,7 @@ class ServedTarget:
             body |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
             path = "/completions"
         else:
-            body["messages"] = plain(question.messages)
+            body |= chat(question.messages, self._variables)
             path = "/chat/completions"
         for _ in range(self.servers.retries + 1):
             try:
@@ -141,8 +148,10 @@ class ServedTarget:
             ) from error
 
 
-def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def chat(messages: Sequence[Message], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat request says of the prompt. variables: of the chat template."""
+    said = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return {"messages": said, **({"chat_template_kwargs": dict(variables)} if variables else {})}
 
 
 def is_too_long(refused: Refused) -> bool:

@@ -311,6 +311,17 @@ def test_a_prompt_that_the_server_changes_is_noticed(capsys, target, encoder, da
         assert ("makes other tokens of a prompt" if code == 2 else "behind another prompt than the one") in said
 
 
+@pytest.mark.parametrize("gives_ids", [True, False])
+def test_the_templates_variables_are_told_to_the_server(capsys, target, encoder, data, gives_ids):
+    template = encoder.template.replace("{%", "{% if thinking is defined and not thinking %}off {% endif %}{%", 1)
+    file = data.with_name("thinking.jinja")
+    file.write_text(template)
+    given = ["--chat_template", file, "--chat_template_kwargs", '{"thinking": false}']
+    with FakeServer(Encoder(encoder.tokenizer, template, "thinking"), gives_ids=gives_ids) as server:
+        assert "another tokenizer or chat template" not in ask(capsys, server, target, data, *given)
+    assert all(encoder.tokenizer.decode(record["input_ids"]).startswith("off ") for record in output(data))
+
+
 def test_a_dated_job_goes_on_with_its_day(capsys, target, encoder, data):
     """What is trained has the day on which the job began; a server's own prompts, which are compared, have today's."""
     template = encoder.template.replace("{%", "{{ strftime_now('%Y-%m-%d') }}{%", 1)

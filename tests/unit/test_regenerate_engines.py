@@ -112,7 +112,7 @@ def test_where_one_of_two_rests_the_other_is_asked():
     ],
 )
 def test_what_a_server_says_in_words(message, finish, expected):
-    served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 100, Sampling(), [])
+    served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 100, Sampling(), [], {})
     said = served._read({"choices": [{"message": message, "finish_reason": finish}], "usage": None}, [])
     assert (said.finish, said.text) == expected and said.ids is None
 
