@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from importlib.metadata import version
 
 import pytest
 
@@ -20,10 +19,8 @@ from eagle.store.shard import shard_paths
 from eagle.store.verify import check_store
 from eagle.store.writer import shard_bytes_for
 from eagle.target.compiled import WORTH_TOKENS, should_compile
-from eagle.target.families import TARGET_FAMILIES
-from eagle.versions import release
 from tests.tiny import conversations, cpu_worker, make_target, write_sharegpt
-from tests.unit.config_cases import PARAMETERS, base
+from tests.unit.config_cases import PARAMETERS, base, skip_unless_known
 from tests.unit.test_job import inputs, request  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -166,8 +163,7 @@ def test_dry_run_of_nothing(tmp_path, inputs):  # noqa: F811
 @pytest.mark.parametrize("name", ["llama_3.1_8B", "qwen3_8B"])
 def test_a_plan_of_a_model_that_is_not_here_yet(tmp_path, inputs, name, capsys):  # noqa: F811
     """From config.json and tokenizer alone: disk, memory, and no time."""
-    if release(version("transformers")) < TARGET_FAMILIES[base(name)["model_type"]].since:
-        pytest.skip("this transformers has no such model")
+    skip_unless_known(name)
     model = tmp_path / "model"
     shutil.copytree(inputs[0], model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (model / "config.json").write_text(json.dumps(base(name)))
