@@ -24,6 +24,7 @@ def _main_of(module: str, *, needs_torch: bool = True) -> Callable[[], int]:
 
 
 sharegpt_convert = _main_of("eagle.data.sharegpt.main", needs_torch=False)
+regenerate = _main_of("eagle.regenerate.main")
 allocation = _main_of("eagle.generate.main")
 reassign = _main_of("eagle.store.reshard")
 convert = _main_of("eagle.vllm.convert")

@@ -3,7 +3,7 @@
 #
 #   bash runs/tests.sh                             makes its own environments in .venv, .venv-older and .venv-vllm
 #   LONG=1 bash runs/tests.sh                      with those marked "long" too, which show at length what others show
-#                                                  in short: twice the time
+#                                                  in short
 #   EAGLE_ENV=current bash runs/tests.sh           uses the packages that are there
 #   SKIP_VLLM=1 bash runs/tests.sh                 leaves out the tests that install and run a real vLLM
 #   SKIP_OLDER=1 bash runs/tests.sh                leaves out the second run on the oldest packages (torch 2.1), which
@@ -63,8 +63,10 @@ made() {
 # Side by side, one thread each: threads that share a core wait for each other.
 cores="$("$PYTHON" -c 'from eagle.device import cores; print(min(cores(), 4))')"
 parallel=(-n "$cores" --dist worksteal)
+chosen=()
 if [ "${LONG:-}" != 1 ]; then
-    parallel+=(-m "not long")
+    chosen=(-m "not long")
+    parallel+=("${chosen[@]}")
 fi
 # tests/npu, which has the longest tests, builds a simulated NPU first, half a minute with g++. Without g++ it is skipped
 # and says so, or fails where NEED_SIMULATED_NPU is set.
@@ -81,7 +83,8 @@ fi
 
 if [ -n "$vllm_environment" ]; then
     made vllm_environment .venv-vllm
-    .venv-vllm/bin/python -m pytest tests/vllm -s ${chosen[@]+"${chosen[@]}"}
+    # By file, since the tests of one share their engines. -rP: what they print of acceptance is shown.
+    .venv-vllm/bin/python -m pytest -n "$cores" --dist loadfile -rP ${chosen[@]+"${chosen[@]}"} tests/vllm
 fi
 if [ -n "$left_out" ]; then
     echo "$left_out" >&2

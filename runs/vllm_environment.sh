@@ -2,7 +2,7 @@
 # An environment with vLLM for the CPU, to test exported drafts in:
 #
 #     bash runs/vllm_environment.sh .venv-vllm
-#     .venv-vllm/bin/python -m pytest tests/vllm -q -s
+#     .venv-vllm/bin/python -m pytest tests/vllm -q -s        (-n 2 --dist loadfile: side by side)
 #
 # Does nothing where the environment is complete; one that was left half-way is made anew, and a folder that was not
 # made here is left alone. About 4 GB.

@@ -24,6 +24,7 @@ import eagle.data.viewer
 import eagle.decode.evaluate
 import eagle.device_check
 import eagle.generate.main
+import eagle.regenerate.main
 import eagle.store.reshard
 import eagle.store.verify
 import eagle.train.arguments
@@ -91,6 +92,14 @@ COMMANDS = (
         "python convert_eagle_ckpt_to_vllm_compatible.py --base-path ./llama-2-7b-chat --draft-path ./checkpoints \\\n"
         "    --base-weight-name model.safetensors.index.json --draft-weight-name model.safetensors",
         "eagle-convert",
+    ),
+    Command(
+        "tools/regenerate.py",
+        eagle.regenerate.main.make_parser,
+        {"en": "The base model's own replies", "zh": "基座模型自己的回答"},
+        "python tools/regenerate.py --server http://localhost:8000/v1 --model_name ./llama-2-7b-chat \\\n"
+        "    --data_path ./sharegpt.json --output ./own.jsonl",
+        "eagle-regenerate",
     ),
     Command(
         "eagle.evaluate",

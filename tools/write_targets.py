@@ -4,7 +4,7 @@
     python tools/write_targets.py            writes both pages
     python tools/write_targets.py --check    writes nothing; exit code 1 where one of them is stale
 
-A row without a result is not listed, and neither is a family without a row.
+A row that did not run whole ends it; a run of some rows (-k) replaces their results alone.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ arrow_file           Arrow files, without loading them
 folder               which files of a folder hold its records
 cleaning           a record -> messages: the one reader of conversations; what is mended, what is left out and why
 chat_template      which template a model speaks (templates/: the built-in ones)
+template_variables what a template asks for beside the conversation, and what a user says to it
+reasoning          where a reply's reasoning begins and ends
 rendering          messages -> text, and which of its characters are the assistant's
 loss_mask          messages -> tokens, and which of them are the assistant's
 rows               messages -> the rows that are trained, each reply behind the prompt that a server sends

@@ -1,7 +1,8 @@
 """What a record may be, and how it becomes tokens: a conversation for the encoder, or tokens already.
 
     {"conversations": [...]}                        `eagle.data.cleaning` -> messages -> `eagle.data.rows` -> tokens
-    {"input_ids": [...], "loss_mask": [0, 1, ...]}  taken as they are: no template, no tokenizer
+    {"input_ids": [...], "loss_mask": [0, 1, ...]}  taken as they are: no template, no tokenizer; lists of lists are
+                                                    several rows of one conversation
     alpaca, ultrachat, a question and a reply       left out by name: step 2 converts them
 
 `TOKEN_SOURCES` is the only place that knows the kinds; everybody else hands a record to `encode_record` or
@@ -111,10 +112,18 @@ def _is_tokens(record: Any) -> bool:
     return all(there) or (any(there) and first_of(record, *CONVERSATION_NAMES) is None)
 
 
-def _checked_tokens(record: dict[str, Any], encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids ``[T]`` int32 and loss_mask ``[T]`` uint8 of a record. Raises: Dropped."""
+def _checked_rows(record: dict[str, Any], encoder: Encoder) -> list[tuple[np.ndarray, np.ndarray]]:
+    """input_ids ``[T]`` int32 and loss_mask ``[T]`` uint8 of each of a record's rows. Raises: Dropped."""
     ids, mask = record.get("input_ids"), record.get("loss_mask")
     if not (isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)):
+        raise Dropped("bad_tokens")
+    if ids and all(isinstance(row, list) for row in ids):
+        return [_checked_tokens(*row, encoder) for row in zip(ids, mask, strict=True)]
+    return [_checked_tokens(ids, mask, encoder)]
+
+
+def _checked_tokens(ids: list[Any], mask: Any, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    if not (isinstance(mask, list) and len(ids) == len(mask)):
         raise Dropped("bad_tokens")
     # By type, since True is an int and 1.0 equals one; a token out of range would end the job in the embedding.
     if not all(type(token) is int and 0 <= token < encoder.vocab_size for token in ids):
@@ -125,13 +134,27 @@ def _checked_tokens(record: dict[str, Any], encoder: Encoder) -> tuple[np.ndarra
 
 
 def _encode_tokens(record: Any, encoder: Encoder, max_length: int, tally: Tally) -> list[Encoded]:
-    return [cut(*_checked_tokens(record, encoder), max_length, tally)]
+    rows, dropped = [], None
+    cuts = Tally()
+    for ids, mask in _checked_rows(record, encoder):
+        try:
+            rows.append(cut(ids, mask, max_length, cuts))
+        except Dropped as why:  # the other rows are still good
+            dropped = why if dropped is None or why.reason == "reply_beyond_max_length" else dropped
+    if not rows:
+        assert dropped
+        raise dropped
+    if cuts.repaired or (dropped and dropped.reason == "reply_beyond_max_length"):
+        tally.repaired["cut_to_max_length"] += 1
+    return rows
 
 
 def _align_tokens(record: Any, encoder: Encoder, at_least: int | None) -> list[Aligned]:
-    ids, mask = _checked_tokens(record, encoder)
-    text, offsets = _decode(ids.tolist(), encoder.tokenizer)
-    return [Aligned(text, ids, mask, offsets)]
+    aligned = []
+    for ids, mask in _checked_rows(record, encoder):
+        text, offsets = _decode(ids.tolist(), encoder.tokenizer)
+        aligned.append(Aligned(text, ids, mask, offsets))
+    return aligned
 
 
 def _decode(ids: list[int], tokenizer: Any) -> tuple[str, np.ndarray]:

@@ -12,10 +12,10 @@ from eagle.drafts.families import family_of
 from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
-from eagle.drafts.saved import STATE, draft_names, load_draft, resolve_pointer
+from eagle.drafts.saved import STATE, draft_names, load_draft, load_draft_config, resolve_pointer
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
-from eagle.target.config import ModelConfig, load_config
+from eagle.target.config import ModelConfig
 from eagle.target.identity import Identity
 from eagle.target.weights import Weights
 
@@ -30,8 +30,8 @@ def load_fitting_draft(path: Path, base: Path, target: Target) -> DraftNetwork:
     existing_path(path, "--draft-path", "path")
     folder = resolve_pointer(path)
     check_is_draft(folder, "--draft-path")
-    config = load_config(folder)
     family = family_of(draft_names(Weights(folder, flag="--draft-path")))
+    config = load_draft_config(folder, family)
     check_fit(config, target.config, folder, family)
     check_base(folder, base)
     embedding = target.embedding

@@ -17,6 +17,7 @@ from eagle.drafts.vllm_layout import SavedDraft
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json, write_json
 from eagle.target.config import ModelConfig, load_config
+from eagle.target.families import LLAMA, TARGET_FAMILIES
 from eagle.target.weights import Weights
 from eagle.tensor_file import write_tensors
 
@@ -83,6 +84,22 @@ def said_of(source: str) -> Iterator[None]:
         raise RequestError(f"{source}: {error}") from None
 
 
+def load_draft_config(folder: str | Path, family: DraftFamily) -> ModelConfig:
+    """The config of a saved draft. One that calls itself what its target is, is the Llama layer that its tensors are.
+
+    Raises: FileNotFoundError, RequestError for an EAGLE-3 draft of another kind of layer.
+    """
+    config = load_config(folder, family.config_keys)
+    if TARGET_FAMILIES[config.family].as_itself:
+        return config
+    if family.config_keys:
+        raise RequestError(
+            f"{folder}: its model_type is {config.family!r}, and {family.describes} is a Llama layer here, which says "
+            f"{LLAMA!r}. A draft with another layer is not read; vLLM serves it as it is."
+        )
+    return config.draft()
+
+
 def draft_names(weights: Weights) -> set[str]:
     """The public names of a saved draft's tensors, without reading any."""
     return {name.removeprefix("model.") for name in weights.names()}
@@ -103,7 +120,7 @@ def load_draft(
     """
     state = read_draft_state(Weights(folder, flag="--draft-path"))
     family = family_of(state)
-    saved = load_config(folder, family.config_keys)
+    saved = load_draft_config(folder, family)
     with said_of(f"--draft-path {folder}"):
         config = family.completed(saved, state, target)
         state = family.filled(config, state, head)
@@ -156,7 +173,7 @@ def warm_start(
     source = start_folder(path, flag, family)
     state = read_draft_state(Weights(source, flag=flag))
     if family.config_keys:
-        saved = load_config(source, family.config_keys)
+        saved = load_draft_config(source, family)
         with said_of(f"{flag} {source}"):
             config = family.completed(saved, state, target)
         differing = [
@@ -199,7 +216,7 @@ def read_saved(
                 f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
                 "draft was trained for another model."
             )
-    saved = load_config(folder, family.config_keys)
+    saved = load_draft_config(folder, family)
     with said_of(f"--draft-path {folder}"):
         config = family.config_of(target, saved, state)
         state = family.filled(config, state, head)

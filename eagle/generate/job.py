@@ -182,6 +182,11 @@ def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: Mod
     notes = [f"chat template: {encoder.template_name}", *encoder.notes(), *data.notes(request.end_num)]
     if request.max_length > longest:
         notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
+    if config.window is not None and request.max_length > config.window:
+        notes.append(
+            f"the base model attends to the last {config.window} tokens, and vLLM limits its draft alike: training "
+            "cuts records to that, so that --max_length can be as small"
+        )
     if has_long_rope(config):
         assert config.rope_scaling
         original = config.rope_scaling["original_max_position_embeddings"]

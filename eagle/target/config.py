@@ -96,8 +96,8 @@ class ModelConfig:
     def to_json(self, *, as_llama: bool = False) -> dict[str, Any]:
         """A plain Hugging Face config. Both theta keys are written, equal: old readers take one, new the other.
 
-        `as_llama` writes a Qwen2 model as a Llama with ``qkv_bias``, the only form of it that vLLM's EAGLE
-        class loads.
+        `as_llama` writes a draft of a Qwen2 model as a Llama with ``qkv_bias``, the only form of it that vLLM's
+        EAGLE class loads.
         """
         family = LLAMA if as_llama else self.family
         scaled = {"logit_scale": self.logit_scale} if self.logit_scale != 1.0 and family == LLAMA else {}
@@ -201,7 +201,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.tied)),
+        tie_word_embeddings=family.tied if (tied := raw.get("tie_word_embeddings")) is None else bool(tied),
         initializer_range=raw.get("initializer_range", 0.02),
         dtype=raw.get("dtype") or raw.get("torch_dtype"),
         bos_token_id=raw.get("bos_token_id"),
@@ -232,7 +232,8 @@ def _family(raw: dict[str, Any], source: str) -> TargetFamily:
 def _logit_scale(raw: dict[str, Any], family: TargetFamily, source: str) -> float:
     """Drafts say it as vLLM reads it, targets as their family does."""
     key = family.divisor or "logit_scale"
-    value = raw.get(key, 1.0) if family.divisor or family.name == LLAMA else 1.0
+    found = raw.get(key) if family.divisor or family.name == LLAMA else None
+    value = 1.0 if found is None else found
     if not isinstance(value, int | float) or not value > 0:
         raise RequestError(f"{source}: {key} is {value!r}; expected a number above 0.")
     return 1.0 / value if family.divisor else float(value)

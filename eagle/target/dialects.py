@@ -12,8 +12,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 def qwen3_moe(raw: Raw) -> Raw:
     """transformers 5 may call the number of experts as Mixtral does."""
-    experts = raw.get("num_experts", raw.get("num_local_experts"))
-    return raw | ({"num_experts": experts} if experts is not None else {})
+    experts = raw.get("num_experts") or raw.get("num_local_experts")
+    return raw | ({"num_experts": experts} if experts else {})
 
 
 def mistral(raw: Raw) -> Raw:

@@ -16,10 +16,12 @@ from eagle.target.refusals import (
     EVERY,
     Refusal,
     both_directions,
+    odd_window,
     optional_window,
     other_code_than_phi3s,
     own_code,
     soft_cap,
+    unread_window,
 )
 
 #: As which vLLM loads every draft, whatever its target.
@@ -50,9 +52,11 @@ class TargetFamily:
     keys that say so, from those two and the MLP's, for a config to be written. refusals: what cannot be used.
 
     The draft is a Llama layer. as_itself: a config of this family can say all of that layer, so that checkpoints do.
-    serves: by vLLM's method for a draft, the model_impl that the target has to be served with (``auto``: any); a method
-    that is not there cannot be used with the family. window: the key of a sliding window of all layers, which vLLM
-    gives the draft's layer too.
+    serves: by vLLM's method for a draft, the model_impl that the target has to be served with (``auto``: vLLM's own
+    choice); a method that is not there cannot be used with the family. first_aux_layer: the first layer whose input
+    vLLM hands over to an EAGLE-3 draft (its transformers backend has none of the embeddings). scales_embeddings:
+    whether the model multiplies them, which a draft is not to get. window: the key of a sliding window of all layers,
+    which vLLM gives the draft's layer too.
 
     Chat. template_names: what a model is called in lower case, or a part of it, and the built-in chat template that
     those speak whose tokenizer brings none. template: a guess at it for the others, by their longest context; None: it
@@ -84,6 +88,8 @@ class TargetFamily:
     refusals: tuple[Refusal, ...] = EVERY
     as_itself: bool = False
     serves: Mapping[str, str] = field(default_factory=lambda: {"eagle": "auto", "eagle3": "auto"})
+    first_aux_layer: int = 0
+    scales_embeddings: bool = False
     window: str | None = None
     plain: bool = False
     norm_offset: float = 0.0
@@ -120,7 +126,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             max_position_embeddings=2048,
             template=_llama_template,
             template_names=(("vicuna", "vicuna"), ("llama-2", "llama2"), ("llama2", "llama2"), ("llama_2", "llama2")),
-            refusals=(*EVERY, optional_window),
+            refusals=(*EVERY, optional_window, unread_window),
             as_itself=True,
             plain=True,
         ),
@@ -169,6 +175,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             max_position_embeddings=131072,
             needed=("num_key_value_heads",),
             understood=dialects.mistral,
+            refusals=(*EVERY, odd_window),
             own_keys=("sliding_window",),
             window="sliding_window",
             plain=True,
@@ -183,8 +190,10 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             rms_norm_eps=1e-5,
             needed=("num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
             own_keys=("sliding_window", "num_local_experts", "num_experts_per_tok"),
+            refusals=(*EVERY, odd_window),
             window="sliding_window",
             serves={"eagle": "auto", "eagle3": "transformers"},
+            first_aux_layer=1,
             in_files=dialects.mixtral_files,
         ),
         TargetFamily(
@@ -196,7 +205,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             rms_norm_eps=1e-5,
             understood=dialects.phi3,
             own_keys=("sliding_window", "partial_rotary_factor"),
-            refusals=tuple(other_code_than_phi3s if refusal is own_code else refusal for refusal in EVERY),
+            refusals=(*(other_code_than_phi3s if refusal is own_code else refusal for refusal in EVERY), odd_window),
             window="sliding_window",
         ),
         TargetFamily(
@@ -207,13 +216,15 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             max_position_embeddings=131072,
             rope_theta=1e6,
             tied=True,
-            needed=("head_dim", "num_key_value_heads", "sliding_window", "query_pre_attn_scalar"),
+            needed=("head_dim", "num_key_value_heads", "sliding_window"),
             understood=dialects.gemma3,
             own_keys=(
                 "sliding_window", "layer_types", "query_pre_attn_scalar", "rope_local_base_freq", "hidden_activation",
             ),
-            refusals=(*EVERY, soft_cap, both_directions),
+            refusals=(*EVERY, odd_window, soft_cap, both_directions),
             serves={"eagle": "auto", "eagle3": "transformers"},
+            first_aux_layer=1,
+            scales_embeddings=True,
             norm_offset=1.0,
         ),
         TargetFamily(
@@ -223,6 +234,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             max_position_embeddings=2048,
             own_keys=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
             divisor="logits_scaling",
+            refusals=(*EVERY, unread_window),
         ),
         TargetFamily(
             name="smollm3",
@@ -235,6 +247,7 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             needed=("num_key_value_heads",),
             understood=dialects.smollm3,
             own_keys=("no_rope_layers",),
+            first_aux_layer=1,
             refusals=(*EVERY, optional_window),
         ),
     )

@@ -59,7 +59,9 @@ def other_code_than_phi3s(raw: dict[str, Any]) -> str | None:
     """The released Phi-3 models bring the code that transformers took over; it is not run."""
     found = raw.get("auto_map")
     theirs = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
-    if isinstance(found, dict) and {key: found.get(key, value) for key, value in theirs.items()} == theirs:
+    # transformers writes the repository in front of the name when it saves a model again.
+    bare = {key: str(value).rpartition("--")[2] for key, value in found.items()} if isinstance(found, dict) else {}
+    if bare and {key: bare.get(key, value) for key, value in theirs.items()} == theirs:
         return None
     return own_code(raw)
 
@@ -108,6 +110,25 @@ def optional_window(raw: dict[str, Any]) -> str | None:
     return (
         "use_sliding_window is on, which was never compared with vLLM for this kind of model. Set it to false (the "
         "released configs have it off)."
+    )
+
+
+def odd_window(raw: dict[str, Any]) -> str | None:
+    # vLLM takes 0 for no window, transformers for one in which nothing is seen.
+    found = raw.get("sliding_window")
+    if found is None or (type(found) is int and found > 0):
+        return None
+    return f"sliding_window is {found!r}; expected a number of tokens, or null where there is no window."
+
+
+def unread_window(raw: dict[str, Any]) -> str | None:
+    # The key is Mistral's; transformers' class of these models has no window, and vLLM's takes it from the key.
+    found = raw.get("sliding_window")
+    if not found or raw.get("use_sliding_window") is False or found >= raw.get("max_position_embeddings", 0):
+        return None
+    return (
+        f"sliding_window is {found!r}, which transformers does not heed for these models and vLLM does. Take the key "
+        "out of config.json where the model was trained without a window."
     )
 
 

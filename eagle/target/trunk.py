@@ -92,7 +92,7 @@ def load_trunk(
     try:
         trunk = AutoModel.from_pretrained(
             str(folder),
-            config=_served_config(folder, config),
+            config=served_config(folder, config),
             **from_pretrained_dtype(dtype),
             attn_implementation=attention,
             **placement,
@@ -120,7 +120,7 @@ def has_long_rope(config: ModelConfig) -> bool:
     return rope.get("rope_type") == "longrope" and config.max_position_embeddings > original
 
 
-def _served_config(folder: str | Path, config: ModelConfig) -> Any:
+def served_config(folder: str | Path, config: ModelConfig) -> Any:
     """transformers' config of the target, as an engine computes it.
 
     Of longrope's two sets of factors transformers takes the short one where a batch is short; vLLM takes the long one

@@ -257,7 +257,7 @@ def _own_head(weights: Weights, config: ModelConfig) -> torch.Tensor:
 
 
 def read_norm(weights: Weights, config: ModelConfig) -> torch.Tensor:
-    """What the target's final norm multiplies by, ``[H]``, in its stored dtype."""
+    """What the target's final norm multiplies by, ``[H]``, in its stored dtype, or float32 where that adds to it."""
     family = TARGET_FAMILIES[config.family]
     name = family.norm
     if name not in weights:
@@ -265,7 +265,7 @@ def read_norm(weights: Weights, config: ModelConfig) -> torch.Tensor:
             f"{weights.flag} {weights.folder}: no {name} among its weights. It is not a "
             f"{family.describes} causal language model in the Hugging Face layout."
         )
-    return weights[name] + family.norm_offset if family.norm_offset else weights[name]
+    return weights[name].float() + family.norm_offset if family.norm_offset else weights[name]
 
 
 def _checked(weights: Weights, name: str, config: ModelConfig) -> torch.Tensor:
@@ -296,6 +296,6 @@ def fingerprint(folder: str | Path, weights: Weights | None = None) -> str:
     for mark in family.marks:
         name = mark.format(last=config.num_hidden_layers - 1)
         if name not in weights:
-            raise RequestError(f"{folder}: no {name} among its weights; it is not a {family.describes} model.")
+            return ""  # of a kind that version 0.1 did not know, and that nothing of it names
         digest.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

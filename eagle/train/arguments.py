@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
 from eagle.given import given, refuse_idle
+from eagle.target.config import load_config
 from eagle.train.options import INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 
 
@@ -70,7 +72,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     )  # fmt: skip
     add("num_epochs", int, "passes over the training records")
     add("max_steps", int, "end after so many optimizer steps")
-    add("max_len", int, "cut records to this many tokens")
+    add("max_len", int, "cut records to this many tokens; by default no more than the base model's sliding window")
     add("lr", float, "peak learning rate (default: 5e-4 at hidden size 576, falling as 1/width)")
     add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
     add("weight_decay", float, "AdamW's weight decay")
@@ -132,5 +134,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_options(argv: list[str] | None) -> TrainOptions:
     """Raises: RequestError; SystemExit as argparse does."""
     options = TrainOptions(**vars(parse_args(argv)))
-    refuse_idle(given(make_parser(argv), argv), idle_flags(options))
+    typed = given(make_parser(argv), argv)
+    refuse_idle(typed, idle_flags(options))
+    if "max_len" not in typed and options.basepath is not None and (options.basepath / "config.json").is_file():
+        window = load_config(options.basepath).window  # of the base model, which vLLM gives the draft
+        if window is not None and window < options.max_len:
+            options = dataclasses.replace(options, max_len=window)
     return options

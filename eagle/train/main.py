@@ -160,6 +160,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     if not saved and draft.ids is not None:
         covered = coverage(counts(), draft.ids.cpu().numpy())
         notes.append(covered.describe())
+    if options.max_len == target.window:
+        notes.append(f"records are cut to {target.window} tokens: the base model, and so its draft, attends to no more")
         if accelerator.is_main_process:
             warn_of_coverage(covered, options)
 

@@ -19,11 +19,13 @@ class Serving:
     """What a target and its draft need beside ``speculative_config``.
 
     model_impl: whose code runs the target. least_context: the shortest context to serve that makes vLLM compute the
-    features that the draft was trained on, 0 where all do.
+    features that the draft was trained on, 0 where all do. scaled_elsewhere: whether transformers' class hands the
+    draft other embeddings than vLLM's own.
     """
 
     model_impl: str = AUTO
     least_context: int = 0
+    scaled_elsewhere: bool = False
 
     def flags(self) -> str:
         """Of ``vllm serve``, with a space in front of each."""
@@ -41,6 +43,11 @@ class Serving:
                 f"`--model-impl {self.model_impl}` is needed: vLLM's own class of this base model does not hand over "
                 "what the draft reads, and transformers' does."
             )
+        if self.scaled_elsewhere and self.model_impl == AUTO:
+            found.append(
+                "No `--model-impl transformers`: the draft would be given the embeddings as that class scales them, "
+                "which are not those of the training."
+            )
         if self.least_context:
             found.append(
                 f"No `--max-model-len` below {self.least_context}: vLLM would take the short factors of the base "
@@ -56,4 +63,4 @@ def serving_of(target: ModelConfig, family: DraftFamily) -> Serving:
     """
     check_served(family, target)
     model_impl = TARGET_FAMILIES[target.family].serves[family.method]
-    return Serving(model_impl, least_context(target))
+    return Serving(model_impl, least_context(target), TARGET_FAMILIES[target.family].scales_embeddings)

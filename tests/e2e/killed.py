@@ -20,7 +20,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 #: A process has one such server, which the tests share.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["reassign_data_num", "eagle.store.reshard", "eagle.train.main"])
+context.set_forkserver_preload(
+    ["reassign_data_num", "eagle.store.reshard", "eagle.train.main", "eagle.regenerate.main"]
+)
 
 
 def reshard(words: list[object], moment: int = 0) -> BaseProcess:
@@ -28,6 +30,20 @@ def reshard(words: list[object], moment: int = 0) -> BaseProcess:
     process = context.Process(target=_reshard, args=([str(word) for word in words], moment))
     process.start()
     return process
+
+
+def regenerate(words: list[object]) -> BaseProcess:
+    """Start ``tools/regenerate.py``."""
+    process = context.Process(target=_regenerate, args=([str(word) for word in words],))
+    process.start()
+    return process
+
+
+def _regenerate(words: list[str]) -> None:
+    from eagle.regenerate import main
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os._exit(main.main(words))
 
 
 def _reshard(words: list[str], moment: int) -> None:

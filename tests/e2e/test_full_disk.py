@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from eagle.data.loss_mask import load_encoder
 from eagle.drafts.saved import load_draft, resolve_pointer, save_draft
+from eagle.target.config import load_config
 from eagle.train.checkpoint import states
-from tests.e2e.commands import inside, start
+from tests.e2e.commands import command, inside, start
 from tests.e2e.conftest import WORKERS, contents, draft_of
 from tests.e2e.test_interrupted_generation import wait_until, workers_of
+from tests.serving import FakeServer
 
 Resize = Callable[[str], None]
 
@@ -72,6 +75,23 @@ def test_generation(disk: tuple[Path, Resize], job: list[object], undisturbed: P
     others.unlink()
     inside(*job, "--outdir", path / "store")
     assert contents(path / "store") == contents(undisturbed)
+
+
+def test_regenerating(disk: tuple[Path, Resize], qwen: Path, data: Path, tmp_path: Path) -> None:
+    """The journal fills the disk: what came before is kept, and asked for once."""
+    path, resize = disk
+    resize("24k")
+    words = ["tools/regenerate.py", "--model_name", qwen, "--data_path", data, "--concurrency", 1]
+    with FakeServer(load_encoder(qwen, load_config(qwen))) as server:
+        command(*words, "--server", server.url, "--output", tmp_path / "whole.jsonl")
+        server.asked.clear()
+        answer = command(*words, "--server", server.url, "--output", path / "own.jsonl", code=1)
+        check_message(answer.err, "own.jsonl.journal could not be written", "run the same command again")
+        assert not (path / "own.jsonl").exists() and server.asked
+        resize("8m")
+        command(*words, "--server", server.url, "--output", path / "own.jsonl")
+        assert sorted(server.asked.values())[-2:] in ([1, 1], [1, 2])  # the one that did not fit, at most
+    assert (path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_generation_that_would_not_fit_does_not_begin(disk: tuple[Path, Resize], job: list[object]) -> None:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
+
+from eagle.target.families import TARGET_FAMILIES
+from eagle.versions import release
 
 BASES_FOLDER = Path(__file__).parent / "base_configs"
 CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"
@@ -78,6 +84,12 @@ ROPES = {
 
 def base(name: str = "llama_2_chat_7B") -> dict:
     return json.loads((BASES_FOLDER / f"{name}.json").read_text())
+
+
+def skip_unless_known(name: str) -> None:
+    """Skips a test where the installed transformers does not compute the base model."""
+    if release(version("transformers")) < TARGET_FAMILIES[base(name)["model_type"]].since:
+        pytest.skip("this transformers does not compute it as it is served")
 
 
 def without(raw: dict, *keys: str) -> dict:

@@ -7,7 +7,7 @@ import transformers
 from eagle.target import cpu_attention
 from eagle.target.cpu_attention import BLOCKED, Scratch, attention_for, causal_attention
 from eagle.target.trunk import load_trunk
-from tests.tiny import make_target
+from tests.families import make_row, row_named
 
 CPU = torch.device("cpu")
 REGISTERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 53)
@@ -44,8 +44,8 @@ def test_only_for_bfloat16_on_a_cpu() -> None:
 @pytest.mark.skipif(not REGISTERS, reason="transformers before 4.53 knows no other attention")
 @pytest.mark.parametrize("window", [None, 16])
 def test_features_are_those_of_torchs_attention(tmp_path, monkeypatch, window: int | None) -> None:
-    sliding = {} if window is None else {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
-    folder = make_target(tmp_path / "target", "qwen2", kv_heads=2, layers=3, **sliding)
+    sizes = {"num_hidden_layers": 3, "initializer_range": 0.02}
+    folder = make_row(tmp_path / "target", row_named("mistral"), sliding_window=window, **sizes)
     ids = torch.randint(3, 60, (2, 90))
     calls = []
     monkeypatch.setattr(cpu_attention, "causal_attention", lambda *values: calls.append(1) or causal_attention(*values))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "eagle"
-STAGES = ("target", "data", "store", "drafts", "generate", "train", "decode", "vllm")
+STAGES = ("target", "data", "store", "drafts", "generate", "train", "decode", "vllm", "regenerate")
 COMMANDS = ("evaluate", "console")
 
 

@@ -237,8 +237,8 @@ REFUSED: dict[str, tuple[dict, Callable[[], Tensors], str]] = {
         PLAIN, lambda: draft() | d2t() | {"midlayer.self_attn.q_norm.weight": torch.ones(8)}, "norms of queries and key"
     ),
     "Qwen3's config": (
-        PLAIN | {"architectures": ["Eagle3Qwen3ForCausalLM"], "model_type": "qwen3"},
-        lambda: draft() | d2t(), "Eagle3Qwen3ForCausalLM' is not supported",
+        PLAIN | {"architectures": ["Eagle3Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 8},
+        lambda: draft() | d2t(), "its model_type is 'qwen3', and an EAGLE-3 draft is a Llama layer here",
     ),
     "quantized": (PLAIN, lambda: draft() | d2t() | {"fc.weight_scale": torch.ones(1)}, "has quantized weights"),
     "a trained fc.bias": (PLAIN, lambda: draft() | d2t() | {"fc.bias": torch.ones(H)}, "has a trained fc.bias"),

@@ -50,7 +50,10 @@ def served(patch: pytest.MonkeyPatch, serves: Mapping[str, str]) -> None:
 def test_every_family_is_served_as_its_entry_says(family: str, oracle: Oracle) -> None:
     target = dataclasses.replace(load_config(oracle.target), family=family)
     for draft in DRAFT_FAMILIES.values():
-        assert serving_of(target, draft) == Serving(TARGET_FAMILIES[family].serves[draft.method])
+        found = serving_of(target, draft)
+        assert (found.model_impl, found.least_context) == (TARGET_FAMILIES[family].serves[draft.method], 0)
+    warned = " ".join(serving_of(target, DRAFT_FAMILIES["eagle1"]).reasons())
+    assert ("No `--model-impl transformers`" in warned) == (family == "gemma3_text")
 
 
 def test_a_draft_that_no_vllm_serves_is_refused_before_anything_is_written(

@@ -12,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eagle.decode.drafter import DynamicDrafter, StaticDrafter
+from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.generate import SpeculativeDecoder, generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.tree import EAGLE1_PATHS, chain_paths
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.saved import save_draft
 from eagle.errors import RequestError
 from eagle.target.check import check_target
 from eagle.target.config import load_config, parse_config
@@ -25,6 +27,8 @@ from eagle.target.families import TARGET_FAMILIES
 from eagle.target.features import HIDDEN_STATE, aux_name, features_of
 from eagle.target.trunk import expected_tensors, load_trunk, parts_of, trunk_values
 from eagle.target.weights import Weights, read_head, read_norm
+from eagle.train.arguments import read_options
+from eagle.train.draft_choice import draft_config
 from tests.drafts import CPU, RIGGED, RiggedDraft, greedy_by_transformers, random_draft, tiny_target
 from tests.families import ROWS, WINDOW, make_row, row_named
 from tests.unit.config_cases import base
@@ -172,6 +176,9 @@ def test_a_look_alike_is_refused(made, name, tmp_path):
             {"model_type": "granite", **{k: v for k, v in base().items() if k != "model_type"}, "logits_scaling": 0},
             "0;",
         ),
+        (base("mistral_7B") | {"sliding_window": 0}, "sliding_window is 0; expected a number of tokens, or null"),
+        (base("phi_4") | {"sliding_window": "2047"}, "sliding_window is '2047'"),
+        (base("llama_3.1_8B") | {"sliding_window": 4096}, "which transformers does not heed"),
         (base("phi_4") | {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "the rope type 'ntk' is not known"),
     ],
 )
@@ -180,11 +187,14 @@ def test_what_cannot_be_used_is_refused_by_name(raw, said):
         parse_config(raw)
 
 
+@pytest.mark.skipif(not row_named("phi4").is_known_here(), reason="this transformers computes it otherwise")
 def test_the_code_that_phi3_was_released_with_is_no_matter(made, tmp_path):
     folder = tmp_path / "released"
     shutil.copytree(made("phi4"), folder)
     raw = json.loads((folder / "config.json").read_text())
-    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    repository = "microsoft/Phi-3-mini-4k-instruct--"  # as transformers saves a fine-tuned one
+    code = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    code["AutoModelForCausalLM"] = f"{repository}modeling_phi3.Phi3ForCausalLM"
     (folder / "config.json").write_text(json.dumps(raw | {"auto_map": code}))
     assert check_target(folder, "--model_name").config == load_config(made("phi4"))
     assert type(load_trunk(folder, torch.float32, CPU)).__module__.startswith("transformers.")
@@ -240,6 +250,49 @@ def test_the_draft_of_a_target_with_a_window_is_limited_alike():
     assert parse_config(base("gemma_3_1B")).window is None  # of some layers only
 
 
+def test_the_embeddings_are_no_auxiliary_feature_where_vllm_does_not_hand_them_over():
+    for name, is_refused in (("gemma_3_1B", True), ("qwen3_8B", False)):
+        target, choices = parse_config(base(name)), DraftChoices(aux_layers=(0, 4, 9))
+        if is_refused:
+            with pytest.raises(RequestError, match="does not hand over the input of layer 0"):
+                DRAFT_FAMILIES["eagle3"].config(target, None, choices)
+        else:
+            assert DRAFT_FAMILIES["eagle3"].config(target, None, choices).extra
+
+
+@pytest.mark.skipif(not row_named("mistral").is_known_here(), reason="this transformers computes it otherwise")
+def test_records_are_cut_to_the_window_unless_told_otherwise(made, tmp_path):
+    folder = made("mistral-window")
+    words = ["--tmpdir", str(tmp_path), "--cpdir", str(tmp_path / "c"), "--basepath", str(folder)]
+    options = read_options(words)
+    assert options.max_len == WINDOW
+    draft_config(options, load_config(folder), {})
+    assert read_options([*words[:-1], str(made("llama"))]).max_len == 2048
+    with pytest.raises(RequestError, match=f"Cut the records to that: --max_len {WINDOW}"):
+        draft_config(read_options([*words, "--max_len", "2048"]), load_config(folder), {})
+
+
+def test_values_that_say_nothing():
+    tied = parse_config(base("gemma_3_1B") | {"tie_word_embeddings": None})
+    assert tied.tie_word_embeddings
+    moe = base("qwen3_30B_A3B")
+    assert parse_config(moe | {"num_experts": None, "num_local_experts": 128}) == parse_config(moe)
+
+
+@pytest.mark.skipif(not row_named("qwen3").is_known_here(), reason="this transformers has none")
+def test_a_draft_that_calls_itself_its_target_is_the_layer_that_its_tensors_are(made, tmp_path):
+    folder = made("qwen3")
+    target = tiny_target(folder)
+    draft = random_draft(target)
+    save_draft(draft, tmp_path / "draft")
+    raw = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(raw))
+    found = load_fitting_draft(tmp_path / "draft", folder, target)
+    assert found.config == target.config.draft()
+    assert torch.equal(found.state_dict()["fc.weight"], draft.state_dict()["fc.weight"])
+
+
+@pytest.mark.skipif(not row_named("qwen3_moe").is_known_here(), reason="this transformers has none")
 def test_experts_are_counted():
     config = parse_config(base("qwen3_30B_A3B"))
     shapes = expected_tensors(config)

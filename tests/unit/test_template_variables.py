@@ -103,7 +103,7 @@ def request(model: Path, data: Path, outdir: Path, **changes: object) -> Generat
 def test_data_generation_is_asked_for_them(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[GenerationRequest] = []
 
-    def stop(request: GenerationRequest) -> None:
+    def stop(request: GenerationRequest, **_: object) -> None:
         asked.append(request)
         raise RequestError("enough")
 

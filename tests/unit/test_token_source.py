@@ -150,6 +150,33 @@ def test_tokens_that_are_not_text(tmp_path, encoder):
     assert aligned.offsets[-1, 1] == len(aligned.text)
 
 
+def test_several_rows_of_one_conversation(tmp_path, encoder):
+    """Each as a record of its own would be; what is of no use among them is left out, and none may be damaged."""
+    long = {"input_ids": list(range(5, 45)), "loss_mask": [0] * 30 + [1] * 10}
+    short = {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 1]}
+
+    def joined(*rows: dict) -> dict:
+        return {name: [row[name] for row in rows] for name in ("input_ids", "loss_mask")}
+
+    records = written(tmp_path / "d.json", joined(GOOD, long), joined(short, GOOD), joined(long, short), joined(short))
+    tally = Tally()
+    first, second = encode_record(records, 0, encoder, 4096, tally)
+    assert (first.input_ids.tolist(), second.loss_mask.tolist()) == (GOOD["input_ids"], long["loss_mask"])
+    assert len(encode_record(records, 1, encoder, 4096, tally)) == 1 and not tally.repaired
+    (only,) = encode_record(records, 0, encoder, 32, tally)[1:]
+    assert only.input_ids.tolist() == long["input_ids"][:32] and tally.repaired == {"cut_to_max_length": 1}
+    assert len(encode_record(records, 0, encoder, 20, tally)) == 1 and tally.repaired == {"cut_to_max_length": 2}
+    for index, reason in ((2, "reply_beyond_max_length"), (3, "reply_too_short")):
+        with pytest.raises(Dropped) as dropped:
+            encode_record(records, index, encoder, 20, Tally())
+        assert dropped.value.reason == reason
+    assert [len(row.input_ids) for row in align_record(records, 0, encoder)] == [len(GOOD["input_ids"]), 40]
+    for rows, masks in (([[5, 6], 7], [[0, 1], 1]), ([[5, 6]], [[0, 1], [1]]), ([[5, 6]], [[0]]), ([[5, 6]], [0])):
+        with pytest.raises(Dropped) as dropped:
+            encode_record(written(tmp_path / "b.json", {"input_ids": rows, "loss_mask": masks}), 0, encoder, 9, Tally())
+        assert dropped.value.reason == "bad_tokens"
+
+
 def test_the_viewer(tmp_path, model, capsys):
     bad = {**GOOD, "loss_mask": []}
     written(tmp_path / "d.json", GOOD, bad, {**GOOD, "loss_mask": [0, 0, 0, 0, 1, 1]})

@@ -31,7 +31,7 @@ def draft_config_for(target: ModelConfig, configpath: str | Path | None) -> Mode
     free = {"dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
     free |= {"tie_word_embeddings", "max_position_embeddings", "rms_norm_eps"}
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in free]
-    if wrong := given.differences(derived, fields):
+    if wrong := given.draft().differences(derived, fields):
         raise RequestError(
             f"--configpath {configpath} does not fit the base model: {'; '.join(wrong)}. Use the base model's "
             "own config.json with num_hidden_layers set to 1, or leave --configpath out."

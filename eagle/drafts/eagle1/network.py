@@ -42,7 +42,7 @@ class DraftLayer(nn.Module):
 
 
 class Eagle1Network(DraftNetwork):
-    """The EAGLE-1 draft of a Llama or Qwen2 target.
+    """The EAGLE-1 draft of any target: a Llama layer, with the biases of Qwen2 where its config has them.
 
     embedding: the target's ``[V, H]``, kept frozen and in its own dtype. fc_bias: only for published drafts that
     carry one.

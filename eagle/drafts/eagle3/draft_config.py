@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from eagle.drafts.choices import DraftChoices
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.families import LLAMA
+from eagle.target.families import LLAMA, TARGET_FAMILIES
 from eagle.target.features import aux_name
 
 #: Keys of config.json, as vLLM and SGLang read them.
@@ -59,6 +59,16 @@ def check_aux_layers(chosen: tuple[int, ...], layers: int, flag: str = "--aux_la
     return chosen
 
 
+def check_handed_over(layers: Sequence[int], target: ModelConfig, flag: str) -> None:
+    """Raises: RequestError for a layer whose input vLLM does not hand over to a draft of that target."""
+    family = TARGET_FAMILIES[target.family]
+    if layers[0] < family.first_aux_layer:
+        raise RequestError(
+            f"{flag} {','.join(map(str, layers))}: vLLM does not hand over the input of layer {layers[0]} of "
+            f"{family.describes} models. Name layers from {family.first_aux_layer} on."
+        )
+
+
 def aux_feature(config: ModelConfig) -> str:
     """The name of the features that a draft of this config reads."""
     return aux_name(config.extra[AUX_LAYERS])
@@ -75,7 +85,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     given = load_config(configpath, CONFIG_KEYS) if configpath else None
     shape, extra = given or target, given.extra if given else {}
     if given is not None:
-        wrong = given.differences(target.draft(), ("hidden_size", "vocab_size", "hidden_act"))
+        wrong = given.draft().differences(target.draft(), ("hidden_size", "vocab_size", "hidden_act"))
         if given.num_hidden_layers != 1:
             wrong.append(f"num_hidden_layers is {given.num_hidden_layers}, a draft has 1")
         wrong += [f"{name} is said, which is not read here" for name in VARIANTS if extra.get(name)]
@@ -94,6 +104,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     layers = choices.aux_layers or said or choices.held_layers or default_aux_layers(count)
     flag = f"{configpath}: {AUX_LAYERS}" if said else "--aux_layers"
     layers = check_aux_layers(tuple(layers), count, flag)
+    check_handed_over(layers, target, flag)
     size, flag = choices.draft_vocab_size, "--draft_vocab_size"
     if size is None and extra.get(DRAFT_VOCAB) is not None:
         size, flag = extra[DRAFT_VOCAB], f"{configpath}: {DRAFT_VOCAB}"

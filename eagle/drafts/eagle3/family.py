@@ -19,6 +19,7 @@ from eagle.drafts.eagle3.draft_config import (
     CONFIG_KEYS,
     DRAFT_VOCAB,
     aux_feature,
+    check_handed_over,
     completed_config,
     draft_config_for,
 )
@@ -85,7 +86,9 @@ class Eagle3(DraftFamily):
             max_position_embeddings=target.max_position_embeddings,
             tie_word_embeddings=False,
         )
-        return completed_config(layer, tensors, target.num_hidden_layers)
+        config = completed_config(layer, tensors, target.num_hidden_layers)
+        check_handed_over(config.extra[AUX_LAYERS], target, f"the draft's {AUX_LAYERS}")
+        return config
 
     def completed(
         self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], target: ModelConfig | None

@@ -1,0 +1,206 @@
+"""What answers: requests and their tries, a server's words, an engine of our own, our own decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle.decode.generate import generate_alone
+from eagle.decode.sampling import Sampling
+from eagle.decode.target import load_target
+from eagle.errors import WorkError
+from eagle.regenerate.dialogue import FROM_TEXT
+from eagle.regenerate.journal import FILTERED, LENGTH, STOP
+from eagle.regenerate.own import OwnTarget
+from eagle.regenerate.own_server import own_server, vllm_python
+from eagle.regenerate.request import RegenerateRequest
+from eagle.regenerate.served import Question, ServedTarget
+from eagle.regenerate.transport import Address, Failed, Servers
+from eagle.vllm.engine import EngineError
+from tests.serving import FakeServer, Fault, runs, write_stand_in
+from tests.tiny import make_target
+from tests.unit.test_regenerate_parts import KEEPS, encoder_with
+
+
+def servers(*urls: str, retries: int = 3, timeout: float = 5.0) -> Servers:
+    return Servers([Address(url) for url in urls], timeout, retries, first_wait=0.01)
+
+
+BODY = {"model": "target", "prompt": [5, 6], "max_tokens": 9}
+
+
+def test_retry_after_is_heeded_as_seconds_and_as_a_date():
+    encoder = encoder_with(KEEPS)
+    for as_date in (False, True):
+        value = formatdate(time.time() + 2, usegmt=True) if as_date else "1"  # a date has whole seconds
+        fault = Fault(429, {"error": "slow"}, {"Retry-After": value})
+        with FakeServer(encoder, fault=lambda number, body, fault=fault: None if number else fault) as server:
+            began = time.monotonic()
+            asked = servers(server.url)
+            assert asked.call("/completions", BODY)["choices"]
+            assert 0.9 < time.monotonic() - began < 4 and asked.retried == {"429": 1}
+
+
+def test_a_slow_server_is_asked_again_and_a_dead_one_given_up():
+    encoder = encoder_with(KEEPS)
+    with FakeServer(encoder, seconds=0.4) as server:
+        asked = servers(server.url, timeout=0.1, retries=1)
+        with pytest.raises(WorkError, match=r"no answer within 0.1 s .*\(2 tries"):
+            asked.call("/completions", BODY)
+        assert asked.retried == {"timeout": 1}
+    with pytest.raises(WorkError, match="Connection refused"):
+        servers(server.url, retries=1).call("/models")
+
+
+def test_tries_come_ever_later_and_never_at_the_same_moment():
+    asked, waits = servers("http://h/v1"), []
+    asked.first_wait = 1.0
+    asked.stop.wait = waits.append  # type: ignore[method-assign, assignment]
+    for tries in (1, 2, 3, 4, 9):
+        asked._wait(asked.addresses[0], "500", tries, None, is_named=True)
+    assert all(0.5 * most <= wait <= most for wait, most in zip(waits, (1, 2, 4, 8, 60), strict=True))
+    assert len(set(waits)) == 5
+
+
+def test_one_that_fails_while_others_are_answered_fails_alone():
+    encoder = encoder_with(KEEPS)
+    with FakeServer(encoder, fault=lambda n, body: Fault(500, "bad") if body["prompt"] == [7] else None) as server:
+        asked, over = servers(server.url), threading.Event()
+
+        def others() -> None:
+            while not over.is_set():
+                asked.call("/completions", BODY)
+
+        thread = threading.Thread(target=others)
+        thread.start()
+        try:
+            with pytest.raises(Failed, match="500: bad"):
+                asked.call("/completions", {**BODY, "prompt": [7]})
+        finally:
+            over.set()
+            thread.join()
+
+
+def test_where_one_of_two_rests_the_other_is_asked():
+    asked = servers("http://127.0.0.1:9/v1", "http://h/v1")
+    asked.addresses[0].rests_until = time.monotonic() + 60
+    assert {asked._choose(None).url for _ in range(5)} == {"http://h/v1"}
+    asked.addresses[0].rests_until = 0.0
+    assert asked._choose(None).url == "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "expected"),
+    [
+        ({"content": "yes"}, "stop", (STOP, "yes")),
+        ({"content": "yes", "reasoning_content": "hm"}, "stop", (STOP, "<think>\nhm\n</think>\n\nyes")),
+        ({"content": "<think>hm</think>yes", "reasoning": "hm"}, "stop", (STOP, "<think>hm</think>yes")),
+        ({"content": None}, "stop", (STOP, "")),
+        ({"content": "ye"}, "length", (LENGTH, "ye")),
+        ({"content": "half \ud83d"}, "stop", (STOP, "half \ufffd")),
+        ({"content": "no"}, "content_filter", (FILTERED, "no")),
+        ({"content": "", "refusal": "I will not"}, "stop", (FILTERED, "")),
+    ],
+)
+def test_what_a_server_says_in_words(message, finish, expected):
+    served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 100, Sampling(), [], {})
+    said = served._read({"choices": [{"message": message, "finish_reason": finish}], "usage": None}, [])
+    assert (said.finish, said.text) == expected and said.ids is None
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A vLLM in name only, on the path of child processes; the file it writes when it is up."""
+    for name, value in write_stand_in(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "says"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
+def test_an_engine_of_our_own_ends_with_the_job(stand_in, target, tmp_path):
+    (tmp_path / "d.json").write_text("[]")
+    given = {"engine_python": Path(sys.executable), "dtype": "bf16", "concurrency": 7}
+    asked = RegenerateRequest(
+        target, tmp_path / "d.json", tmp_path / "o.json", engine_args="--seed 3 --x '4 5'", **given
+    )
+    python = vllm_python(asked)
+    assert python == Path(sys.executable).absolute()
+    with pytest.raises(KeyError), own_server(asked, encoder_with(KEEPS), python) as address:
+        assert address.call("/models", None, 5)[0] == 200
+        address.check()
+        said = stand_in.read_text().split()
+        assert said[-6:] == ["bfloat16", "--seed", "3", "--x", "4", "5"] and "7" in said and runs(int(said[1]))
+        raise KeyError
+    assert not runs(int(said[1]))
+    wrong = dataclasses.replace(asked, engine_args="--max-model-len 1")
+    with pytest.raises(EngineError, match=r"ended by itself.*\n.*ValueError: too short for anything"):
+        own_server(wrong, encoder_with(KEEPS), python).__enter__()
+    with own_server(asked, encoder_with(KEEPS), python) as address:  # one that dies while it is asked
+        os.kill(int(stand_in.read_text().split()[1]), signal.SIGKILL)
+        with pytest.raises(EngineError, match="exit code -9"):
+            Servers([address], 5.0, 8, first_wait=0.05).call("/completions", BODY)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("own") / "target", "qwen2", hidden=16, layers=2)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (3, 17, 9, 30, 4)]
+
+
+def own(target: Path, sampling: Sampling, stop: list[int]) -> OwnTarget:
+    return OwnTarget(target, torch.float32, torch.device("cpu"), 8, 4096, sampling, stop)
+
+
+def test_our_own_batches_say_what_the_target_says_by_itself(target):
+    alone = load_target(target, torch.float32, torch.device("cpu"))
+    plain = [generate_alone(alone, prompt, 12, Sampling()).tokens for prompt in prompts()]
+    stop = [plain[0][3], plain[1][7]]
+    engine = own(target, Sampling(), stop)
+    said = engine.decode([Question([], prompt, 12 - at, 0) for at, prompt in enumerate(prompts())])
+    for at, (prompt, reply) in enumerate(zip(prompts(), said, strict=True)):
+        expected = generate_alone(alone, prompt, 12 - at, Sampling(), stop).tokens
+        assert reply.ids == expected
+        assert reply.finish == (STOP if expected[-1] in stop else LENGTH)
+    assert {reply.finish for reply in said} == {STOP, LENGTH}
+    engine.stop()
+
+
+def test_a_sampled_reply_depends_on_its_own_seed_alone(target):
+    engine = own(target, Sampling(temperature=1.0, top_k=50, top_p=0.9), [])
+    questions = [Question([], prompt, 8, seed) for seed, prompt in enumerate(prompts())]
+    together = [said.ids for said in engine.decode(questions)]
+    apart = [engine.decode([question])[0].ids for question in questions]
+    assert together == apart
+    assert engine.decode([dataclasses.replace(questions[0], seed=99)])[0].ids != apart[0]
+    engine.stop()
+
+
+def test_those_that_ask_at_the_same_time_are_decoded_together(target, monkeypatch):
+    engine, sizes = own(target, Sampling(), []), []
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda questions: sizes.append(len(questions)) or decode(questions))
+    found: dict[int, object] = {}
+
+    def ask(number: int, prompt: list[int]) -> None:
+        found[number] = engine.ask(Question([], prompt, 3, 0))
+
+    threads = [threading.Thread(target=ask, args=entry) for entry in enumerate(prompts())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 5 and max(sizes) > 1
+    engine.stop()
