@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from eagle.data import mixture
 from eagle.data.cleaning import Dropped, Tally
 from eagle.data.record_file import Records
 from eagle.data.sharegpt.formats import record_id
@@ -40,8 +39,8 @@ class Conversations:
 def choose(records: Records, end_num: int | None, seed: int) -> Conversations:
     """The conversations that step 3 would choose with that seed and number; what cannot be asked is counted."""
     found, seen = Conversations(records), set[bytes]()
-    order = np.random.RandomState(seed).permutation(len(records))  # as `eagle.generate.dealing.node_share`
-    for index in sorted(order[:end_num].tolist()):
+    order = mixture.choose(seed, [len(records)], end_num or len(records))
+    for index in sorted(order.tolist()):
         try:
             dialogue = read_dialogue(records[index], found.tally)
         except Dropped as dropped:

@@ -41,11 +41,7 @@ def vllm_python(request: RegenerateRequest) -> Path | None:
     if request.engine_python is not None:
         python = request.engine_python
         # Not resolved: a virtual environment's interpreter is known by where its link lies.
-        words = [
-            str(python.absolute()),
-            "-c",
-            "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)",
-        ]
+        words = [str(python.absolute()), "-c", _HAS_VLLM]
         try:
             code = subprocess.run(words, capture_output=True, timeout=120, check=False).returncode
         except (OSError, subprocess.SubprocessError) as error:

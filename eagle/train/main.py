@@ -160,10 +160,10 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     if not saved and draft.ids is not None:
         covered = coverage(counts(), draft.ids.cpu().numpy())
         notes.append(covered.describe())
-    if options.max_len == target.window:
-        notes.append(f"records are cut to {target.window} tokens: the base model, and so its draft, attends to no more")
         if accelerator.is_main_process:
             warn_of_coverage(covered, options)
+    if options.max_len == target.window:
+        notes.append(f"records are cut to {target.window} tokens: the base model, and so its draft, attends to no more")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
     run_identity = {

@@ -46,7 +46,7 @@ def _targets(world: Path) -> None:
     make_target(world / "twin", tied=True, seed=9)  # llama's sizes, other weights
     make_target(world / "wide", hidden=64)
     for name, changes in (
-        ("mistral", {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}),
+        ("falcon", {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}),
         ("quantized", {"quantization_config": {"quant_method": "gptq"}}),
         ("resized", {"hidden_size": 64}),
     ):
@@ -114,7 +114,7 @@ ROWS = [
     (allocation, {"--model_name": "@text.txt"}, ["--model_name", "text.txt is not a folder"]),
     (allocation, {"--model_name": None}, ["required: --model_name"]),
     (allocation, {"--model_name": "@empty"}, ["config.json: no such file", "Hugging Face model folder"]),
-    (allocation, {"--model_name": "@mistral"}, ["'MistralForCausalLM' is not supported", "Llama", "Qwen2"]),
+    (allocation, {"--model_name": "@falcon"}, ["'FalconForCausalLM' is not supported", "Llama", "Qwen2"]),
     (allocation, {"--model_name": "@quantized"}, ["quantized model (gptq)", "unquantized"]),
     (allocation, {"--model_name": "@no_weights"}, ["no weights found", "model.safetensors"]),
     (allocation, {"--model_name": "@half_fetched"}, ["model-00002", "Fetch the model again"]),
@@ -177,7 +177,7 @@ ROWS = [
     (train, {"--tmpdir": "@interrupted"}, ["resharding was interrupted here", "Nothing is lost"]),
     (train, {"--tmpdir": "@two_copies"}, ["more than once", "Keep one copy"]),
     (train, {"--basepath": "@nowhere"}, ["--basepath", "nowhere: no such file or folder"]),
-    (train, {"--basepath": "@mistral"}, ["'MistralForCausalLM' is not supported"]),
+    (train, {"--basepath": "@falcon"}, ["'FalconForCausalLM' is not supported"]),
     (train, {"--basepath": "@no_weights"}, ["--basepath", "no weights found"]),
     (train, {"--basepath": "@twin"}, ["holds features of", "--basepath", "twin is another model", "allocation.py"]),
     (train, {"--basepath": "@qwen", "--configpath": None}, ["qwen is another model"]),
@@ -199,7 +199,7 @@ ROWS = [
     (train, {"--vloss_weight": 0, "--ploss_weight": 0}, ["nothing would be trained"]),
     (convert, {"--base-path": "@nowhere"}, ["--base-path", "nowhere: no such file or folder"]),
     (convert, {"--base-path": "@text.txt"}, ["--base-path", "is not a folder"]),
-    (convert, {"--base-path": "@mistral"}, ["'MistralForCausalLM' is not supported"]),
+    (convert, {"--base-path": "@falcon"}, ["'FalconForCausalLM' is not supported"]),
     (convert, {"--base-path": "@no_weights"}, ["--base-path", "no weights found"]),
     (convert, {"--base-path": "@cut_off", "--layout": "v0"}, ["not a whole safetensors file"]),
     (convert, {"--base-path": "@wide"}, ["--draft-path", "[424, 32]", "[424, 64]", "trained for another model"]),

@@ -35,6 +35,7 @@ def test_the_output_is_the_targets_own_and_every_position_is_accepted(tmp_path: 
     assert all(rate > 0 for rate in report["accepted_per_position"])
 
 
+@pytest.mark.long
 def test_the_models_own_dtype_is_accepted_as_well(tmp_path: Path) -> None:
     """Rounding in bfloat16 may change the output when several tokens are verified at once: only τ is looked at."""
     report = verify(tmp_path, "bfloat16", 3)

@@ -529,7 +529,8 @@ def test_a_padding_token_without_a_row_costs_only_who_spells_it_out(
     spelled = {"conversations": [{"from": "human", "value": "what is <pad>?"}, {"from": "gpt", "value": "A token."}]}
     data = write_sharegpt(tmp_path / "data.json", [*RECORDS, spelled])
     main, words = requests(good, base, tmp_path / "new")["allocation"]
-    answer = ask(main, capsys, *words, "--data_path", data)
+    at = words.index("--data_path") + 1
+    answer = ask(main, capsys, *words[:at], data, *words[at + 1 :])
     assert answer.code == 0, answer.err
     assert "the embedding has no row for <pad>" in answer.out
     assert "dropped       1  a token in it has no row in the base model's embedding" in answer.out
