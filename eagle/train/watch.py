@@ -156,7 +156,8 @@ class Watch:
         self._leaving = True
         self._wake.set()
         self._threads[0].join(LOST_AFTER * TICK)
-        self._stop()
+        self._closed = True
+        self._restore()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process ends by `error`; returns when they know, or after `GRACE` seconds.
@@ -172,17 +173,15 @@ class Watch:
                 self._threads[1].join(4 * GRACE)
         self._main_ends = True
         self.tell(*last_words(error))
-        self._stop()
+        # SIGTERM stays without effect: a launcher sends it as soon as another process has ended, and this one's own
+        # words are still to be said.
+        self._closed = True
 
     def tell(self, code: int, words: str) -> None:
         """Say one's last words, if nobody was first. Returns when all have heard, or after `GRACE` seconds."""
         self._own = Ending(self.rank, self.host, code, words)
         self._wake.set()
         self._heard.wait(GRACE)
-
-    def _stop(self) -> None:
-        self._closed = True
-        self._restore()
 
     def _beat(self) -> None:
         """The one thread that uses the store."""
@@ -274,7 +273,9 @@ class Watch:
         return self.ended is not None and (self.ended.rank != self.rank or self.ended.lost)
 
     def _end(self, own: Ending) -> None:
-        """By a signal. What ended another one first, and so this one, is the better reason."""
+        """By a signal. What ended another one first, and so this one, is the better reason; its own error the best."""
+        if self._main_ends:
+            self._wait_for_main(GRACE)
         self.tell(own.code, own.words)
         self._report(self.ended or own)
         self._exit(own.code)

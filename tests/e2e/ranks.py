@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -103,6 +104,7 @@ def _train(
         step(self, number, *rest)  # type: ignore[arg-type]
         if number == dies_at:
             os.kill(os.getpid(), by)
+            time.sleep(PATIENCE)  # as in a collective: the run must not be done before the signal is seen
 
     RunLog.step = last_step  # type: ignore[method-assign]
     main.leave(run(lambda: main.main(words)))

@@ -116,3 +116,17 @@ def test_who_knows_why_has_the_last_words(group):
     for watch in watches:
         assert watch.ended and (watch.ended.rank, watch.ended.words) == (1, "the reason")
     assert [watch.exits for watch in watches] == [[2], [], [2]]
+
+
+def test_a_launchers_sigterm_does_not_take_the_last_words_from_who_is_saying_them(group, monkeypatch):
+    """It sends that as soon as another process has ended by the same error."""
+    monkeypatch.setattr(watch_module, "GRACE", 2.0)
+    watches = group(2, Store())
+    for watch in watches:
+        watch.start()
+    failing = threading.Thread(target=watches[0].fail, args=(RequestError("the reason"),))
+    failing.start()
+    watches[0]._signalled.send(bytes([signal.SIGTERM]))
+    failing.join()
+    time.sleep(0.1)  # several ticks: the main thread is writing
+    assert watches[0].exits == []
