@@ -6,8 +6,11 @@ The parent (`eagle.generate.launch`) resolves the request once and writes it to 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from eagle import device
 from eagle.data.cleaning import Tally
@@ -22,8 +25,10 @@ from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
+from eagle.generate.engine_check import check_engine_family, vllm_of
 from eagle.generate.progress import finished
 from eagle.generate.request import GenerationRequest
+from eagle.generate.sources import DEFAULT_SOURCE
 from eagle.provenance import provenance
 from eagle.store.manifest import MANIFEST, check_no_reshard, read_manifest
 from eagle.store.shard import FORMAT_VERSION
@@ -87,6 +92,11 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     check_computes(parse_dtype(request.dtype), kind)
     device.check_indices(kind, request.npu_indices)
     should_compile(request.compile, kind, 0)  # refuses what its workers would have to
+    engine = {}
+    if request.is_engine:
+        check_engine_family(config)
+        version = vllm_of(request.engine_python or Path(sys.executable), request.engine)
+        engine = {"engine": {request.feature_source: version, **dataclasses.asdict(request.engine)}}
     data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
     began = began_with(request)
     date = datetime.date.fromisoformat(began["date"]) if began and "date" in began else None
@@ -133,9 +143,11 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "store_dtype": request.store_dtype,
             "num_nodes": request.num_nodes,
             "node_rank": request.node_rank,
+            **({"feature_source": request.feature_source} if request.feature_source != DEFAULT_SOURCE else {}),
             "length_block": LENGTH_BLOCK,
             **({"shares": data.shares} if data.shares else {}),
         },
+        **engine,
         "complete": False,
         "made_by": provenance(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from eagle import device
+from eagle import device, engines
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.generate.dealing import has_shards
@@ -32,6 +33,7 @@ class WorkerProcess:
         self.progress = {"records": 0, "tokens": 0}
         self.starting: dict[str, int] | None = None
         self.is_hopeless = False
+        self.is_engine = job.request.is_engine
         folder = job.request.folder / str(number)
         folder.mkdir(exist_ok=True)
         self.log = folder / LOG
@@ -77,8 +79,10 @@ class WorkerProcess:
         """The last so many lines of what it had to say, of a worker that has ended."""
         self._listener.join(GRACE_SECONDS)  # to the end of its stdout
         # What an earlier run left in the log is not what this one died of.
-        lines = self.log.read_bytes()[self._log_start :].decode("utf-8", "replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-count:]) or "    (it said nothing)"
+        log = self.log.read_bytes()[self._log_start :].decode("utf-8", "replace")
+        if self.is_engine:  # whose logs are long, and end with what everything else then died of
+            return engines.last_words(log)
+        return "\n".join(f"    {line}" for line in log.splitlines()[-count:]) or "    (it said nothing)"
 
 
 def worker_variables(job: Job, number: int) -> dict[str, str]:
@@ -89,11 +93,15 @@ def worker_variables(job: Job, number: int) -> dict[str, str]:
 def worker_command(job: Job, number: int, folder: Path | None = None) -> list[str]:
     """The command line of worker `number`; its cards come by environment variable. folder: another than the job's."""
     folder = (folder or job.request.folder).resolve()
-    command = [sys.executable, "-m", "eagle.generate.worker", "--outdir", str(folder)]
+    request = job.request
+    python = str(request.engine_python or sys.executable)
+    command = [python, "-m", "eagle.generate.worker", "--outdir", str(folder)]
     command += ["--worker", str(number), "--device", job.kind, "--cards", str(len(job.groups[number]))]
-    if job.request.shard_mb is not None:
-        command += ["--shard_mb", str(job.request.shard_mb)]
-    return [*command, "--compile", job.request.compile]
+    if request.shard_mb is not None:
+        command += ["--shard_mb", str(request.shard_mb)]
+    if request.is_engine:
+        return [*command, "--engine", json.dumps(dataclasses.asdict(request.engine))]
+    return [*command, "--compile", request.compile]
 
 
 def run_workers(job: Job, tokens: int, lock: int) -> None:

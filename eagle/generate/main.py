@@ -21,7 +21,8 @@ from eagle.generate.dealing import begin, is_done
 from eagle.generate.job import Job, check_outdir, encode_job, finish, mixture, resolve
 from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan, sized
-from eagle.generate.request import COMPILE_MODES, GenerationRequest, parse_indices
+from eagle.generate.request import COMPILE_MODES, GenerationRequest, parse_engine_args, parse_indices
+from eagle.generate.sources import DEFAULT_SOURCE, FEATURE_SOURCES
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.target.families import TARGET_FAMILIES
 from eagle.text import visible
@@ -109,6 +110,33 @@ def make_parser() -> argparse.ArgumentParser:
         help="torch.compile the model; auto: on GPUs, where the job is long enough to pay for it; on takes the place "
         "of a CPU's own pass, which is mostly faster, and NPUs have no backend for it",
     )
+    parser.add_argument(
+        "--feature_source",
+        choices=FEATURE_SOURCES,
+        default=DEFAULT_SOURCE,
+        help="what computes the features: transformers here, or an engine of vLLM for every worker",
+    )
+    parser.add_argument(
+        "--engine_python",
+        type=Path,
+        help="with --feature_source vllm: the python of the environment that has vLLM (default: this one)",
+    )
+    parser.add_argument(
+        "--tensor_parallel_size",
+        type=int,
+        help="with --feature_source vllm: cards that share every layer (default: --used_npus, by the stages)",
+    )
+    parser.add_argument(
+        "--pipeline_parallel_size",
+        type=int,
+        default=1,
+        help="with --feature_source vllm: stages of layers, each on cards of its own",
+    )
+    parser.add_argument(
+        "--engine_args",
+        metavar="JSON",
+        help="""with --feature_source vllm: more options of vllm.LLM, e.g. '{"gpu_memory_utilization": 0.8}'""",
+    )
     parser.add_argument("--num_nodes", type=int, default=1, help="machines that share the job; each runs this command")
     parser.add_argument("--node_rank", type=int, default=0, help="which of them this is; it writes OUTDIR/node-<rank>/")
     parser.add_argument(
@@ -125,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {name: value for name, value in vars(args).items() if name != "dry_run"}
     options |= {"npu_indices": parse_indices(args.npu_indices), "aux_layers": parse_layers(args.aux_layers)}
     options["data_path"] = as_data_path(args.data_path)
+    options["engine_args"] = parse_engine_args(args.engine_args)
     options["chat_template_kwargs"] = parse_kwargs(args.chat_template_kwargs)
     request = GenerationRequest(**options)
     if os.environ.get("EAGLE_TARIN_MODE"):

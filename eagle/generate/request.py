@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,20 @@ from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
+from eagle.generate.engine_check import check_engine_args
+from eagle.generate.source_options import EngineOptions
+from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, FEATURE_SOURCES
 from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.target.families import TARGET_FAMILIES
 
 COMPILE_MODES = ("auto", "on", "off")
+#: The options that an engine has, and what they are where none is started.
+_OF_AN_ENGINE = {
+    "engine_python": None,
+    "tensor_parallel_size": None,
+    "pipeline_parallel_size": 1,
+    "engine_args": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,11 @@ class GenerationRequest:
     compile: str = "auto"
     draft: str = DEFAULT_DRAFT
     aux_layers: tuple[int, ...] | None = None
+    feature_source: str = DEFAULT_SOURCE
+    engine_python: Path | None = None
+    tensor_parallel_size: int | None = None
+    pipeline_parallel_size: int = 1
+    engine_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.end_num is not None and self.end_num < 1:
@@ -70,7 +86,47 @@ class GenerationRequest:
                 "cards is not compiled. Leave --compile out, or give each worker one card."
             )
         read_weights(self.data_path)
+        if self.feature_source not in FEATURE_SOURCES:
+            raise RequestError(f"--feature_source {self.feature_source}: expected one of {', '.join(FEATURE_SOURCES)}.")
         self.card_groups()
+        if self.is_engine:
+            self._check_engine()
+        else:
+            for name, default in _OF_AN_ENGINE.items():
+                if getattr(self, name) != default:
+                    raise RequestError(
+                        f"--{name} is about an engine, and --feature_source {self.feature_source} starts none. Add "
+                        "--feature_source vllm, or leave it out."
+                    )
+
+    def _check_engine(self) -> None:
+        if self.compile == "on":
+            raise RequestError(
+                "--compile on: with --feature_source vllm the engine decides what is compiled. Leave it out; "
+                """--engine_args '{"enforce_eager": false}' has vLLM compile."""
+            )
+        check_engine_args(self.engine_args or {})
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value}: expected how many, 1 or more.")
+        if self.engine.cards != self.used_npus:
+            raise RequestError(
+                f"--tensor_parallel_size {self.engine.tensor_parallel_size} x --pipeline_parallel_size "
+                f"{self.engine.pipeline_parallel_size} take {self.engine.cards} cards, and --used_npus "
+                f"{self.used_npus} gives each worker's engine {self.used_npus}. Use --used_npus {self.engine.cards}, "
+                "or other sizes."
+            )
+
+    @property
+    def is_engine(self) -> bool:
+        return self.feature_source in ENGINES
+
+    @property
+    def engine(self) -> EngineOptions:
+        """Of each worker: all its cards share every layer, where nothing else is said."""
+        tensor = self.tensor_parallel_size or max(1, self.used_npus // self.pipeline_parallel_size)
+        return EngineOptions(tensor, self.pipeline_parallel_size, self.engine_args or {})
 
     @property
     def choices(self) -> DraftChoices:
@@ -114,3 +170,19 @@ def parse_indices(text: str, flag: str = "--npu_indices") -> tuple[Card, ...]:
     if repeated:
         raise RequestError(f'{flag} "{text}" repeats {", ".join(map(str, repeated))}; name each card once.')
     return indices
+
+
+def parse_engine_args(text: str | None) -> dict[str, Any] | None:
+    """Options of an engine by name, from JSON. Raises: RequestError."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise RequestError(
+            f"--engine_args {text!r} is no JSON object ({found}); expected e.g. "
+            """'{"gpu_memory_utilization": 0.8}', in single quotes."""
+        )
+    return found

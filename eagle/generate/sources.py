@@ -1,6 +1,7 @@
 """Feature sources: what turns token sequences into the features of a record.
 
-    trunk    the frozen target's trunk, in this process
+    transformers    the frozen target's trunk, in this process
+    vllm            a vLLM engine (`eagle.generate.vllm_source`)
 
 Chosen by name in `FEATURE_SOURCES`. Workers, and training without a store, use what `FeatureSource` says and no more.
 """
@@ -8,13 +9,12 @@ Chosen by name in `FEATURE_SOURCES`. Workers, and training without a store, use 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from eagle.generate.source_options import FeatureSource, SourceOptions
+from eagle.generate.vllm_source import VllmSource
 from eagle.streams import to_card
 from eagle.target.compiled import LENGTH_STEP, compile_trunk, should_compile
 from eagle.target.config import load_config
@@ -24,32 +24,6 @@ from eagle.target.features import HIDDEN_STATE, aux_layers, check_features, feat
 from eagle.target.packing import pack
 from eagle.target.pipeline import overlap_batches
 from eagle.target.trunk import load_trunk, parts_of
-
-
-class FeatureSource(Protocol):
-    """Computes features by name, ``[B, T, W]`` each, T the longest sequence's length or more.
-
-    What it gives may lie on a device and still be being computed; rows beyond a sequence's own length mean nothing.
-    """
-
-    def features(self, sequences: Sequence[np.ndarray]) -> dict[str, torch.Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class SourceOptions:
-    """What a source computes, and on what.
-
-    model: folder of the target. features: their names. cards: how many of `device`'s kind this process sees. tokens:
-    how many there are to compute in all, for what pays only in a long job. compile: ``--compile``.
-    """
-
-    model: Path
-    dtype: torch.dtype
-    device: torch.device
-    features: tuple[str, ...] = (HIDDEN_STATE,)
-    cards: int = 1
-    compile: str = "off"
-    tokens: int = 0
 
 
 class TrunkSource:
@@ -102,10 +76,16 @@ class TrunkSource:
         return -(-max(map(len, sequences)) // self.step) * self.step
 
 
-FEATURE_SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {"trunk": TrunkSource}
+FEATURE_SOURCES: dict[str, Callable[[SourceOptions], FeatureSource]] = {
+    "transformers": TrunkSource,
+    "vllm": VllmSource,
+}
+
+#: Those that start an engine, which may live in another environment.
+ENGINES = ("vllm",)
 
 #: The source of the documented commands.
-DEFAULT_SOURCE = "trunk"
+DEFAULT_SOURCE = "transformers"
 
 
 def open_source(options: SourceOptions, name: str = DEFAULT_SOURCE) -> FeatureSource:

@@ -38,7 +38,8 @@ from eagle.generate.dealing import dealt, node_share, read_left
 from eagle.generate.fetch import all_finite
 from eagle.generate.progress import Progress, Stretch, finished, missing
 from eagle.generate.request import COMPILE_MODES
-from eagle.generate.sources import FeatureSource, SourceOptions, open_source
+from eagle.generate.source_options import EngineOptions, FeatureSource, SourceOptions
+from eagle.generate.sources import DEFAULT_SOURCE, open_source
 from eagle.store.manifest import DONE, MANIFEST, read_manifest
 from eagle.store.shard import shard_number, shard_paths
 from eagle.store.writer import SHARD_BYTES, ShardWriter
@@ -190,8 +191,10 @@ class Worker:
         check_finite(all_finite(self.compute(batch)), batch, self.share.manifest["dtype"])
 
 
-def source_for(share: Share, kind: str, cards: int, compile_mode: str) -> FeatureSource:
-    """What computes the features that the share's manifest names."""
+def source_for(
+    share: Share, kind: str, cards: int, compile_mode: str, engine: EngineOptions | None = None
+) -> FeatureSource:
+    """What computes the features that the share's manifest names, as it says."""
     options = SourceOptions(
         Path(share.manifest["target"]["name"]),
         parse_dtype(share.manifest["dtype"]),
@@ -200,8 +203,10 @@ def source_for(share: Share, kind: str, cards: int, compile_mode: str) -> Featur
         cards=cards,
         compile=compile_mode,
         tokens=share.tokens_left,
+        longest=max(share.lengths, default=0),
+        engine=engine or EngineOptions(),
     )
-    return open_source(options)
+    return open_source(options, share.manifest["options"].get("feature_source", DEFAULT_SOURCE))
 
 
 def end_with_parent() -> None:
@@ -226,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cards", type=int, default=1, help="cards this process sees (default: 1)")
     parser.add_argument("--shard_mb", type=int, default=SHARD_BYTES >> 20, help="size of a store file (default: 128)")
     parser.add_argument("--compile", choices=COMPILE_MODES, default="auto", help="torch.compile (default: auto)")
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON: how an engine is started")
     parser.add_argument("--probe", type=float, help="only measure the speed, for about so many seconds")
     parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")
     args = parser.parse_args(argv)
@@ -248,7 +254,8 @@ def _main(args: argparse.Namespace) -> int:
     if share.redealt and not share.tokens_left:
         _report(share.held)
         return 0
-    worker = Worker(share, source_for(share, kind, args.cards, args.compile), args.cards)
+    source = source_for(share, kind, args.cards, args.compile, EngineOptions(**args.engine))
+    worker = Worker(share, source, args.cards)
     if args.probe:
         tokens, seconds = worker.probe(args.probe)
         print(json.dumps({"tokens": tokens, "seconds": seconds}))

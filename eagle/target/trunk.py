@@ -17,6 +17,7 @@ from eagle.errors import RequestError
 from eagle.releases import TORCH
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
+from eagle.target.weights import Weights
 from eagle.versions import release
 
 
@@ -144,20 +145,49 @@ def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError
     )
 
 
+def least_context(config: ModelConfig) -> int:
+    """The shortest context to serve that makes an engine compute these features; 0 where all do."""
+    if not has_long_rope(config):
+        return 0
+    assert config.rope_scaling
+    return config.rope_scaling["original_max_position_embeddings"] + 1
+
+
+def load_final_norm(weights: Weights, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The target's own final norm, as transformers computes it, in that dtype: the feature of its last layer's output.
+
+    Raises: KeyError where the weights lack it.
+    """
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(_plain_config(config))
+    family = TARGET_FAMILIES[config.family]
+    norm = trunk.get_submodule(family.trunk_norm)
+    norm.load_state_dict({"weight": weights[family.norm].to(device=device, dtype=dtype)}, assign=True)
+    return norm.requires_grad_(False).eval()
+
+
+def _plain_config(config: ModelConfig) -> Any:
+    """transformers' config without its rope, which has no weights; some compute with what the meta device lacks."""
+    from transformers import AutoConfig
+
+    raw = dataclasses.replace(config, rope_scaling=None).to_json()
+    for key in ("model_type", "rope_theta", "rope_scaling", "rope_parameters"):
+        raw.pop(key)
+    return AutoConfig.for_model(config.family, **raw)
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the target by its name in a weight file, of ``lm_head`` too unless it is tied.
 
     Read off transformers' own module; nothing is allocated.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     check_packages(config.family)
-    # A rope has no weights, and some types compute with what the meta device does not hold.
-    raw = dataclasses.replace(config, rope_scaling=None).to_json()
-    for key in ("model_type", "rope_theta", "rope_scaling", "rope_parameters"):
-        raw.pop(key)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.family, **raw))
+        model = AutoModelForCausalLM.from_config(_plain_config(config))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     family = TARGET_FAMILIES[config.family]
     if config.tie_word_embeddings:

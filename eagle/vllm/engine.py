@@ -9,9 +9,7 @@ that dies takes nobody with it, and its memory is free before the next one start
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,24 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import ROOT, write_json
 from eagle.vllm.serving import AUTO
 
-#: No downloads, no telemetry; the CPU's key-value cache in GiB. What the user has set stays.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
-
 _COUNTER = "vllm:spec_decode_num_"
-# "(EngineCore pid=12) ERROR 01-02 03:04:05 [core.py:67] ValueError: why"
-_LOG_PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:(INFO|WARNING|ERROR|DEBUG) \S+ \S+ \[[^\]]*\]\s?)?")
-_LONGEST_LINE = 240
-_ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt)\b.*")
 
 
 class EngineError(WorkError):
@@ -133,30 +120,6 @@ def run_engine(request: EngineRequest) -> EngineResult:
             with_draft = f" with the draft {request.draft}" if request.draft else " without a draft"
             raise EngineError(f"vLLM did not run{with_draft} (exit code {code}). Its last words:\n{words}")
         return EngineResult(**json.loads(answered.read_text(encoding="utf-8")))
-
-
-def last_words(log: str) -> str:
-    """Why an engine died: the first error in its log, which is the cause of all others, and the last one.
-
-    Of each the line itself and the indented ones that explain it; of a log without an error line the end.
-    """
-    lines: list[str] = []
-    errors: list[int] = []
-    for raw in log.splitlines():
-        prefix = _LOG_PREFIX.match(raw)
-        line = raw[prefix.end() :].rstrip() if prefix else raw.rstrip()
-        if not line:
-            continue
-        # vLLM also logs the tracebacks of things that it can do without, as warnings.
-        if _ERROR_LINE.match(line) and (prefix is None or prefix[1] in (None, "ERROR")):
-            errors.append(len(lines))
-        # It lists every architecture it knows, on one line.
-        lines.append(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ...")
-    shown: list[str] = []
-    for start in dict.fromkeys((errors[0], errors[-1])) if errors else ():
-        explained = itertools.takewhile(lambda line: line.startswith(" "), lines[start + 1 : start + 3])
-        shown += [line for line in (lines[start], *explained) if line not in shown]
-    return "\n".join(f"  {line}" for line in shown or lines[-12:]) or "  (none)"
 
 
 def serve(request: EngineRequest) -> EngineResult:

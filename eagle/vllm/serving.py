@@ -8,7 +8,7 @@ from eagle.drafts.families import check_served
 from eagle.drafts.interface import DraftFamily
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
-from eagle.target.trunk import has_long_rope
+from eagle.target.trunk import least_context
 
 #: vLLM's name for whose code runs the target: its own class where it has one, else transformers'.
 AUTO = "auto"
@@ -63,8 +63,4 @@ def serving_of(target: ModelConfig, family: DraftFamily) -> Serving:
     """
     check_served(family, target)
     model_impl = TARGET_FAMILIES[target.family].serves[family.method]
-    least = 0
-    if has_long_rope(target):
-        assert target.rope_scaling
-        least = target.rope_scaling["original_max_position_embeddings"] + 1
-    return Serving(model_impl, least, TARGET_FAMILIES[target.family].scales_embeddings)
+    return Serving(model_impl, least_context(target), TARGET_FAMILIES[target.family].scales_embeddings)

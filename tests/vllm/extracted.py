@@ -1,0 +1,106 @@
+"""Features out of engines beside those of transformers, for the tests of the feature source.
+
+The child is ``python -m tests.vllm.extracted ASKED.json ANSWERED.json``: one engine after the other in its own process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eagle.errors import WorkError
+from eagle.generate.source_options import EngineOptions, SourceOptions
+from eagle.generate.sources import open_source
+
+CPU = torch.device("cpu")
+#: Of the prompts: ends of a cache block and of a chunk, several chunks, one of a few tokens.
+LENGTHS = (300, 257, 129, 128, 127, 64, 3)
+#: Tokens that the last prompts begin with alike; one of them is there twice.
+SHARED = 140
+
+
+def prompts() -> list[np.ndarray]:
+    drawn = np.random.default_rng(0)
+    found = [drawn.integers(5, 400, length).astype(np.int32) for length in LENGTHS]
+    begin = drawn.integers(5, 400, SHARED)
+    found += [np.concatenate([begin, drawn.integers(5, 400, more)]).astype(np.int32) for more in (1, 30)]
+    return [*found, found[-1].copy()]
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two ``[T, W]``, of the largest value."""
+    if not one.isfinite().all():
+        return float("inf")
+    return float((one.double() - other.double()).abs().max() / other.abs().max())
+
+
+def compare(asked: dict[str, Any]) -> dict[str, float]:
+    """By feature how far the engine's are from transformers', where the dtype is less than float32 in units of how far
+    transformers' are from what it computes in float32.
+    """
+    options = {"model": Path(asked["model"]), "device": CPU, "features": tuple(asked["features"])}
+    dtype, sequences = getattr(torch, asked["dtype"]), prompts()
+    theirs = open_source(SourceOptions(dtype=dtype, **options)).features(sequences)
+    exact = open_source(SourceOptions(dtype=torch.float32, **options)).features(sequences)
+    engine = EngineOptions(**asked["engine"])
+    longest = max(map(len, sequences))
+    source: Any = open_source(SourceOptions(dtype=dtype, engine=engine, longest=longest, **options), "vllm")
+    found: dict[str, float] = {}
+    for _ in range(2):  # the second time in blocks that were used before
+        own = source.features(sequences)
+        for name in options["features"]:
+            for row, sequence in enumerate(sequences):
+                at = (row, slice(len(sequence)))
+                far = distance(own[name][at], exact[name][at])
+                if dtype != torch.float32:
+                    far /= distance(theirs[name][at], exact[name][at])
+                found[name] = max(found.get(name, 0.0), far)
+    if asked.get("leaves_out"):
+        found["left out"] = leave_out(source, sequences)
+    return found
+
+
+def leave_out(source: Any, sequences: list[np.ndarray]) -> float:
+    """Have vLLM keep no states of one position: 1 where that is noticed."""
+    from vllm.model_executor.models import extract_hidden_states
+
+    keep = extract_hidden_states.basic_cache
+
+    def keep_less(states: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        keep(states[1:], cache, slots[1:])
+
+    extract_hidden_states.basic_cache = keep_less
+    try:
+        source.features(sequences)
+    except WorkError as error:
+        return float("left hidden states" in str(error))
+    finally:
+        extract_hidden_states.basic_cache = keep
+    return 0.0
+
+
+def main(argv: list[str]) -> int:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    asked, answered = (Path(argument) for argument in argv)
+    found: dict[str, Any] = {}
+    for name, one in json.loads(asked.read_text(encoding="utf-8")).items():
+        try:
+            found[name] = compare(one)
+        except Exception:
+            found[name] = traceback.format_exc()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    answered.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
