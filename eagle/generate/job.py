@@ -38,7 +38,7 @@ from eagle.target.config import ModelConfig
 from eagle.target.features import aux_layers, describe_feature
 from eagle.target.identity import Identity
 from eagle.target.tokenizer import tokens_without_row
-from eagle.target.trunk import has_long_rope
+from eagle.target.trunk import least_context
 from eagle.target.weights import first_weight_file
 
 
@@ -187,12 +187,11 @@ def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: Mod
             f"the base model attends to the last {config.window} tokens, and vLLM limits its draft alike: training "
             "cuts records to that, so that --max_length can be as small"
         )
-    if has_long_rope(config):
-        assert config.rope_scaling
-        original = config.rope_scaling["original_max_position_embeddings"]
+    if least := least_context(config):
         notes.append(
-            f"longrope: features are computed with its long factors, as vLLM does unless --max-model-len is {original} "
-            "at most. To serve it so, put the short factors in place of the long ones in config.json, here and there"
+            "longrope: features are computed with its long factors, as vLLM does unless --max-model-len is "
+            f"{least - 1} at most. To serve it so, put the short factors in place of the long ones in config.json, "
+            "here and there"
         )
     return notes
 
