@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eagle.store.reader import FeatureStore
 from tests.e2e.commands import command
 from tests.tiny import make_target
 
@@ -138,3 +139,24 @@ def test_where_the_time_goes(store, llama, tmp_path):
     assert command("benchmarks/shares.py", *words).out.count("of the time products of weights") == 2
     for part in json.loads((tmp_path / "found.json").read_text())["shares"].values():
         assert 0 < part["products"] < 1 and abs(part["products"] + sum(part["others"].values()) - 1) < 1e-6
+
+
+@pytest.mark.long
+def test_own_and_original_replies(data, llama, tmp_path):
+    """Both drafts have as many supervised tokens of every conversation, and of the same conversations."""
+    own = tmp_path / "own.jsonl"
+    command("tools/regenerate.py", "--model_name", llama, "--data_path", data, "--end_num", 12, "--max_new_tokens", 6,
+            "--engine", "own", "--dtype", "float32", "--output", own)  # fmt: skip
+    words = ["--basepath", llama, "--data_path", data, "--own", own, "--workdir", tmp_path / "work", "--end_num", 12]
+    few = ["--num_epochs", 1, "--seeds", 1, "--num_prompts", 1, "--max_new_tokens", 4, "--num_draft_tokens", 2]
+    said = command("benchmarks/own_answers.py", *words, *few, "--output", tmp_path / "found.json").out
+    assert "mean τ" in said
+    found = json.loads((tmp_path / "found.json").read_text())
+    pairs = [list(FeatureStore(tmp_path / "work" / f"paired-{arm}")) for arm in ("original", "own")]
+    assert 0 < len(pairs[0]) == len(pairs[1]) == found["held"]["conversations"]
+    for one, other in zip(*pairs, strict=True):
+        assert one.conversation == other.conversation
+        assert 0 < int(one.loss_mask.sum()) == int(other.loss_mask.sum())
+        before = int(one.loss_mask.argmax())
+        assert one.input_ids[:before].tolist() == other.input_ids[:before].tolist()
+    assert any(one.input_ids.tolist() != other.input_ids.tolist() for one, other in zip(*pairs, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.store.reader import FeatureStore
 from eagle.target.config import load_config
 from eagle.train.checkpoint import states
-from tests.e2e.commands import Answer, command, inside
+from tests.e2e.commands import Answer, command, inside, start
 from tests.e2e.killed import train_and_die
 
 #: Sums over a global batch in another order differ in the last bits of float32; three epochs of AdamW, which divides by
@@ -109,6 +110,20 @@ def test_torchrun_starts_as_many_cpu_processes_as_asked(store: Path, llama: Path
     run = options(store, llama, tmp_path / "run", "--num_epochs", 1)
     answer = command("torchrun", "--standalone", "--nproc_per_node", 2, "-m", "eagle.train.main", *run)
     assert "on 2 x cpu" in answer.out
+
+
+@pytest.mark.long
+def test_torchrun_on_two_machines(store: Path, llama: Path, tmp_path: Path) -> None:
+    """As docs/scale.md starts it, both on this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = ["--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    run = ["-m", "eagle.train.main", *options(store, llama, tmp_path / "run", "--num_epochs", 1)]
+    machines = [start("torchrun", "--nnodes", 2, "--node_rank", rank, *place, *run) for rank in range(2)]
+    said = [machine.communicate(timeout=240) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "on 2 x cpu" in said[0][0] and not said[1][0]
 
 
 def test_accelerate_that_starts_one_process_for_two_is_refused(store: Path, llama: Path, tmp_path: Path) -> None:

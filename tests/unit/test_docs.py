@@ -9,6 +9,7 @@ import pytest
 
 from eagle.files import ROOT
 from tests.pages import FENCE, blocks, commands
+from tools import plan_scale
 from tools.write_flags import COMMANDS
 
 DOCS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +27,9 @@ FOREIGN_FLAGS = {
     "--repo-type", "--local-dir",
     "--model-impl", "--max-model-len",
     "--default-chat-template-kwargs",
+    "--nnodes", "--node-rank", "--node_rank", "--master-addr", "--master_addr", "--master_port", "--headless", "--host",
+    "--port", "--distributed-executor-backend", "--pipeline-parallel-size", "--head", "--address",
+    "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--kill-on-bad-exit",
 }  # fmt: skip
 
 _LINK = re.compile(r"\[[^\]\[]*\]\(([^()\s]+)\)")
@@ -77,7 +81,7 @@ def own_command(words: list[str]):
 
 def without_comments(language: str, content: str) -> list[str]:
     """The part of a block that is the same in every language."""
-    separator = r"\s+#.*" if language else r"(?<=\S)\s{2,}.*"
+    separator = r"(?:^|\s+)#.*" if language else r"(?<=\S)\s{2,}.*"
     return [re.sub(separator, "", line).rstrip() for line in content.splitlines()]
 
 
@@ -152,6 +156,16 @@ def test_twins_have_the_same_code_and_the_same_sections(path, twin):
     tables = [len(re.findall(r"^\s*\|", text, re.MULTILINE)) for text in (english, chinese)]
     assert tables[0] == tables[1]
     assert twin.name in _LINK.findall(english) and path.name in _LINK.findall(chinese)
+
+
+def test_the_tables_of_scale_are_what_the_tool_prints(capsys):
+    """Disk and network at hidden sizes 4096 and 8192, each row in both languages."""
+    assert plan_scale.main([]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| [\d,]+", line)]
+    assert len(printed) == 12
+    for name in ("scale.md", "scale.zh-CN.md"):
+        written = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+        assert [line for line in written if re.match(r"\| [\d,]+", line)] == printed, name
 
 
 def test_what_is_not_there_is_found(tmp_path):
