@@ -73,6 +73,7 @@ def test_training_against_the_published_way(store, llama, tmp_path):
     assert f"τ {times['ours']['tau']:.3f}" in said and "published way: τ" in said
 
 
+@pytest.mark.long
 def test_training_eagle3_against_the_published_way(llama, data, tmp_path):
     target = make_target(tmp_path / "deep", layers=4)
     words = ["--model_name", target, "--data_path", data, "--draft", "eagle3", "--aux_layers", "0,1,2"]

@@ -28,7 +28,9 @@ SHAPES: dict[str, tuple[dict[str, int], int, int, list[object]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "wide, untied" else []) for name in SHAPES]
+)
 def test_the_plan_is_what_training_takes(name: str, tmp_path: Path) -> None:
     shape, bs, length, more = SHAPES[name]
     target = write_random_target(tmp_path / "target", **shape)

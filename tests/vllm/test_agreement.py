@@ -77,7 +77,8 @@ def compare(
     assert mine.per_position() == pytest.approx(per_position, abs=WITHIN)
 
 
-@pytest.mark.parametrize("method", DRAFTS)
+# What vLLM accepts of the quickstart's EAGLE-1 draft is shown by test_quickstart.py too.
+@pytest.mark.parametrize("method", [pytest.param("eagle", marks=pytest.mark.long), "eagle3"])
 def test_the_quickstarts_draft(tmp_path: Path, method: str) -> None:
     draft = DRAFTS[method]
     if not (draft / "config.json").is_file():

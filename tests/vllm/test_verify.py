@@ -41,6 +41,7 @@ def test_an_oracle_pair(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     assert f"Acceptance in vLLM: τ {found['tau']:.2f}" in (draft / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_an_eagle3_oracle_in_the_speculators_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The other form is looked at in `tests.vllm.test_trained_eagle3`."""
     oracle = write_oracle(tmp_path, Shape(kv_heads=2))
