@@ -26,7 +26,7 @@ class Setting:
     the base model's layers, where it runs in this process. init_positions: that the closed-form start will look at, of
     all processes. prefetched: batches that wait in host memory while a step runs. stored: bytes per value of
     features in the store, where they are not stored as they are read. frozen_head: whether a head of the draft's own is
-    not trained.
+    not trained. averages: whether an average of every trained weight is kept beside it.
     """
 
     config: ModelConfig
@@ -53,6 +53,7 @@ class Setting:
     prefetched: int = 0
     stored: int | None = None
     frozen_head: bool = False
+    averages: bool = False
 
     @property
     def tied(self) -> bool:

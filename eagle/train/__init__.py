@@ -14,6 +14,7 @@ whole_store     a store without what is damaged in it, found by one process for 
 live_features   features computed as training goes, instead of a store
 loop            accumulate, backward, clip, step, schedule, validate, save
 schedule        the learning rate's course
+averaging       an average of the weights, in the optimizer's state
 sharding        FSDP
 validation      how far the draft's chains would get, from stored features alone
 divergence      a run that goes wrong is stopped

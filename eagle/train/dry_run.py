@@ -99,6 +99,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
         trunk=trunk,
         prefetched=AHEAD * options.loader_threads(kind),
         frozen_head=options.freeze_head,
+        averages=options.ema > 0,
     )
 
 

@@ -18,6 +18,7 @@ from eagle.drafts.objective import LossSums, Objective
 from eagle.drafts.starts import Start, StartData
 from eagle.drafts.unroll import UnrolledDraft, chain_supervision
 from eagle.train import checkpoint
+from eagle.train.averaging import averaged, swap, update
 from eagle.train.checkpoint import Position
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, validation_order
 from eagle.train.divergence import LossGrowth, check_finite
@@ -105,6 +106,7 @@ class Trainer:
         self._is_resumed = True
         saved = checkpoint.restore(folder, self.draft)
         self.optimizer.load_state_dict(saved["optimizer"])
+        swap(self.optimizer)
         self.scheduler.load_state_dict(saved["scheduler"])
         self.position = Position(state["step"], state["epoch"], state["batch"])
         self.best_tau, self._validations_without_gain = saved["best_tau"], saved["validations_without_gain"]
@@ -228,6 +230,7 @@ class Trainer:
         judged = feature_loss + token_loss + (norms if accelerator.scaler is None else 0)
         check_finite(judged, self.position.step + 1, group, lr)
         self.optimizer.step()
+        update(self.optimizer, self.position.step + 1, options.ema)
         self.scheduler.step()
         self.optimizer.zero_grad()
         result = StepResult(
@@ -268,7 +271,8 @@ class Trainer:
                 batch = loader.load(keys[number])
                 return batch.not_finite() or batch.conversations
 
-            result = validate(self.accelerator, model, self.objective, batches, to_blame)
+            with averaged(self.optimizer, model):
+                result = validate(self.accelerator, model, self.objective, batches, to_blame)
         if not result.positions:  # then τ would be that of no draft at all
             self.log.say(f"{when:>15}: none of the validation records has a supervised position; no τ")
             return None
@@ -287,6 +291,12 @@ class Trainer:
     def _save(self, result: Validation | None, is_best: bool = False) -> None:
         # Where nothing was judged, as without validation records, the newest is taken for the best.
         is_best = is_best or not self.best_tau
+        with averaged(self.optimizer):
+            self._write(result, is_best)
+        self._last_save = time.monotonic()
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, result: Validation | None, is_best: bool) -> None:
         writes = self.accelerator.is_main_process
         weights, optimizer = whole_draft(self.draft, writes), whole_optimizer(self.optimizer, writes)
         if writes:
@@ -306,5 +316,3 @@ class Trainer:
                 checkpoint.point(cpdir, checkpoint.BEST, folder.name)
             checkpoint.prune(cpdir, self.options.keep)
             draw_run(cpdir)
-        self._last_save = time.monotonic()
-        self.accelerator.wait_for_everyone()

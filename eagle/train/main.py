@@ -179,7 +179,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     }
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
         del run_identity["draft"]
-    for name, only in (("ttt_decay", 1.0), ("freeze_head", False)):  # and no other weights
+    for name, only in (("ttt_decay", 1.0), ("freeze_head", False), ("ema", 0.0)):  # and no other weights
         if run_identity[name] == only:
             del run_identity[name]
     return Trainer(

@@ -77,6 +77,8 @@ def make_plan(setting: Setting, family: DraftFamily) -> MemoryPlan:
         held["base model, for --data_path"] = setting.trunk
 
     adam, gradients = {"AdamW state": 2 * own}, {"gradients": own}
+    if setting.averages:
+        adam["averages of the weights"] = own
     if setting.processes > 1 and not setting.sharded:
         adam["DDP gradient buckets"] = own  # buffers of its own, together as large as the gradients
     # FSDP puts a layer together where it is needed, in the dtype it computes in, and its gradient in full.

@@ -57,6 +57,7 @@ class TrainOptions:
     lr: float | None = None
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
+    ema: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 0.5
@@ -112,7 +113,7 @@ class TrainOptions:
         for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "grad_clip", "patience"):
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 0 or more.")
-        for name in ("warmup_ratio", "val_ratio", "beta1", "beta2"):
+        for name in ("warmup_ratio", "val_ratio", "beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected a share from 0 to below 1.")
         if not 0 < self.ttt_decay <= 1:

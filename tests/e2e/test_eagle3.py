@@ -317,7 +317,7 @@ def test_without_a_store(runs: dict[str, Path], targets: dict[str, Path], data: 
 def frozen(work: Path, targets: dict[str, Path], stores: dict[str, Path]) -> Path:
     """A run of one process that leaves the draft's head alone."""
     cpdir = work / "run_frozen"
-    done(train.main, *options(targets["llama"], cpdir), "--tmpdir", stores["llama"], "--freeze_head")
+    done(train.main, *options(targets["llama"], cpdir), "--tmpdir", stores["llama"], "--freeze_head", "--ema", 0.9)
     return cpdir
 
 
@@ -346,7 +346,7 @@ def test_a_frozen_head_in_a_killed_run(
     """In a step behind a checkpoint within an epoch, then gone on with."""
     cpdir = tmp_path / "run"
     words = options(targets["llama"], cpdir, "--tmpdir", stores["llama"], "--freeze_head")
-    words += ["--save_every", 3, "--keep", 20]
+    words += ["--save_every", 3, "--keep", 20, "--ema", 0.9]
     run = [[*words, "--bs", 4 // processes]] * processes
     ranks = start_ranks(tmp_path / "killed", run, dies={0: 13}, tick=0.1, variables=variables)
     assert all([rank.wait() for rank in ranks])

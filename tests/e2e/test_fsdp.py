@@ -59,7 +59,7 @@ leave(0)
 def options(store: Path, target: Path, cpdir: Path) -> list[object]:
     return [
         "--tmpdir", store, "--basepath", target, "--cpdir", cpdir, "--num_epochs", 2, "--ttt_steps", 2,
-        "--grad_clip", 0.01, "--keep", 10,
+        "--grad_clip", 0.01, "--keep", 10, "--ema", 0.9,
     ]  # fmt: skip
 
 

@@ -283,3 +283,28 @@ def test_a_run_whose_loss_keeps_growing_is_ended(store: Path, llama: Path, tmp_p
     run = options(store, llama, tmp_path / "run", "--bs", 2, "--lr", 2, "--grad_clip", 0, "--val_ratio", 0)
     answer = trained(*run, "--num_epochs", 10, code=1)
     assert "keeps growing" in answer.error and "lower --lr" in answer.error and "conversations" in answer.error
+
+
+def test_an_average_of_the_weights(store: Path, llama: Path, tmp_path: Path) -> None:
+    """Training itself takes no notice of it; every checkpoint's draft is the average, also behind an interruption."""
+    few = ["--bs", 8, "--save_every", 1, "--keep", 99, "--num_epochs", 2]
+    trained(*options(store, llama, tmp_path / "plain", *few))
+    run = options(store, llama, tmp_path / "run", *few, "--ema", 0.8)
+    train_and_die(run, "step", 5)
+    assert "resuming from" in trained(*run).out
+
+    plain = {path.name: load_file(path / "model.safetensors") for path in states(tmp_path / "plain")}
+    name = "layers.0.mlp.up_proj.weight"
+    average, kept = None, None
+    for step in range(1, len(plain)):
+        weight = plain[f"state_{step}"][name]
+        kept = min(0.8, (1 + step) / (10 + step))
+        average = weight if average is None else kept * average + (1 - kept) * weight
+        found = load_file(tmp_path / "run" / f"state_{step}" / "model.safetensors")[name]
+        torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(average, weight, rtol=1e-3)
+    ours, theirs = steps_of(tmp_path / "run"), steps_of(tmp_path / "plain")
+    assert [line.get("loss") for line in ours] == [line.get("loss") for line in theirs]
+    judged = [(one["val_token_loss"], other["val_token_loss"]) for one, other in zip(ours, theirs, strict=True)
+              if "val_token_loss" in one and one["step"]]  # fmt: skip
+    assert judged and all(one != other for one, other in judged)
