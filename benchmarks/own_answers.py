@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,12 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, train_command
+from benchmarks.common import train_command
+from benchmarks.judging import Judge, call, taus
 from eagle.device import choose_kind, describe, torch_device
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
-from eagle.entry import HelpFormatter, child_environment, run
-from eagle.errors import RequestError, WorkError
-from eagle.files import existing_path, read_json, write_json
+from eagle.entry import HelpFormatter, run
+from eagle.errors import RequestError
+from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
@@ -54,24 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bs", type=int, default=4, help="sequences a step")
     add("--num_epochs", type=int, default=2, help="passes over the records")
     add("--seeds", type=int, default=2, help="drafts of each kind")
-    add("--num_draft_tokens", type=int, default=5, help="length of the chain")
-    add("--num_prompts", type=int, help="judge on the first so many (default: all)")
-    add("--max_new_tokens", type=int, default=128, help="length of a reply")
-    add("--engine_python", type=Path, help="python of an environment with vLLM, which then counts")
+    Judge.add_to(parser)
     add("--output", type=Path, help="write the numbers to this JSON file")
     return parser.parse_args(argv)
-
-
-def call(words: list[object], log: Path) -> None:
-    """Run a command of this project. Raises: WorkError with the end of what it said."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            list(map(str, words)), cwd=ROOT, env=child_environment(), stdout=file, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode:
-        said = log.read_text(encoding="utf-8")[-2000:]
-        raise WorkError(f"{' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
 
 
 def compute(args: argparse.Namespace, arm: str) -> FeatureStore:
@@ -117,47 +102,27 @@ def pair(args: argparse.Namespace) -> dict[str, int]:
             "tools/regenerate.py made of that file with the same --end_num and --seed."
         )
     writers = {arm: ShardWriter(args.workdir / f"paired-{arm}" / "0", first=0) for arm in ARMS}
-    tokens = supervised = 0
+    supervised = 0
     for number, key in enumerate(shared):
         both = {"original": original[key], "own": own[key]}
         count = min(int(record.loss_mask.sum()) for record in both.values())
         supervised += count
         for arm, record in both.items():
             writers[arm].add(cut(record, count, number))
-        tokens += sum(len(record) for record in both.values())
     for writer in writers.values():
         writer.close_shard()
     return {"conversations": len(shared), "supervised": supervised}
 
 
-def judge(args: argparse.Namespace, arm: str, seed: int) -> dict[str, object]:
-    """Train a draft and count what is accepted of its drafts."""
-    name = f"{arm}-{seed}"
-    cpdir, report = args.workdir / f"run-{name}", args.workdir / f"report-{name}"
+def train(args: argparse.Namespace, arm: str, seed: int) -> Path:
+    """Step 4 on the replies of one kind. Returns the run's folder."""
+    cpdir = args.workdir / f"run-{arm}-{seed}"
     more: list[object] = ["--draft", args.draft, "--seed", seed]
     more += ["--draft_vocab_size", args.draft_vocab_size] if args.draft_vocab_size else []
-    command = train_command(
-        args.basepath, args.workdir / f"paired-{arm}", cpdir, args.bs, args.max_length, args.num_epochs, *more
-    )
-    call(list(command), args.workdir / f"run-{name}.log")
-    prompts: list[object] = ["--max_new_tokens", args.max_new_tokens]
-    prompts += ["--num_prompts", args.num_prompts] if args.num_prompts else []
-    if args.engine_python is None:
-        words: list[object] = [sys.executable, "-m", "eagle.evaluate", "--base-path", args.basepath]
-        words += ["--draft-path", cpdir, "--num_draft_tokens", args.num_draft_tokens, "--num_turns", 1]
-        call([*words, "--no_baseline", "--output", report, "--overwrite", *prompts], report.with_suffix(".log"))
-        found = read_json(report / "report.json", "the report")
-        accepted = found["accepted_per_position"]
-    else:
-        exported = args.workdir / f"draft-{name}"
-        words = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py", "--base-path", args.basepath]
-        call([*words, "--draft-path", cpdir, "--output-path", exported], exported.with_suffix(".log"))
-        words = [args.engine_python, "-m", "eagle.vllm.verify", "--base-path", args.basepath, "--draft-path", exported]
-        words += ["--num_speculative_tokens", args.num_draft_tokens, "--output", report.with_suffix(".json")]
-        call([*words, *prompts], report.with_suffix(".log"))
-        found = read_json(report.with_suffix(".json"), "the report")
-        accepted = found["accepted_per_position"]
-    return {"tau": found["tau"], "accepted": accepted}
+    store = args.workdir / f"paired-{arm}"
+    command = train_command(args.basepath, store, cpdir, args.bs, args.max_length, args.num_epochs, *more)
+    call(command, cpdir.with_suffix(".log"))
+    return cpdir
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,16 +131,16 @@ def main(argv: list[str] | None = None) -> int:
         path = existing_path(getattr(args, name), f"--{name}", "folder" if name == "basepath" else "path")
         setattr(args, name, path.resolve())
     args.workdir = args.workdir.resolve()
-    held = pair(args)
+    held, judge = pair(args), Judge.of(args)
     print(f"{held['conversations']:,} conversations with {held['supervised']:,} supervised tokens in either form")
-    rows: dict[str, list[dict[str, object]]] = {arm: [] for arm in ARMS}
+    rows: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     print(f"{'replies':10}{'seed':>5}{'τ':>8}  accepted by position", flush=True)
     for seed in range(args.seeds):
         for arm in ARMS:
-            row = judge(args, arm, seed)
-            rows[arm].append(row)
-            shown = " ".join(f"{share:.3f}" for share in row["accepted"])
-            print(f"{arm:10}{seed:5}{row['tau']:8.3f}  {shown}", flush=True)
+            accepted = judge.accepted(train(args, arm, seed), args.workdir / f"report-{arm}-{seed}")
+            tau = taus(accepted)[-1]
+            rows[arm].append({"tau": tau, "accepted": accepted})
+            print(f"{arm:10}{seed:5}{tau:8.3f}  {' '.join(f'{share:.3f}' for share in accepted)}", flush=True)
     means = {arm: statistics.mean(row["tau"] for row in rows[arm]) for arm in ARMS}
     gain = f": (τ - 1) {(means['own'] - 1) / (means['original'] - 1):.2f} times" if means["original"] > 1 else ""
     print(f"mean τ {means['original']:.3f} (original), {means['own']:.3f} (own){gain}")

@@ -41,7 +41,8 @@ def averaged(optimizer: Any, model: torch.nn.Module | None = None) -> Iterator[N
         yield
     finally:
         swap(optimizer)
-        for unit in model.modules() if model is not None else ():
+        units: Any = model.modules() if model is not None else ()
+        for unit in units:
             if hasattr(unit, "reshard"):  # of FSDP, whose units may still hold what they gathered
                 unit.reshard()
 

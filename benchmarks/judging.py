@@ -1,0 +1,97 @@
+"""Drafts judged by what is accepted of them on prompts that nothing was trained on, for the benchmarks that train some.
+
+By our own decoding, or with a python of an environment with vLLM by vLLM's own counts and speed. A judgement that is
+there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import ROOT
+from eagle.entry import child_environment
+from eagle.errors import WorkError
+from eagle.files import read_json
+
+
+def call(words: Sequence[object], log: Path) -> None:
+    """Run a command of this project; what it says goes to `log`. Raises: WorkError with the end of that."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=child_environment(), stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        said = log.read_text(encoding="utf-8")[-2000:]
+        raise WorkError(f"{' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """basepath: the base model. engine_python: who counts, None for our own decoding. The rest is said by `add_to`."""
+
+    basepath: Path
+    num_draft_tokens: int
+    num_prompts: int | None
+    max_new_tokens: int
+    engine_python: Path | None
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--num_draft_tokens", type=int, default=5, help="length of the chain")
+        add("--num_prompts", type=int, help="judge on the first so many of the prompts that ship (default: all)")
+        add("--max_new_tokens", type=int, default=128, help="length of a reply")
+        add("--engine_python", type=Path, help="python of an environment with vLLM, which then counts")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Judge:
+        # Not resolved: the python of an environment is a link to another one's.
+        python = args.engine_python.absolute() if args.engine_python else None
+        return cls(args.basepath, args.num_draft_tokens, args.num_prompts, args.max_new_tokens, python)
+
+    def accepted(self, cpdir: Path, report: Path) -> list[float]:
+        """Shares of the verifications that accepted a first, second, ... token of a trained run's chains."""
+        if self.engine_python is not None:
+            return self.served(cpdir, report, self.num_draft_tokens)["accepted_per_position"]
+        report = report.with_name(f"{report.name}-{self._named(self.num_draft_tokens)}")
+        if not (report / "report.json").is_file():
+            words: list[object] = [sys.executable, "-m", "eagle.evaluate", "--base-path", self.basepath]
+            words += ["--draft-path", cpdir, "--num_draft_tokens", self.num_draft_tokens, "--num_turns", 1]
+            words += ["--no_baseline", "--output", report, "--overwrite"]
+            call([*words, *self._prompts()], report.with_name(f"{report.name}.log"))
+        return read_json(report / "report.json", "the report")["accepted_per_position"]
+
+    def served(self, cpdir: Path, report: Path, k: int) -> dict:
+        """What `eagle.vllm.verify` measured of a trained run with chains of k tokens."""
+        exported, found = (
+            report.with_name(f"{report.name}-draft"),
+            report.with_name(f"{report.name}-{self._named(k)}.json"),
+        )
+        if not found.is_file():
+            if not exported.is_dir():
+                words: list[object] = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py"]
+                words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
+                call(words, exported.with_suffix(".log"))
+            words = [self.engine_python, "-m", "eagle.vllm.verify", "--base-path", self.basepath]
+            words += ["--draft-path", exported, "--num_speculative_tokens", k, "--output", found]
+            call([*words, *self._prompts()], found.with_suffix(".log"))
+        return read_json(found, "the report")
+
+    def _named(self, k: int) -> str:
+        return f"k{k}-{self.num_prompts or 'all'}-{self.max_new_tokens}"
+
+    def _prompts(self) -> list[object]:
+        prompts: list[object] = ["--max_new_tokens", self.max_new_tokens]
+        return prompts + (["--num_prompts", self.num_prompts] if self.num_prompts else [])
+
+
+def taus(accepted: Sequence[float]) -> list[float]:
+    """τ of chains of 1, 2, ... tokens: a chain of K gets as far as the first K positions of a longer one."""
+    return [1 + total for total in itertools.accumulate(accepted)]
