@@ -37,6 +37,7 @@ from eagle.target.compiled import should_compile
 from eagle.target.config import ModelConfig
 from eagle.target.features import aux_layers, describe_feature
 from eagle.target.identity import Identity
+from eagle.target.quantization import Use
 from eagle.target.tokenizer import tokens_without_row
 from eagle.target.trunk import least_context
 from eagle.target.weights import first_weight_file
@@ -78,10 +79,11 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     """
     model = existing_path(request.model_name, "--model_name", "folder")
     identity = None
+    use = Use.SERVED if request.is_engine else Use.FEATURES
     if only_planned and first_weight_file(model) is None:
-        config = check_config(model, "--model_name")
+        config = check_config(model, "--model_name", use)
     else:
-        checked = check_target(model, "--model_name")
+        checked = check_target(model, "--model_name", use=use)
         config, identity = checked.config, checked.identity
     if request.model_type not in (None, config.family):
         raise RequestError(
@@ -120,6 +122,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "family": config.family,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
+            **({"quantization": config.quantization.to_json()} if config.quantization else {}),
         },
         "tokenizer": {
             "digest": encoder.digest(),
@@ -179,7 +182,12 @@ def began_with(request: GenerationRequest) -> dict | None:
 
 def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: ModelConfig) -> list[str]:
     longest = config.max_position_embeddings
-    notes = [f"chat template: {encoder.template_name}", *encoder.notes(), *data.notes(request.end_num)]
+    notes = [
+        f"chat template: {encoder.template_name}",
+        *_of_quantized(config),
+        *encoder.notes(),
+        *data.notes(request.end_num),
+    ]
     if request.max_length > longest:
         notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
     if config.window is not None and request.max_length > config.window:
@@ -194,6 +202,15 @@ def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: Mod
             "here and there"
         )
     return notes
+
+
+def _of_quantized(config: ModelConfig) -> list[str]:
+    if config.quantization is None:
+        return []
+    return [
+        f"the base model is quantized ({config.quantization.describe()}): features are its own, as vLLM serves it, and "
+        "training, export and vLLM take the same folder"
+    ]
 
 
 #: What has to be the same for a rerun to continue a store, and how to say it; of the options all but `FREE_OPTIONS`.
