@@ -25,7 +25,7 @@ from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
-from eagle.generate.engine_check import check_engine_family, vllm_of
+from eagle.generate.engine_check import check_engine_family, check_no_quantizing, vllm_of
 from eagle.generate.progress import finished
 from eagle.generate.request import GenerationRequest
 from eagle.generate.sources import DEFAULT_SOURCE
@@ -97,6 +97,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     engine = {}
     if request.is_engine:
         check_engine_family(config)
+        check_no_quantizing(config, request.engine.arguments)
         version = vllm_of(request.engine_python or Path(sys.executable), request.engine)
         engine = {"engine": {request.feature_source: version, **dataclasses.asdict(request.engine)}}
     data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
