@@ -43,11 +43,11 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def compare(asked: dict[str, Any]) -> dict[str, float]:
-    """By feature how far the engine's are from what they should be, in units of the dtype's own noise: of how far
-    transformers' are in that dtype. The worst of all sequences.
+    """By feature how far the engine's are from what they should be, the worst of all positions, in units of the dtype's
+    own noise: of how far the worst of transformers' is in that dtype.
 
     asked: reads, the folder of another target that these should be the features of, where the engine's is quantized;
-    tells, one more whose features they should not be.
+    tells, one more whose features they should not be, the best of whose sequences is measured.
     """
     model, names = Path(asked["model"]), tuple(asked["features"])
     reads = Path(asked.get("reads", model))
@@ -61,18 +61,17 @@ def compare(asked: dict[str, Any]) -> dict[str, float]:
     def far(own: dict[str, torch.Tensor], name: str) -> list[float]:
         return [distance(own[name][row, : len(one)], exact[name][row]) for row, one in enumerate(sequences)]
 
-    noise = {name: far(theirs, name) for name in names}
+    noise = {name: max(far(theirs, name)) for name in names}
     found: dict[str, float] = {}
     for _ in range(2):  # the second time in blocks that were used before
         own = source.features(sequences)
         for name in names:
-            multiples = [one / unit for one, unit in zip(far(own, name), noise[name], strict=True)]
-            found[name] = max(found.get(name, 0.0), *multiples)
+            found[name] = max(found.get(name, 0.0), max(far(own, name)) / noise[name])
     if asked.get("tells"):
         others = exact_features(Path(asked["tells"]), names, sequences)
         for name in names:
-            at = zip(others[name], exact[name], noise[name], strict=True)
-            found[f"another {name}"] = min(distance(other, one) / unit for other, one, unit in at)
+            apart = [distance(other, one) for other, one in zip(others[name], exact[name], strict=True)]
+            found[f"another {name}"] = min(apart) / noise[name]
     if asked.get("leaves_out"):
         found["left out"] = leave_out(source, sequences)
     return found

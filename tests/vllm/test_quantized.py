@@ -30,7 +30,7 @@ from eagle.vllm.export import export
 from tests.e2e.commands import command
 from tests.quantized import quantize
 from tests.tiny import conversations, make_target, write_sharegpt
-from tests.vllm.captured import capture_all
+from tests.vllm.captured import capture, capture_all
 from tests.vllm.engines import run_child
 from tests.vllm.exact import exact_features
 from tests.vllm.extracted import CPU, distance
@@ -48,14 +48,26 @@ LAYOUTS = {"eagle1": "v1", "eagle3": "plain"}
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Steps 3 to 5 over a 4-bit target. twin: the plain model it stands for; drafts: exported, by family."""
+    """Step 3 over a 4-bit target. twin: the plain model it stands for."""
 
     plain: Path
     target: Path
     twin: Path
     store: Path
     data: Path
-    drafts: dict[str, Path]
+
+    def draft(self, family: str) -> Path:
+        """Steps 4 and 5: the exported folder."""
+        run, layout = self.store.with_name(family), LAYOUTS[family]
+        exported = run.with_name(f"{family}-vllm")
+        if not exported.exists():
+            options = TrainOptions(
+                run, self.target, tmpdir=self.store, draft=family, init="random", num_epochs=1, lr=3e-3, ttt_steps=2,
+                max_len=128, vloss_weight=0.0, **({"draft_vocab_size": 150} if family == "eagle3" else {}),
+            )  # fmt: skip
+            assert run_training(options) == 0
+            export(self.target, run, exported, layout)
+        return exported
 
 
 def make_plain(folder: Path) -> Path:
@@ -73,22 +85,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         "allocation.py", "--model_name", target, "--data_path", data, "--outdir", store, "--device", "cpu",
         "--draft", "eagle3", "--chat_template", "chatml", "--feature_source", "vllm",
     )  # fmt: skip
-    drafts = {}
-    for family, layout in LAYOUTS.items():
-        run = root / family
-        options = TrainOptions(
-            run, target, tmpdir=store, draft=family, init="random", num_epochs=1, lr=3e-3, ttt_steps=2, max_len=128,
-            vloss_weight=0.0, **({"draft_vocab_size": 150} if family == "eagle3" else {}),
-        )  # fmt: skip
-        assert run_training(options) == 0
-        drafts[family] = export(target, run, root / f"{family}-vllm", layout)[layout]
-    return Chain(plain, target, root / "twin", store, data, drafts)
+    return Chain(plain, target, root / "twin", store, data)
 
 
 def test_the_store_holds_the_quantized_models_features(chain):
     manifest = json.loads((chain.store / MANIFEST).read_text())
     assert manifest["target"]["quantization"] == {"method": "compressed-tensors", "format": "pack-quantized"}
-    records = list(FeatureStore(chain.store))
+    store = FeatureStore(chain.store)
+    records = [store[index] for index in (0, 5, 11)]
     names = tuple(manifest["features"])
     sequences = [record.input_ids.numpy() for record in records]
     exact, others = (exact_features(folder, names, sequences) for folder in (chain.twin, chain.plain))
@@ -101,24 +105,12 @@ def test_the_store_holds_the_quantized_models_features(chain):
             assert distance(others[name][row], exact[name][row]) > ANOTHER * noise
 
 
-@pytest.fixture(scope="module")
-def int8(chain, tmp_path_factory) -> Path:
-    """The same model in another format, which vLLM computes in float32 too."""
-    return quantize(chain.plain, tmp_path_factory.mktemp("int8") / "target", "int8")
-
-
-@pytest.fixture(scope="module")
-def seen(chain, int8, tmp_path_factory):
-    """What the drafts saw and said in vLLM, beside the 4-bit target and that of 8 bits."""
+def request(family: str, dtype: str, target: Path, draft: Path) -> EngineRequest:
     prompt = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    requests = {
-        f"{family} {dtype}": EngineRequest(
-            str(target), [prompt], str(chain.drafts[family]), method=DRAFT_FAMILIES[family].method,
-            num_speculative_tokens=DEPTH, max_new_tokens=8, dtype=dtype, warm_up=False,
-        )
-        for family, dtype, target in (("eagle1", "bfloat16", chain.target), ("eagle3", "float32", int8))
-    }  # fmt: skip
-    return capture_all(requests, tmp_path_factory.mktemp("seen"))
+    return EngineRequest(
+        str(target), [prompt], str(draft), method=DRAFT_FAMILIES[family].method, num_speculative_tokens=DEPTH,
+        max_new_tokens=8, dtype=dtype, warm_up=False,
+    )  # fmt: skip
 
 
 def logits_of(folder: Path, target: Path, seen: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -131,21 +123,26 @@ def logits_of(folder: Path, target: Path, seen: dict[str, torch.Tensor], dtype: 
         return draft.logits(found, head) if draft.ids is not None else found @ head.T
 
 
-def test_a_draft_beside_4_bits_is_not_quantized(chain, seen):
-    found = seen["eagle1 bfloat16"]
-    assert isinstance(found, dict), found
-    exact, ours = (logits_of(chain.drafts["eagle1"], chain.target, found, d) for d in (torch.float32, torch.bfloat16))
+def test_a_draft_beside_it_in_vllm_is_not_quantized(chain, tmp_path):
+    draft = chain.draft("eagle1")
+    seen = capture(request("eagle1", "bfloat16", chain.target, draft), tmp_path)
+    exact, ours = (logits_of(draft, chain.target, seen, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert len(exact) == 40 + DEPTH - 1
-    assert distance(found["logits"], exact) < NOISE * distance(ours, exact)
+    assert distance(seen["logits"], exact) < NOISE * distance(ours, exact)
 
 
-def test_a_draft_beside_8_bits_is_not_quantized(chain, int8, seen):
-    found = seen["eagle3 float32"]
-    assert isinstance(found, dict), found
-    exact = logits_of(chain.drafts["eagle3"], int8, found, torch.float32)
-    chosen = exact[0].isfinite()
-    assert int(chosen.sum()) == 150 and not found["logits"][:, ~chosen].isfinite().any()
-    assert distance(found["logits"][:, chosen], exact[:, chosen]) < TOLERANCE
+@pytest.mark.long
+def test_drafts_beside_8_bits_in_float32(chain, tmp_path):
+    """In a format that vLLM computes in float32 too: the same model's, so that the drafts are of its shapes."""
+    target = quantize(chain.plain, tmp_path / "int8", "int8")
+    asked = {family: request(family, "float32", target, chain.draft(family)) for family in LAYOUTS}
+    for family, seen in capture_all(asked, tmp_path).items():
+        assert isinstance(seen, dict), seen
+        exact = logits_of(chain.draft(family), target, seen, torch.float32)
+        chosen = exact[0].isfinite()
+        assert int(chosen.sum()) == (150 if family == "eagle3" else len(chosen))
+        assert not seen["logits"][:, ~chosen].isfinite().any()
+        assert distance(seen["logits"][:, chosen], exact[:, chosen]) < TOLERANCE
 
 
 @pytest.mark.long
@@ -168,7 +165,7 @@ def test_features_of_every_format(chain, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_verify_serves_it(chain, family, tmp_path, capsys):
-    words = ["--base-path", chain.target, "--draft-path", chain.drafts[family], "--num_prompts", 3, "--output"]
+    words = ["--base-path", chain.target, "--draft-path", chain.draft(family), "--num_prompts", 3, "--output"]
     words += [tmp_path / "report.json", "--max_new_tokens", 32, "--chat_template", "chatml"]
     code = verify.main([str(word) for word in words])
     shown = capsys.readouterr().out
