@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from eagle.data.loss_mask import load_encoder
 from eagle.decode import evaluate
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.saved import save_draft
 from eagle.errors import RequestError
 from eagle.generate import job as jobs
 from eagle.generate import main as allocation
@@ -23,6 +25,9 @@ from eagle.target.identity import Identity
 from eagle.target.quantization import Use
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train import main as train
+from eagle.train.dry_run import planned_target
+from eagle.train.options import TrainOptions
+from eagle.vllm.export import export
 from tests.quantized import FORMATS, quantize
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -216,3 +221,14 @@ def test_commands_that_cannot_use_one_name_what_can(awq, tmp_path):
         assert says in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
     load_encoder(awq, load_config(awq, use=Use.SERVED))  # prompts and masks need no weights
+
+
+def test_training_from_a_store_and_export_take_one(awq, plain, tmp_path):
+    """The draft is that of the plain model: nothing in its folder says that anything is quantized."""
+    options = TrainOptions(tmp_path / "run", awq, tmpdir=tmp_path / "store")
+    assert planned_target(options).draft() == load_config(plain).draft()
+    config = load_config(awq, use=Use.SERVED)
+    save_draft(DRAFT_FAMILIES["eagle1"].build(config.draft(), read_embedding(Weights(awq), config)), tmp_path / "draft")
+    folder = export(awq, tmp_path / "draft", tmp_path / "export", "v1")["v1"]
+    files = [*folder.glob("*.json"), *(tmp_path / "draft").glob("*.json")]
+    assert files and not any("quanti" in file.read_text(encoding="utf-8") for file in files)
