@@ -28,6 +28,7 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path
 from eagle.target.config import load_config
+from eagle.target.quantization import Use
 from eagle.text import visible
 
 GREEN, DIM, BOLD, RESET = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
@@ -230,7 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.html and args.html.exists():
         raise FileExistsError(f"--html {args.html} exists; name a new file, or delete that one.")
     encoder = load_encoder(
-        model, load_config(model), args.chat_template, chat_template_kwargs=parse_kwargs(args.chat_template_kwargs)
+        model,
+        load_config(model, use=Use.SERVED),
+        args.chat_template,
+        chat_template_kwargs=parse_kwargs(args.chat_template_kwargs),
     )
     indices = range(args.start, min(args.start + args.num, len(records)))
     shown = [show_record(records, encoder, index, args.max_length) for index in indices]

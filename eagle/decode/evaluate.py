@@ -45,6 +45,7 @@ from eagle.progress import progress_bar
 from eagle.provenance import provenance
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig
+from eagle.target.quantization import Use
 from eagle.target.weights import Weights, read_embedding
 from eagle.text import visible
 
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     existing_path(args.base_path, "--base-path", "folder")
     existing_path(args.draft_path, "--draft-path", "path")
     check_output(args.output, args.overwrite)
-    config = check_target(args.base_path, "--base-path").config
+    config = check_target(args.base_path, "--base-path", use=Use.MEASURED).config
     check_is_draft(resolve_pointer(args.draft_path), "--draft-path")
     dtype = choose_dtype(args.dtype, config, args.base_path)
     device = torch_device(kind)

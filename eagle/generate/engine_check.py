@@ -65,6 +65,17 @@ def check_engine_args(arguments: Mapping[str, Any]) -> None:
         raise RequestError(f"--engine_args: {fixed[0]} is decided by the job. {cure}")
 
 
+def check_no_quantizing(config: ModelConfig, arguments: Mapping[str, Any]) -> None:
+    """Raises: RequestError where the engine is to quantize a target itself."""
+    method = arguments.get("quantization")
+    if method is not None and config.quantization is None:
+        raise RequestError(
+            f"--engine_args: quantization is {method!r}, and the weights of --model_name are not quantized: the "
+            "features would be those of a model that no folder holds. Quantize it first, with llm-compressor for "
+            "example, and name the folder that gives; or leave the option out."
+        )
+
+
 def check_engine_family(config: ModelConfig) -> str:
     """Whose code has to run the target for its hidden states to be read: vLLM's ``model_impl``.
 

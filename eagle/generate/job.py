@@ -25,7 +25,7 @@ from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
-from eagle.generate.engine_check import check_engine_family, vllm_of
+from eagle.generate.engine_check import check_engine_family, check_no_quantizing, vllm_of
 from eagle.generate.progress import finished
 from eagle.generate.request import GenerationRequest
 from eagle.generate.sources import DEFAULT_SOURCE
@@ -37,6 +37,7 @@ from eagle.target.compiled import should_compile
 from eagle.target.config import ModelConfig
 from eagle.target.features import aux_layers, describe_feature
 from eagle.target.identity import Identity
+from eagle.target.quantization import Use
 from eagle.target.tokenizer import tokens_without_row
 from eagle.target.trunk import least_context
 from eagle.target.weights import first_weight_file
@@ -78,10 +79,11 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     """
     model = existing_path(request.model_name, "--model_name", "folder")
     identity = None
+    use = Use.SERVED if request.is_engine else Use.FEATURES
     if only_planned and first_weight_file(model) is None:
-        config = check_config(model, "--model_name")
+        config = check_config(model, "--model_name", use)
     else:
-        checked = check_target(model, "--model_name")
+        checked = check_target(model, "--model_name", use=use)
         config, identity = checked.config, checked.identity
     if request.model_type not in (None, config.family):
         raise RequestError(
@@ -95,6 +97,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     engine = {}
     if request.is_engine:
         check_engine_family(config)
+        check_no_quantizing(config, request.engine.arguments)
         version = vllm_of(request.engine_python or Path(sys.executable), request.engine)
         engine = {"engine": {request.feature_source: version, **dataclasses.asdict(request.engine)}}
     data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
@@ -120,6 +123,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "family": config.family,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
+            **({"quantization": config.quantization.to_json()} if config.quantization else {}),
         },
         "tokenizer": {
             "digest": encoder.digest(),
@@ -179,7 +183,12 @@ def began_with(request: GenerationRequest) -> dict | None:
 
 def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: ModelConfig) -> list[str]:
     longest = config.max_position_embeddings
-    notes = [f"chat template: {encoder.template_name}", *encoder.notes(), *data.notes(request.end_num)]
+    notes = [
+        f"chat template: {encoder.template_name}",
+        *_of_quantized(config),
+        *encoder.notes(),
+        *data.notes(request.end_num),
+    ]
     if request.max_length > longest:
         notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")
     if config.window is not None and request.max_length > config.window:
@@ -194,6 +203,15 @@ def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: Mod
             "here and there"
         )
     return notes
+
+
+def _of_quantized(config: ModelConfig) -> list[str]:
+    if config.quantization is None:
+        return []
+    return [
+        f"the base model is quantized ({config.quantization.describe()}): features are its own, as vLLM serves it, and "
+        "training, export and vLLM take the same folder"
+    ]
 
 
 #: What has to be the same for a rerun to continue a store, and how to say it; of the options all but `FREE_OPTIONS`.

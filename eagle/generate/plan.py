@@ -139,13 +139,7 @@ def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:
     It is judged by a short probe of the worker that has most left to do.
     """
     lines = [f"worker {number}: {_shown(job, number)}" for number in range(len(job.groups))]
-    values, dtype = trunk_values(job.target), parse_dtype(job.manifest["dtype"])
-    cards, place = len(job.groups[0]), "" if job.kind == "cpu" else f" on {len(job.groups[0])} card(s)"
-    each = f", {_size(values * dtype.itemsize // cards)} on each" if cards > 1 else ""
-    lines.append(
-        f"base model: {values:,} values without its lm_head, {_size(values * dtype.itemsize)} in "
-        f"{job.manifest['dtype']} for every worker{place}{each}"
-    )
+    lines.append(f"base model: {_model_size(job)}")
     left = [worker.tokens for worker in plan.workers]
     if any(left) and job.identity is None:
         lines.append(f"no probe, and so no time: {job.request.model_name} holds no weights")
@@ -158,6 +152,25 @@ def dry_run_lines(job: Job, plan: Plan, tokens: Tokens) -> list[str]:
     else:
         lines += ["nothing is left to compute", *tokens.tally().lines()]
     return [*lines, "dry run: nothing was written"]
+
+
+def _model_size(job: Job) -> str:
+    """Of the tensors that every worker holds; those of a quantized model are as large as they are in its files."""
+    cards, place = len(job.groups[0]), "" if job.kind == "cpu" else f" on {len(job.groups[0])} card(s)"
+    quantization = job.target.quantization
+    if quantization and job.identity is None:
+        return (
+            f"quantized ({quantization.describe()}), as large as the weight files that {job.request.model_name} lacks"
+        )
+    if quantization and job.identity:
+        size = job.identity.weights.bytes()
+        shown = f"quantized ({quantization.describe()}), {_size(size)} as in its weight files"
+    else:
+        values, dtype = trunk_values(job.target), parse_dtype(job.manifest["dtype"])
+        size = values * dtype.itemsize
+        shown = f"{values:,} values without its lm_head, {_size(size)} in {job.manifest['dtype']}"
+    each = f", {_size(size // cards)} on each" if cards > 1 else ""
+    return f"{shown} for every worker{place}{each}"
 
 
 def _shown(job: Job, number: int) -> str:

@@ -25,6 +25,7 @@ from eagle.generate.handover import Folder, Handover, clean_up
 from eagle.generate.source_options import SourceOptions
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import HIDDEN_STATE, aux_layers, check_features
+from eagle.target.quantization import Use
 from eagle.target.trunk import least_context, load_final_norm
 from eagle.target.weights import Weights
 
@@ -48,7 +49,7 @@ class VllmSource:
 
     def __init__(self, options: SourceOptions) -> None:
         check_features(options.features)
-        config = load_config(options.model)
+        config = load_config(options.model, use=Use.SERVED)
         model_impl = check_engine_family(config)
         read = {layer for name in options.features for layer in aux_layers(name) or ()}
         self.names, self.last = options.features, config.num_hidden_layers

@@ -39,6 +39,7 @@ from eagle.regenerate.served import Engine, ServedTarget
 from eagle.regenerate.transport import Address, Servers
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig, load_config
+from eagle.target.quantization import Use
 from eagle.target.weights import Weights, read_embedding
 from eagle.text import visible
 
@@ -48,7 +49,7 @@ OWN_BATCH, OWN_WAITING = 32, 3
 
 def regenerate(request: RegenerateRequest) -> int:
     """Raises: FileNotFoundError, RequestError, WorkError."""
-    config = load_config(request.model_name)
+    config = load_config(request.model_name, use=Use.SERVED)
     journal, report = journal_path(request.output), report_path(request.output)
     begun = read_header(journal)
     date = datetime.date.fromisoformat(begun["date"]) if begun and "date" in begun else None
@@ -171,7 +172,7 @@ def engine_for(
         yield engine, engine.model
         return
     python = None if request.engine == "own" else vllm_python(request)
-    target = check_target(request.model_name, "--model_name")
+    target = check_target(request.model_name, "--model_name", use=Use.SERVED if python else Use.REPLIES)
     if python is not None:
         print(f"  starting vLLM with {python}", flush=True)
         with own_server(request, encoder, python) as address:

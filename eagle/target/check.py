@@ -7,7 +7,6 @@ No tensor is read, so it takes a second for a 70B target. What is wrong in confi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +15,15 @@ from eagle.files import read_json
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.identity import Identity
-from eagle.target.refusals import UNQUANTIZED
+from eagle.target.quantization import UNQUANTIZED, Use, check_head, plain_tensors, quantized_tensors
 from eagle.target.trunk import expected_tensors
 from eagle.target.weights import Header, Weights, first_weight_file
+from eagle.text import listed
 
 ADAPTER = "adapter_config.json"
-#: Files beside the weights in which tools say how they quantized them.
-_QUANTIZED_BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-#: Names of what stands beside, or in place of, a weight that was quantized: GPTQ and AWQ, compressed-tensors, FP8,
-#: ModelOpt, bitsandbytes.
-_QUANTIZED_NAME = re.compile(
-    r"(^|[._])(scales?|scale_inv|qweight|qzeros|zeros|g_idx|weight_packed|weight_shape|zero_point|absmax|quant_map|"
-    r"nested_absmax|quant_state\.\w+|SCB|amax)$"
-)
 _LORA_NAME = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _FLOATING = ("F64", "F32", "F16", "BF16")
-#: Shown of a list.
-_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +35,28 @@ class CheckedTarget:
     identity: Identity
 
 
-def check_target(folder: Path, flag: str, weight_name: str | None = None) -> CheckedTarget:
-    """A base model's folder, checked. weight_name: a weight file that may hold only part of the tensors.
+def check_target(folder: Path, flag: str, weight_name: str | None = None, use: Use = Use.PLAIN) -> CheckedTarget:
+    """A base model's folder, checked. weight_name: a weight file that may hold only part of the tensors. use: what the
+    model is for, which a quantized one may not do.
 
     Raises: FileNotFoundError, RequestError.
     """
-    config = check_config(folder, flag)
+    config = check_config(folder, flag, use)
     weights = Weights(folder, weight_name, flag)
     expected = expected_tensors(config)
     _check_tensors(weights, expected, config)
-    if expected.keys() <= set(weights.names()):
+    if weights.weight_name is None or (not config.quantization and expected.keys() <= set(weights.names())):
         return CheckedTarget(config, weights, Identity(folder, weights))
     whole = Weights(folder, flag=flag) if first_weight_file(folder) else weights
     return CheckedTarget(config, weights, Identity(folder, whole))
 
 
-def check_config(folder: Path, flag: str) -> ModelConfig:
-    """What can be said without the weights. Raises: FileNotFoundError, RequestError."""
+def check_config(folder: Path, flag: str, use: Use = Use.PLAIN) -> ModelConfig:
+    """What can be said without the weights; use: as in `check_target`. Raises: FileNotFoundError, RequestError."""
     adapter = folder / ADAPTER
     if adapter.is_file():
         raise RequestError(f"{flag} {folder} {_adapter(folder)}")
-    for name in _QUANTIZED_BESIDE:
-        if (folder / name).is_file():
-            raise RequestError(f"{flag} {folder}: {name} beside it says that this is a quantized model. {UNQUANTIZED}")
-    return load_config(folder)
+    return load_config(folder, use=use)
 
 
 def _adapter(folder: Path) -> str:
@@ -95,7 +84,8 @@ def _check_tensors(weights: Weights, expected: dict[str, tuple[int, ...]], confi
             f"{where}: the weight index says that {lacking[0]} is in {file}, which does not hold it"
             f"{_others(lacking)}. Index and files are not of one download; fetch the model again."
         )
-    _check_plain(where, headers, expected)
+    _check_own(where, headers)
+    expected = _check_quantized(where, headers, expected, config)
     if weights.weight_name is None:
         _check_complete(where, expected, headers, config)
     wrong = [
@@ -105,29 +95,50 @@ def _check_tensors(weights: Weights, expected: dict[str, tuple[int, ...]], confi
     ]
     if wrong:
         raise RequestError(
-            f"{where}: {_listed(wrong, '; ')}. Weights and config.json are not of the same model; fetch both from one "
+            f"{where}: {listed(wrong, '; ')}. Weights and config.json are not of the same model; fetch both from one "
             "place."
         )
     odd = [f"{name} ({headers[name].dtype})" for name in expected if name in headers and not _floats(headers[name])]
     if odd:
-        raise RequestError(f"{where}: {_listed(odd)}: expected floating-point weights. {UNQUANTIZED}")
+        raise RequestError(f"{where}: {listed(odd)}: expected floating-point weights, or {UNQUANTIZED}")
 
 
 def _floats(header: Header) -> bool:
     return header.dtype in _FLOATING
 
 
-def _check_plain(where: str, headers: dict[str, Header], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises: RequestError for quantized weights, LoRA tensors and drafts."""
-    marks = [name for name in headers if _QUANTIZED_NAME.search(name)]
-    # FP8, FP4, INT8 and packed weights, whether or not a scale is beside them.
-    marks += [f"{name} ({headers[name].dtype})" for name in expected if name in headers and _is_packed(headers[name])]
-    if marks:
-        raise RequestError(f"{where}: its weights are those of a quantized model: {_listed(marks)}. {UNQUANTIZED}")
+def _check_quantized(
+    where: str, headers: dict[str, Header], expected: dict[str, tuple[int, ...]], config: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    """Which of the expected tensors have to be as expected.
+
+    Raises: RequestError for weights that are quantized where the config says nothing of it, the other way round, and
+    where a draft's own part of them is.
+    """
+    found, family = config.quantization, TARGET_FAMILIES[config.family]
+    marks = quantized_tensors({name: header.dtype for name, header in headers.items()}, expected)
+    if found is None:
+        if marks:
+            raise RequestError(
+                f"{where}: its weights are those of a quantized model: {listed(marks)}. config.json does not say how "
+                f"they were quantized: take the one that was published with them, or {UNQUANTIZED}"
+            )
+        return expected
+    if not marks:
+        raise RequestError(
+            f"{where}: {found.file} says that this is a quantized model ({found.method}), and not one of its tensors "
+            f"is quantized. Take both from one place, or {UNQUANTIZED}"
+        )
+    check_head(found, marks, family, where)
+    return plain_tensors(expected, family)
+
+
+def _check_own(where: str, headers: dict[str, Header]) -> None:
+    """Raises: RequestError for LoRA tensors and drafts."""
     lora = [name for name in headers if _LORA_NAME.search(name)]
     if lora:
         raise RequestError(
-            f"{where}: its weights hold a LoRA adapter that is not merged: {_listed(lora)}. Merge it with peft's "
+            f"{where}: its weights hold a LoRA adapter that is not merged: {listed(lora)}. Merge it with peft's "
             "merge_and_unload() and save the model again."
         )
     if "fc.weight" in headers or "model.fc.weight" in headers:
@@ -135,10 +146,6 @@ def _check_plain(where: str, headers: dict[str, Header], expected: dict[str, tup
             f"{where}: its weights are a draft's (fc.weight is among them). Name the folder of the base model that the "
             "draft is for."
         )
-
-
-def _is_packed(header: Header) -> bool:
-    return re.match(r"(F8|F6|F4|I8|U8|I4|U4|float8|float4|uint8|int8|uint4|int4|I32|U32)", header.dtype) is not None
 
 
 def _check_complete(
@@ -154,21 +161,18 @@ def _check_complete(
             cause = "It was saved without its head: save it again as an AutoModelForCausalLM."
         else:
             cause = "The download is incomplete, or config.json is not this model's."
-        raise RequestError(f"{where}: no {_listed(missing)} among its weights. {cause}")
+        raise RequestError(f"{where}: no {listed(missing)} among its weights. {cause}")
     # A buffer that old conversions saved; what a reward or value model adds outside the trunk changes no feature.
     trunk = family.embedding.partition(".")[0] + "."
     unknown = [n for n in headers if n.startswith(trunk) and n not in expected and "rotary_emb" not in n]
+    if config.quantization:  # of what a format adds to a layer the engine knows more
+        unknown = [n for n in unknown if (at := _LAYER.search(n)) and int(at[1]) >= config.num_hidden_layers]
     if unknown:
         raise RequestError(
-            f"{where}: its weights hold {_listed(unknown)}, which the model that config.json describes "
+            f"{where}: its weights hold {listed(unknown)}, which the model that config.json describes "
             f"({config.num_hidden_layers} layers of a {family.describes}) does not have: they would be left out, and "
             "the features would be another model's. Take the config.json that was published with these weights."
         )
-
-
-def _listed(items: Iterable[str], separator: str = ", ") -> str:
-    items = list(items)
-    return separator.join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
 
 def _others(items: list[str]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from eagle.errors import RequestError
 from eagle.files import read_json
 from eagle.target.families import LLAMA, TARGET_FAMILIES, TargetFamily
+from eagle.target.quantization import Quantization, Use, quantization_beside, quantization_in
 from eagle.target.refusals import other_kind_of_model
 
 
@@ -26,7 +27,8 @@ class ModelConfig:
     """The numbers a decoder layer is built from. `family` is the target's model_type.
 
     logit_scale: what the head's products are multiplied by. own: further keys of the target's family that change what
-    it computes. extra: keys that a draft family adds to its drafts' config.json, as they stand there.
+    it computes. extra: keys that a draft family adds to its drafts' config.json, as they stand there. quantization: of
+    a target's weights, which no draft inherits.
     """
 
     family: str
@@ -54,6 +56,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -75,7 +78,15 @@ class ModelConfig:
 
     def digest(self) -> str:
         """sha256 over everything that changes what the model computes (ids and dtype do not)."""
-        ignored = {"dtype", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "extra"}
+        ignored = {
+            "dtype",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "initializer_range",
+            "extra",
+            "quantization",
+        }
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         # Digests of targets that have none of these are as they were before there were any.
         content["own"] = {key: value for key, value in self.own.items() if value is not None}
@@ -83,6 +94,8 @@ class ModelConfig:
             del content["own"]
         if self.logit_scale == 1.0:
             del content["logit_scale"]
+        if self.quantization:
+            content["quantization"] = self.quantization.content
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def differences(self, base: ModelConfig, names: Iterable[str]) -> list[str]:
@@ -135,7 +148,7 @@ class ModelConfig:
         The draft learns its own attention, so that it need not have what only the target's has: a part of a head
         without rope, or longrope, of which vLLM and transformers choose the factors differently.
         """
-        layer = dataclasses.replace(self, num_hidden_layers=1, own={})
+        layer = dataclasses.replace(self, num_hidden_layers=1, own={}, quantization=None)
         if layer.rope_scaling and layer.rope_scaling["rope_type"] == "longrope":
             layer = dataclasses.replace(layer, rope_scaling=None)
         if TARGET_FAMILIES[self.family].as_itself:
@@ -143,12 +156,19 @@ class ModelConfig:
         return dataclasses.replace(layer, family=LLAMA, hidden_act="silu")
 
 
-def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterable[str] = ()) -> ModelConfig:
+def parse_config(
+    raw: dict[str, Any],
+    source: str = "config.json",
+    extra: Iterable[str] = (),
+    use: Use = Use.PLAIN,
+    quantization: Quantization | None = None,
+) -> ModelConfig:
     """Read a config dict of either transformers generation, or of an exported draft (plain or nested).
 
-    extra: keys to keep as they are.
+    extra: keys to keep as they are. use: what the model is for, which a quantized one may not do. quantization: what a
+    file beside the config says of it.
 
-    Raises: RequestError for an architecture that is not supported, or a missing size.
+    Raises: RequestError for an architecture that is not supported, a missing size, or a quantized model.
     """
     if raw.get("speculators_model_type") and isinstance(raw.get("transformer_layer_config"), dict):
         # As the speculators library writes a draft: the layer's numbers inside, the draft's own around them.
@@ -168,6 +188,10 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
     for refusal in family.refusals:
         if reason := refusal(raw):
             raise RequestError(f"{source}: {reason}")
+
+    quantization = quantization_in(raw) or quantization
+    if quantization:
+        quantization.check(use, source if quantization.file in source else f"{source}, by {quantization.file}")
 
     def need(key: str) -> Any:
         if raw.get(key) is None:
@@ -210,6 +234,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json", extra: Iterab
         logit_scale=_logit_scale(raw, family, source),
         own={key: raw[key] for key in family.own_keys if key in raw},
         extra={key: raw[key] for key in extra if key in raw},
+        quantization=quantization,
     )
 
 
@@ -255,10 +280,12 @@ def _rope(raw: dict[str, Any], source: str, default: float) -> tuple[float, dict
     return float(theta or default), None if scaling["rope_type"] == "default" else scaling
 
 
-def load_config(path: str | Path, extra: Iterable[str] = ()) -> ModelConfig:
-    """The config of a model folder, or of a config.json given by itself. extra: keys to keep as they are."""
+def load_config(path: str | Path, extra: Iterable[str] = (), use: Use = Use.PLAIN) -> ModelConfig:
+    """The config of a model folder, or of a config.json given by itself. extra, use: as in `parse_config`."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file. A Hugging Face model folder holds a config.json.")
-    return parse_config(read_json(file, "a model's config.json"), str(file), extra)
+    raw = read_json(file, "a model's config.json")
+    beside = None if quantization_in(raw) else quantization_beside(file.parent)
+    return parse_config(raw, str(file), extra, use, beside)

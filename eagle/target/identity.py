@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eagle.errors import RequestError
 from eagle.target.config import load_config
+from eagle.target.quantization import Use
 from eagle.target.trunk import expected_tensors
 from eagle.target.weights import Weights, fingerprint
 
@@ -31,11 +32,11 @@ class Identity:
 
         sha256 over the config's digest and, of every tensor, name, dtype, shape and some pieces of its bytes, as they
         are stored: a few megabytes of a 70B target. The same model in another file layout has the same one, in another
-        dtype it has not.
+        dtype it has not. Of a quantized one it is of every tensor in its files.
         """
-        config = load_config(self.folder)
+        config = load_config(self.folder, use=Use.SERVED)
         digest = hashlib.sha256(config.digest().encode())
-        for name in sorted(expected_tensors(config)):
+        for name in sorted(self.weights.names() if config.quantization else expected_tensors(config)):
             header = self.weights.header(name) if name in self.weights else None
             if header is None:
                 raise RequestError(f"{self.weights.flag} {self.folder}: no {name} among its weights.")

@@ -8,9 +8,6 @@ from typing import Any
 #: Of a raw config: why the target cannot be used; None where all is well.
 Refusal = Callable[[dict[str, Any]], "str | None"]
 
-#: What to do instead of using a quantized model.
-UNQUANTIZED = "Train against the unquantized model it was made from; the draft fits both."
-
 #: The rope types that every supported transformers computes, and the keys each has to bring along.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -64,15 +61,6 @@ def other_code_than_phi3s(raw: dict[str, Any]) -> str | None:
     if bare and {key: bare.get(key, value) for key, value in theirs.items()} == theirs:
         return None
     return own_code(raw)
-
-
-def quantized(raw: dict[str, Any]) -> str | None:
-    # compression_config: what compressed-tensors wrote before it took the common key.
-    found = raw.get("quantization_config") or raw.get("compression_config")
-    if not found:
-        return None
-    method = found.get("quant_method") or found.get("format") if isinstance(found, dict) else found
-    return f"this is a quantized model ({method}). {UNQUANTIZED}"
 
 
 def unknown_rope(raw: dict[str, Any]) -> str | None:
@@ -148,4 +136,4 @@ def both_directions(raw: dict[str, Any]) -> str | None:
     return "use_bidirectional_attention is on: an encoder, and no model that continues a text. Name a chat model."
 
 
-EVERY: tuple[Refusal, ...] = (quantized, own_code, unknown_rope, weights_elsewhere)
+EVERY: tuple[Refusal, ...] = (own_code, unknown_rope, weights_elsewhere)

@@ -21,6 +21,7 @@ from eagle.errors import RequestError
 from eagle.files import check_no_pointer
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
+from eagle.target.quantization import Use
 from eagle.tensor_file import DTYPE_CODES
 
 #: In the order in which transformers takes them (`_get_resolved_checkpoint_files`): the trunk is read by transformers,
@@ -176,6 +177,11 @@ class Weights:
                 found.append(file.read(length))
         return found
 
+    def bytes(self) -> int:
+        """Of all tensors together, as they are stored."""
+        headers = (self.header(name) for name in self.names())
+        return sum(header.size for header in headers if header)
+
     def file_of(self, name: str) -> Path:
         """The file a tensor is in. Raises: KeyError."""
         return self._file_of[name]
@@ -290,7 +296,9 @@ def fingerprint(folder: str | Path, weights: Weights | None = None) -> str:
     sha256 over the bytes as stored. What is made now names `eagle.target.identity.Identity.current`, which covers every
     tensor.
     """
-    config, weights = load_config(folder), weights or Weights(folder)
+    config, weights = load_config(folder, use=Use.SERVED), weights or Weights(folder)
+    if config.quantization:
+        return ""  # which version 0.1 refused
     digest = hashlib.sha256(config.digest().encode())
     family = TARGET_FAMILIES[config.family]
     for mark in family.marks:

@@ -17,6 +17,7 @@ from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
 from eagle.given import given, refuse_idle
 from eagle.target.config import load_config
+from eagle.target.quantization import Use
 from eagle.train.options import INITS, RECIPES, TRACKERS, TrainOptions, idle_flags
 
 
@@ -139,7 +140,7 @@ def read_options(argv: list[str] | None) -> TrainOptions:
     typed = given(make_parser(argv), argv)
     refuse_idle(typed, idle_flags(options))
     if "max_len" not in typed and options.basepath is not None and (options.basepath / "config.json").is_file():
-        window = load_config(options.basepath).window  # of the base model, which vLLM gives the draft
+        window = load_config(options.basepath, use=Use.SERVED).window  # of the base model, which vLLM gives the draft
         if window is not None and window < options.max_len:
             options = dataclasses.replace(options, max_len=window)
     return options

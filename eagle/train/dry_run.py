@@ -22,6 +22,7 @@ from eagle.files import existing_path
 from eagle.store.reader import FeatureStore
 from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
+from eagle.target.quantization import Use
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
 from eagle.train.draft_choice import draft_config, warn_of_coverage
@@ -110,9 +111,10 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     """
     if options.basepath is not None:
         existing_path(options.basepath, "--basepath", "folder")
+        use = Use.LIVE if options.data_path else Use.SERVED
         if first_weight_file(options.basepath):
-            return check_target(options.basepath, "--basepath").config
-        return check_config(options.basepath, "--basepath")
+            return check_target(options.basepath, "--basepath", use=use).config
+        return check_config(options.basepath, "--basepath", use)
     if options.configpath is None:
         raise RequestError(
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "

@@ -36,6 +36,7 @@ from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.target.check import check_target
 from eagle.target.identity import Identity
+from eagle.target.quantization import Use
 from eagle.target.weights import read_embedding, read_head, read_norm
 from eagle.train import checkpoint
 from eagle.train.agreement import describe
@@ -119,7 +120,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     Raises: FileNotFoundError, RequestError.
     """
     existing_path(options.base, "--basepath", "folder")
-    checked = check_target(options.base, "--basepath")
+    checked = check_target(options.base, "--basepath", use=Use.SERVED if options.tmpdir else Use.LIVE)
     target, weights, identity = checked.config, checked.weights, checked.identity
     family = options.family
     held = open_store(options, accelerator, identity) if options.tmpdir else None

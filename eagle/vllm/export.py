@@ -25,6 +25,7 @@ from eagle.files import existing_path, output_folder, read_json, write_json
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig
 from eagle.target.identity import Identity
+from eagle.target.quantization import Use
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.tensor_file import write_tensors
 from eagle.vllm.note import serving_note
@@ -186,7 +187,7 @@ def export(
     Raises: FileNotFoundError, RequestError, WorkError.
     """
     existing_path(base_path, "--base-path", "folder")
-    checked = check_target(base_path, "--base-path", base_weight_name)
+    checked = check_target(base_path, "--base-path", base_weight_name, Use.SERVED)
     target, base = checked.config, checked.weights
     draft = read_saved(draft_path, draft_weight_name, target, lambda: read_head(base, target))
     classes = tuple(read_json(base_path / "config.json", "the base model's config").get("architectures") or ())

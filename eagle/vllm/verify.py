@@ -32,6 +32,7 @@ from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import check_target
+from eagle.target.quantization import Use
 from eagle.target.weights import Weights
 from eagle.text import visible
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
@@ -301,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     variables = parse_kwargs(args.chat_template_kwargs)
     existing_path(args.base_path, "--base-path", "folder")
-    config = check_target(args.base_path, "--base-path").config
+    config = check_target(args.base_path, "--base-path", use=Use.SERVED).config
     draft = resolve_export(args.draft_path)
     family = draft_family(draft)
     serving = serving_of(config, family)

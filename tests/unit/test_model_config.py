@@ -9,6 +9,7 @@ import pytest
 
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config, parse_config
+from eagle.target.quantization import Quantization, Use
 from tests.unit.config_cases import (
     BASES,
     QWEN2,
@@ -159,9 +160,14 @@ def test_a_sliding_window_that_is_off_changes_nothing():
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_quantized_models_are_refused(method):
+def test_quantized_models_are_for_engines_alone(method):
+    raw = {**base(), "quantization_config": {"quant_method": method, "bits": 4}}
     with pytest.raises(RequestError, match=rf"quantized model \({method}\)"):
-        parse_config({**base(), "quantization_config": {"quant_method": method, "bits": 4}})
+        parse_config(raw)
+    config = parse_config(raw, use=Use.SERVED)
+    assert config.quantization.to_json() == {"method": method, "bits": 4}
+    assert config.draft() == parse_config(base()).draft()
+    assert not any("quanti" in key for key in [*config.to_json(), *config.draft().to_json()])
 
 
 @pytest.mark.parametrize(
@@ -230,6 +236,7 @@ COMPUTES = {
     "tie_word_embeddings": True,
     "logit_scale": 0.5,
     "own": {"sliding_window": 4096},
+    "quantization": Quantization("awq", {"quant_method": "awq", "bits": 4}, "config.json"),
 }
 COMPUTES_NOTHING = {
     "dtype": "bfloat16",

@@ -18,6 +18,7 @@ import torch
 from eagle.errors import WorkError
 from eagle.generate.source_options import EngineOptions, SourceOptions
 from eagle.generate.sources import open_source
+from tests.vllm.exact import exact_features
 
 CPU = torch.device("cpu")
 #: Of the prompts: ends of a cache block and of a chunk, several chunks, one of a few tokens.
@@ -42,26 +43,35 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def compare(asked: dict[str, Any]) -> dict[str, float]:
-    """By feature how far the engine's are from transformers', where the dtype is less than float32 in units of how far
-    transformers' are from what it computes in float32.
+    """By feature how far the engine's are from what they should be, the worst of all positions, in units of the dtype's
+    own noise: of how far the worst of transformers' is in that dtype.
+
+    asked: reads, the folder of another target that these should be the features of, where the engine's is quantized;
+    tells, one more whose features they should not be, the best of whose sequences is measured.
     """
-    options = {"model": Path(asked["model"]), "device": CPU, "features": tuple(asked["features"])}
+    model, names = Path(asked["model"]), tuple(asked["features"])
+    reads = Path(asked.get("reads", model))
     dtype, sequences = getattr(torch, asked["dtype"]), prompts()
-    theirs = open_source(SourceOptions(dtype=dtype, **options)).features(sequences)
-    exact = open_source(SourceOptions(dtype=torch.float32, **options)).features(sequences)
+    exact = exact_features(reads, names, sequences)
+    theirs = open_source(SourceOptions(reads, dtype, CPU, names)).features(sequences)
     engine = EngineOptions(**asked["engine"])
     longest = max(map(len, sequences))
-    source: Any = open_source(SourceOptions(dtype=dtype, engine=engine, longest=longest, **options), "vllm")
+    source: Any = open_source(SourceOptions(model, dtype, CPU, names, engine=engine, longest=longest), "vllm")
+
+    def far(own: dict[str, torch.Tensor], name: str) -> list[float]:
+        return [distance(own[name][row, : len(one)], exact[name][row]) for row, one in enumerate(sequences)]
+
+    noise = {name: max(far(theirs, name)) for name in names}
     found: dict[str, float] = {}
     for _ in range(2):  # the second time in blocks that were used before
         own = source.features(sequences)
-        for name in options["features"]:
-            for row, sequence in enumerate(sequences):
-                at = (row, slice(len(sequence)))
-                far = distance(own[name][at], exact[name][at])
-                if dtype != torch.float32:
-                    far /= distance(theirs[name][at], exact[name][at])
-                found[name] = max(found.get(name, 0.0), far)
+        for name in names:
+            found[name] = max(found.get(name, 0.0), max(far(own, name)) / noise[name])
+    if asked.get("tells"):
+        others = exact_features(Path(asked["tells"]), names, sequences)
+        for name in names:
+            apart = [distance(other, one) for other, one in zip(others[name], exact[name], strict=True)]
+            found[f"another {name}"] = min(apart) / noise[name]
     if asked.get("leaves_out"):
         found["left out"] = leave_out(source, sequences)
     return found
