@@ -125,6 +125,10 @@ def main(argv: list[str] | None = None) -> int:
         serve(open_source(options, args.source), args.folder)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
+        # An engine that failed may not end by itself, and those who ask wait for that.
+        deadline = threading.Timer(ENDS_WITHIN, os._exit, (1,))
+        deadline.daemon = True
+        deadline.start()
     return 0
 
 
