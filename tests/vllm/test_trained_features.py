@@ -13,12 +13,14 @@ from eagle.drafts.saved import LAST, resolve_pointer
 from eagle.train.run_log import METRICS
 from eagle.vllm import verify
 from tests.e2e.commands import ask, inside
+from tests.e2e.test_training import steps_of
 from tests.taught import teach_target
 from tests.tiny import CORPUS, conversations, write_sharegpt
 from tests.vllm.extracted import distance
 
-#: Of a weight after some steps: the features differ by 1e-5 of the largest, and AdamW divides by the gradient's size.
-SAME = 1e-3
+#: Of a tensor's largest value after some steps. A layer's output begins at zeros, and AdamW divides by the gradient's
+#: size, so there the noise of float32 is as large as this.
+SAME = 1e-2
 #: Tokens that a draft proposes.
 K = 2
 
@@ -42,14 +44,16 @@ def train(root: Path, cpdir: Path, *more: object) -> Path:
 
 def test_without_a_store(taught: Path, tmp_path: Path) -> None:
     words = ["--data_path", taught / "data.json", "--end_num", 24, "--dtype", "float32", "--num_epochs", 2]
-    drafts = [
-        load_file(resolve_pointer(train(taught, tmp_path / name, *words, *more) / LAST) / "model.safetensors")
-        for name, more in (("ours", ["--feature_source", "vllm"]), ("theirs", []))
-    ]
-    ours, theirs = drafts
-    assert ours.keys() == theirs.keys()
-    far = {name: distance(ours[name], theirs[name]) for name in theirs}
-    print("\n", far)
+    ours = train(taught, tmp_path / "ours", *words, "--feature_source", "vllm")
+    theirs = train(taught, tmp_path / "theirs", *words)
+    for line, expected in zip(steps_of(ours), steps_of(theirs), strict=True):
+        assert line["step"] == expected["step"]
+        assert line.get("loss") == pytest.approx(expected.get("loss"), abs=1e-5)
+        assert line.get("val_tau") == pytest.approx(expected.get("val_tau"), abs=1e-5)
+    own, other = (load_file(resolve_pointer(run / LAST) / "model.safetensors") for run in (ours, theirs))
+    assert own.keys() == other.keys()
+    far = {name: distance(own[name], other[name]) for name in other}
+    print(f"\nof the largest value of a weight: {far}")
     assert max(far.values()) < SAME
 
 
@@ -65,7 +69,7 @@ def store(taught: Path) -> Path:
     return taught / "store"
 
 
-@pytest.mark.parametrize("draft", ["eagle1", "eagle3"])
+@pytest.mark.parametrize("draft", [pytest.param("eagle1", marks=pytest.mark.long), "eagle3"])
 def test_a_draft_of_them_serves(
     draft: str, store: Path, taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +79,7 @@ def test_a_draft_of_them_serves(
     untrained = json.loads((trained / METRICS).read_text(encoding="utf-8").splitlines()[0])
     base = ["--base-path", taught / "base", "--draft-path"]
     inside("convert_eagle_ckpt_to_vllm_compatible.py", *base, trained, "--output-path", tmp_path / "export")
-    (folder,) = (path for path in (tmp_path / "export").iterdir() if path.is_dir())
+    folder = next((tmp_path / "export").rglob("config.json")).parent
     prompts, report = tmp_path / "prompts.txt", tmp_path / "report.json"
     prompts.write_text("".join(line + "\n" for line in CORPUS if "\n" not in line and line.isascii()))
     answer = ask(
