@@ -35,6 +35,8 @@ _PLACE = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
 #: Bytes that a socket's path may have on every system.
 _LONGEST_PATH = 100
 _LOOK_EVERY = 0.5
+#: Seconds that a process leaves the one that started the engine to say how that ended, which it alone knows.
+_STARTER_FIRST = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class RemoteEngine:
     def ended(self) -> WorkError:
         """The error of an engine that answers no more."""
         how = "has ended"
-        if self.process is not None:
+        if self.process is None:
+            time.sleep(_STARTER_FIRST)
+        else:
             try:
                 how = ending(self.process.wait(ENDS_WITHIN))
             except subprocess.TimeoutExpired:

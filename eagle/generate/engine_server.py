@@ -14,6 +14,7 @@ end.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import itertools
 import json
@@ -51,13 +52,20 @@ Asked = tuple[Connection, list[list[int]]]
 def serve(source: FeatureSource, folder: Path) -> None:
     """Answer whoever asks, until the source fails: raises what it raises."""
     asked: queue.SimpleQueue[Asked] = queue.SimpleQueue()
-    with Listener(str(folder / SOCKET), "AF_UNIX", backlog=64) as listener, ThreadPoolExecutor(1, "writer") as writer:
-        threading.Thread(target=_accept, args=(listener, asked), daemon=True).start()
+    listener = Listener(str(folder / SOCKET), "AF_UNIX", backlog=64)
+    atexit.register(_close, listener)  # and not before this process has said why it ends: who asks may read that then
+    threading.Thread(target=_accept, args=(listener, asked), daemon=True).start()
+    with ThreadPoolExecutor(1, "writer") as writer:
         for number in itertools.count():
             connection, sequences = asked.get()
             found = source.features([np.array(sequence, dtype=np.int32) for sequence in sequences])
             features = {name: tensor.contiguous().cpu() for name, tensor in found.items()}
             writer.submit(_answer, connection, folder / str(number), features)
+
+
+def _close(listener: Listener) -> None:
+    with contextlib.suppress(OSError):
+        listener.close()
 
 
 def _accept(listener: Listener, asked: queue.SimpleQueue[Asked]) -> None:
@@ -110,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON: how the engine is started")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell behind it all made of that
+    atexit.register(shutil.rmtree, args.folder, ignore_errors=True)
     end_with_parent(lambda: _end(args.folder))
     engine = EngineOptions(**args.engine)
     options = SourceOptions(
@@ -124,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         serve(open_source(options, args.source), args.folder)
     finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
         # An engine that failed may not end by itself, and those who ask wait for that.
         deadline = threading.Timer(ENDS_WITHIN, os._exit, (1,))
         deadline.daemon = True

@@ -13,7 +13,7 @@ import torch
 
 from eagle import device
 from eagle.errors import RequestError, WorkError
-from eagle.generate import engine_server
+from eagle.generate import engine_process, engine_server
 from eagle.generate.engine_process import Address, EngineProcess, RemoteEngine
 from eagle.generate.source_options import SourceOptions
 from eagle.store.record import Record
@@ -56,7 +56,8 @@ def remote(source, tmp_path):
             engine_server.serve(source, tmp_path)
         except RuntimeError as error:
             log.write_text(f"an earlier run\nRuntimeError: {error}\n")
-            for connection in opened:  # as a process's end does
+            (tmp_path / engine_server.SOCKET).unlink()  # as a process's end does
+            for connection in opened:
                 connection.close()
 
     log, opened = tmp_path / "log", []
@@ -128,7 +129,8 @@ def test_single_records_are_read_ahead_in_their_order(threads):
     found.close()
 
 
-def test_an_engine_that_has_ended(remote):
+def test_an_engine_that_has_ended(remote, monkeypatch):
+    monkeypatch.setattr(engine_process, "_STARTER_FIRST", 0.0)
     with pytest.raises(WorkError, match=r"(?s)has ended. Its last words, from .*log:.*asked for 99") as raised:
         remote.features([np.array([99])])
     assert "an earlier run" not in str(raised.value)
