@@ -1,9 +1,10 @@
-"""What every vLLM that is started here is told by its environment, and why one of them died."""
+"""What every vLLM that is started here is told by its environment, and how and why one of them died."""
 
 from __future__ import annotations
 
 import itertools
 import re
+import signal
 
 #: No downloads, no telemetry; the CPU's key-value cache in GiB. What the user has set stays.
 ENVIRONMENT = {
@@ -17,6 +18,14 @@ ENVIRONMENT = {
 _LOG_PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:(INFO|WARNING|ERROR|DEBUG) \S+ \S+ \[[^\]]*\]\s?)?")
 _LONGEST_LINE = 240
 _ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt)\b.*")
+
+
+def ending(code: int) -> str:
+    """How a process that was started here ended, by its return code."""
+    if code >= 0:
+        return f"exited with code {code}"
+    how = f"was killed by {signal.Signals(-code).name}"
+    return how + " (out of memory?)" if code == -signal.SIGKILL else how
 
 
 def last_words(log: str) -> str:

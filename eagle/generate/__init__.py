@@ -9,6 +9,7 @@ dealing     who computes what, from the start or of what is left
 launch      one worker process per card group, watched to its end
 worker      tokens to features, in batches of similar length
 sources     what computes features
+engine_process   an engine beside a training process, asked for features; engine_server: that engine
 fetch       features from a card into host memory while it goes on
 collector   features to shards, in other threads than the one that computes
 progress    what workers report

@@ -28,6 +28,8 @@ _NAME = "states"
 
 #: Of this process, by key.
 _handed: dict[str, torch.Tensor] = {}
+#: The folders of this process.
+_own: list[Path] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,13 @@ def _places() -> list[Path]:
     return [place for place in (_IN_MEMORY, Path(tempfile.gettempdir())) if place.is_dir()]
 
 
+@atexit.register
+def remove_own() -> None:
+    """Take away the folders of this process, of which nothing is read any more."""
+    while _own:
+        shutil.rmtree(_own.pop(), ignore_errors=True)
+
+
 def clean_up() -> None:
     """Take away the folders that killed processes left."""
     for place in _places():
@@ -76,15 +85,18 @@ def clean_up() -> None:
 
 
 class Folder:
-    """A folder for files, locked while its process lives: in memory where there is room, else where others are."""
+    """A folder for files, this process's while it lives: in memory where there is room, else where others are.
 
-    def __init__(self) -> None:
-        places = _places()
-        roomy = [place for place in places if os.access(place, os.W_OK) and shutil.disk_usage(place).free >= _ROOM]
+    room: bytes that the files in it may take at one time.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        places, room = _places(), max(room, _ROOM)
+        roomy = [place for place in places if os.access(place, os.W_OK) and shutil.disk_usage(place).free >= room]
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=(roomy or places[-1:])[0]))
         self._lock = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+        _own.append(self.path)
 
 
 def _take_away(folder: Path) -> None:

@@ -154,12 +154,7 @@ def _watch(workers: list[WorkerProcess], total: int) -> WorkerProcess | None:
 
 def _how_it_ended(worker: WorkerProcess, *, keeps_something: bool) -> str:
     """keeps_something: whether a shard was finished; else the folder goes, and the log with it."""
-    code = worker.process.returncode
-    how = f"exited with code {code}"
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += " (out of memory?)"
+    how = engines.ending(worker.process.returncode)
     cards = ",".join(map(str, worker.cards))
     where, lines = (f", from {worker.log}", 12) if keeps_something else ("", 40)
     words = worker.last_words(lines)

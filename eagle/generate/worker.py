@@ -19,7 +19,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -209,14 +209,17 @@ def source_for(
     return open_source(options, share.manifest["options"].get("feature_source", DEFAULT_SOURCE))
 
 
-def end_with_parent() -> None:
-    """End this process when its stdin closes, which is when the parent dies, however it dies."""
+def end_with_parent(clean_up: Callable[[], object] = lambda: None) -> None:
+    """End this process when its stdin closes, which is when the parent dies, however it dies. clean_up: done before."""
 
     def watch() -> None:
         # Not sys.stdin: its lock, held by a waiting daemon thread, would abort the interpreter's own end.
         while os.read(0, 4096):
             pass
-        os._exit(1)
+        try:
+            clean_up()
+        finally:
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -43,7 +43,6 @@ class Use(Enum):
 
     SERVED = "an engine computes; here only embedding, final norm and lm_head are read"
     FEATURES = "vLLM computes its features, as it will be served: add --feature_source vllm."
-    LIVE = "vLLM computes its features: make a store by allocation.py --feature_source vllm and name it with --tmpdir."
     MEASURED = "python -m eagle.vllm.verify measures a draft beside it, as it will be served."
     REPLIES = "vLLM decodes it: name the python that has one with --engine_python, or a server with --server."
     PLAIN = "Only plain weights will do here."

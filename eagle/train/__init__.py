@@ -11,7 +11,7 @@ exchange        sums and weights between them
 dataset         records to examples: the split, the noise, the order
 loader          batches from the store to the device, read ahead
 whole_store     a store without what is damaged in it, found by one process for all
-live_features   features computed as training goes, instead of a store
+live_features   features computed as training goes, instead of a store; engine: by an engine beside the run
 loop            accumulate, backward, clip, step, schedule, validate, save
 schedule        the learning rate's course
 averaging       an average of the weights, in the optimizer's state

@@ -22,7 +22,10 @@ from eagle.train.live_features import LiveFeatures
 from eagle.train.loop import Trainer
 
 #: Options that may differ from machine to machine: where things are, and what a process does by itself.
-OWN = ("tmpdir", "data_path", "cpdir", "basepath", "configpath", "chat_template", "num_workers", "dry_run")
+OWN = (
+    "tmpdir", "data_path", "cpdir", "basepath", "configpath", "chat_template", "num_workers", "dry_run",
+    "engine_python", "engine_cards",
+)  # fmt: skip
 
 _COMMAND, _SEES, _VERSIONS = "command", "sees", "versions"
 

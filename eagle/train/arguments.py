@@ -15,6 +15,8 @@ from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
+from eagle.generate.request import parse_engine_args, parse_indices
+from eagle.generate.sources import FEATURE_SOURCES
 from eagle.given import given, refuse_idle
 from eagle.target.config import load_config
 from eagle.target.quantization import Use
@@ -55,6 +57,20 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     )
     add("chat_template_kwargs", str, f"with --data_path: {HELP}")
     add("dtype", str, "with --data_path: what the base model computes in")
+    add(
+        "feature_source",
+        str,
+        "with --data_path: what computes the features: transformers in the training processes, or an engine of vLLM on "
+        "every machine",
+        choices=tuple(FEATURE_SOURCES),
+    )
+    engine = "with --feature_source vllm: "
+    add("engine_python", Path, f"{engine}the python of the environment that has vLLM (default: this one)")
+    add("engine_cards", str, f'{engine}the cards of the engine, beside those that train, e.g. "4,5,6,7"; none on a CPU')
+    add("tensor_parallel_size", int, f"{engine}cards that share every layer (default: --engine_cards, by the stages)")
+    add("pipeline_parallel_size", int, f"{engine}stages of layers, each on cards of its own")
+    more = """more options of vllm.LLM, e.g. '{"gpu_memory_utilization": 0.8}'"""
+    add("engine_args", str, f"{engine}{more}", metavar="JSON")
     parser.add_argument(
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
@@ -102,7 +118,11 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("patience", int, "stop after so many validations without a better τ; 0 never does")
     add("report_to", str, "also log to this tracker", choices=TRACKERS)
     add("keep", int, "keep the newest so many checkpoints (best and last always)")
-    add("num_workers", int, "threads that read batches ahead (default: 2 on a card, else 0)")
+    add(
+        "num_workers",
+        int,
+        "threads that read batches ahead (default: 2 on a card or with an engine, else 0)",
+    )
     add("seed", int, "seed of split, order, noise and random initialisation")
     parser.add_argument(
         "--freeze_head",
@@ -131,6 +151,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.aux_layers = parse_layers(args.aux_layers)
     args.data_path = as_data_path(args.data_path)
     args.chat_template_kwargs = parse_kwargs(args.chat_template_kwargs)
+    args.engine_args = parse_engine_args(args.engine_args)
+    if args.engine_cards is not None:
+        args.engine_cards = parse_indices(args.engine_cards, "--engine_cards")
     return args
 
 

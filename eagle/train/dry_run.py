@@ -22,10 +22,10 @@ from eagle.files import existing_path
 from eagle.store.reader import FeatureStore
 from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.quantization import Use
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
 from eagle.train.draft_choice import draft_config, warn_of_coverage
+from eagle.train.engine import check_engine, describe_engine
 from eagle.train.loader import AHEAD
 from eagle.train.memory_plan import CONTEXT_BYTES, MemoryPlan, make_plan
 from eagle.train.options import TrainOptions
@@ -39,13 +39,23 @@ MANY_LAYERS = 1000
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
     """Print the plan of this process (all are alike). Raises: FileNotFoundError, RequestError."""
     setting = setting_of(options, accelerator)
+    engine = engine_lines(options, accelerator)
     plan = make_plan(setting, options.family)
     if accelerator.is_main_process:
-        print("\n".join([*lines(plan, options, accelerator), *start_lines(setting, options, accelerator)]))
+        print("\n".join([*lines(plan, options, accelerator), *engine, *start_lines(setting, options, accelerator)]))
         if covered := planned_coverage(setting, options):
             print(covered.describe())
             warn_of_coverage(covered, options)
     return 0
+
+
+def engine_lines(options: TrainOptions, accelerator: Accelerator) -> list[str]:
+    """The engine of ``--feature_source``, which is looked at and not started. Raises: RequestError."""
+    if not options.is_engine:
+        return []
+    version = check_engine(options, planned_target(options), accelerator.device)
+    said = describe_engine(options, version)
+    return [f"{said}; what these take of memory is beside the plan (allocation.py --dry_run says how much)"]
 
 
 def planned_coverage(setting: Setting, options: TrainOptions) -> Coverage | None:
@@ -69,7 +79,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     compute = device.compute_dtype(accelerator.mixed_precision).itemsize
     fused, fused_masked = (attention_is_fused(accelerator.device, compute, masked) for masked in (False, True))
     trunk = 0
-    if options.data_path and options.basepath:
+    if options.data_path and options.basepath and not options.is_engine:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
     path = options.configpath
     if path and options.basepath is None and load_config(path).num_hidden_layers != 1:
@@ -111,10 +121,9 @@ def planned_target(options: TrainOptions) -> ModelConfig:
     """
     if options.basepath is not None:
         existing_path(options.basepath, "--basepath", "folder")
-        use = Use.LIVE if options.data_path else Use.SERVED
         if first_weight_file(options.basepath):
-            return check_target(options.basepath, "--basepath", use=use).config
-        return check_config(options.basepath, "--basepath", use)
+            return check_target(options.basepath, "--basepath", use=options.use).config
+        return check_config(options.basepath, "--basepath", options.use)
     if options.configpath is None:
         raise RequestError(
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "

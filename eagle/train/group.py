@@ -86,6 +86,13 @@ class Group:
             raise RequestError(found["error"])
         return found["notes"]
 
+    def gather(self, value: Any) -> list[tuple[str, Any]]:
+        """The machine and the value of every process, by rank; values are JSON's."""
+        if self._watch is None:
+            return [("", value)]
+        found = self._agree({"value": value}, lambda all_: {"found": [[one["host"], one["value"]] for one in all_]})
+        return [(host, one) for host, one in found["found"]]
+
     def _agree(
         self, said: dict[str, Any], judge: Callable[[list[dict[str, Any]]], dict[str, Any]],
         own: BaseException | None = None,

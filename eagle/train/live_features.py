@@ -23,11 +23,13 @@ from eagle.data.template_variables import shown
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
-from eagle.generate.sources import SourceOptions, open_source
+from eagle.generate.source_options import FeatureSource, SourceOptions
+from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, open_source
 from eagle.store.manifest import describe_features
 from eagle.store.record import Record, StoredRecord, supervised_counts, token_counts
 from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
+from eagle.target.quantization import Use
 from eagle.tensor_file import DTYPE_CODES
 
 
@@ -43,13 +45,15 @@ class LiveSource:
     allow_truncated: bool
     dtype: str
     chat_template_kwargs: dict[str, Any] | None = None
+    feature_source: str = DEFAULT_SOURCE
 
 
 class LiveFeatures:
     """Looks like `eagle.store.reader.FeatureStore` to a data set; ``live[i]`` runs the base model.
 
     widths: of the features to compute, by name. processes: how many processes of this machine do the same, so that they
-    share its cores for tokenising.
+    share its cores for tokenising. An engine is started by others (`eagle.train.engine`), who set `source`; until then
+    there are no features.
 
     Raises: FileNotFoundError, RequestError (nothing usable in the data).
     """
@@ -57,7 +61,7 @@ class LiveFeatures:
     def __init__(
         self, source: LiveSource, basepath: Path, device: torch.device, widths: dict[str, int], processes: int = 1
     ) -> None:
-        config = load_config(basepath)
+        config = load_config(basepath, use=Use.SERVED)  # checked by then, for the source it has
         data = open_data(source.data_path, source.end_num, allow_truncated=source.allow_truncated)
         records = data.records
         # A template that writes the date is told the data's, so that a run goes on next week as it began.
@@ -87,7 +91,9 @@ class LiveFeatures:
         self.data_digest = data.digest
         self.told = shown(encoder.variables) if encoder.variables else ""
         self.dtype = parse_dtype(source.dtype)
-        self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
+        self.source: FeatureSource | None = None
+        if source.feature_source not in ENGINES:
+            self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
 
     @property
     def tokens(self) -> int:
@@ -100,7 +106,8 @@ class LiveFeatures:
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """These records, computed together."""
+        """These records, computed together. Raises: WorkError where an engine has ended."""
+        assert self.source is not None, "the engine is not there yet"
         encoded = [self.tokens_of[int(self._places[index])] for index in indices]
         ids = [one.input_ids for one in encoded]
         # A clone is no inference tensor: autograd may save it.

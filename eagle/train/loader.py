@@ -7,11 +7,12 @@ see `eagle.drafts.alignment.StoredBatch`.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +31,26 @@ class Key:
     epoch: int
     indices: tuple[int, ...]
     is_empty: bool = False
+
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def ahead(read: Callable[[Item], Value], items: Iterable[Item], threads: int) -> Iterator[Value]:
+    """What `read` gives of each item, in their order, read ahead by so many threads; 0: when it is asked for."""
+    if not threads:
+        yield from map(read, items)
+        return
+    pool, waiting, left = ThreadPoolExecutor(threads, "ahead"), deque[Future[Value]](), iter(items)
+    try:
+        waiting.extend(pool.submit(read, item) for item in itertools.islice(left, AHEAD * threads))
+        while waiting:
+            first = waiting.popleft().result()
+            waiting.extend(pool.submit(read, item) for item in itertools.islice(left, 1))
+            yield first
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Loader:

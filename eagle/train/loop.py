@@ -23,7 +23,7 @@ from eagle.train.checkpoint import Position
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, validation_order
 from eagle.train.divergence import LossGrowth, check_finite
 from eagle.train.exchange import Exchange
-from eagle.train.loader import Key, Loader
+from eagle.train.loader import Key, Loader, ahead
 from eagle.train.options import TrainOptions
 from eagle.train.picture import draw_run
 from eagle.train.run_log import RunLog, StepResult
@@ -86,10 +86,12 @@ class Trainer:
         order = np.random.RandomState(self.options.seed).permutation(len(self.train_set))
         own = order[self.accelerator.process_index :: self.processes]
         exchange = Exchange(self.accelerator)
+        # An engine has something to do while the sums are added up.
+        threads = self.options.loader_threads(self.accelerator.device.type) if self.options.is_engine else 0
         said = start(
             self.draft,
             StartData(
-                examples=(self.train_set.example(int(index)) for index in own),
+                examples=ahead(self.train_set.example, own.tolist(), threads),
                 positions=self.options.init_positions / self.processes,
                 max_len=self.options.max_len,
                 device=self.accelerator.device,

@@ -32,11 +32,11 @@ from eagle.drafts.saved import warm_start
 from eagle.entry import run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, locked, output_folder, write_json
+from eagle.generate.sources import DEFAULT_SOURCE
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
 from eagle.target.check import check_target
 from eagle.target.identity import Identity
-from eagle.target.quantization import Use
 from eagle.target.weights import read_embedding, read_head, read_norm
 from eagle.train import checkpoint
 from eagle.train.agreement import describe
@@ -44,6 +44,7 @@ from eagle.train.arguments import read_options
 from eagle.train.dataset import FeatureDataset, RecordStore, split_store, usable_records
 from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.dry_run import dry_run
+from eagle.train.engine import check_engine, describe_engine, log_of, shared_engine
 from eagle.train.group import Group, meet
 from eagle.train.launch_check import check_launch, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
@@ -101,6 +102,7 @@ def live_features(options: TrainOptions, accelerator: Accelerator, widths: dict[
         options.allow_truncated,
         options.dtype,
         options.chat_template_kwargs,
+        options.feature_source,
     )
     return LiveFeatures(source, options.base, accelerator.device, widths, accelerator.num_processes)
 
@@ -120,9 +122,10 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     Raises: FileNotFoundError, RequestError.
     """
     existing_path(options.base, "--basepath", "folder")
-    checked = check_target(options.base, "--basepath", use=Use.SERVED if options.tmpdir else Use.LIVE)
+    checked = check_target(options.base, "--basepath", use=options.use)
     target, weights, identity = checked.config, checked.weights, checked.identity
     family = options.family
+    engine = check_engine(options, target, accelerator.device) if options.is_engine else None
     held = open_store(options, accelerator, identity) if options.tmpdir else None
     config = draft_config(options, target, held.widths if held else {})
     store: RecordStore = held or live_features(options, accelerator, family.features(config))
@@ -163,6 +166,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         notes.append(covered.describe())
         if accelerator.is_main_process:
             warn_of_coverage(covered, options)
+    if engine:
+        notes.append(describe_engine(options, engine))
     if options.max_len == target.window:
         notes.append(f"records are cut to {target.window} tokens: the base model, and so its draft, attends to no more")
 
@@ -180,7 +185,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     }
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
         del run_identity["draft"]
-    for name, only in (("ttt_decay", 1.0), ("freeze_head", False), ("ema", 0.0)):  # and no other weights
+    # And no other weights, and no engine.
+    only_ones = {"ttt_decay": 1.0, "freeze_head": False, "ema": 0.0, "feature_source": DEFAULT_SOURCE}
+    for name, only in only_ones.items():
         if run_identity[name] == only:
             del run_identity[name]
     return Trainer(
@@ -228,6 +235,13 @@ def run_training(options: TrainOptions, group: Group | None = None) -> int:
     trainer.notes = [*trainer.notes, *group.compare(lambda: describe(trainer, saved[1] if saved else None))]
     with ExitStack() as held:
         group.ready(lambda: held.enter_context(claimed(trainer, saved)))
+        if accelerator.is_main_process:
+            write_json(options.run_folder / RUN, {"options": options.to_json(), "made_by": provenance()})
+        live = trainer.train_set.store
+        if options.is_engine and isinstance(live, LiveFeatures):
+            trainer.log.say(f"starting {options.feature_source}; what it says is in {log_of(options, 0)}")
+            live.source = held.enter_context(shared_engine(options, accelerator, live, group))
+            trainer.log.restart()
         return train(options, accelerator, trainer, saved)
 
 
@@ -263,8 +277,6 @@ def claimed(trainer: Trainer, saved: checkpoint.Saved | None) -> Iterator[None]:
 
 def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer, saved: checkpoint.Saved | None) -> int:
     """Start or continue the run, and train it to its end."""
-    if accelerator.is_main_process:
-        write_json(options.run_folder / RUN, {"options": options.to_json(), "made_by": provenance()})
     if options.report_to != "none":  # only now: a tracker writes to the folder, which a refused run must not
         settings = {k: v for k, v in options.to_json().items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("eagle", config=settings)

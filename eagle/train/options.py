@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.data.mixture import DataPath, read_weights
+from eagle.device import Card
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
@@ -14,6 +15,10 @@ from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.drafts.objective import LossOptions
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
+from eagle.generate.engine_check import check_engine_args
+from eagle.generate.source_options import EngineOptions
+from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, FEATURE_SOURCES
+from eagle.target.quantization import Use
 
 #: What ``--init`` takes beside a folder, whatever the draft family.
 INITS = tuple(dict.fromkeys(name for family in DRAFT_FAMILIES.values() for name in family.starts))
@@ -41,6 +46,12 @@ class TrainOptions:
     chat_template_kwargs: dict[str, Any] | None = None
     allow_truncated: bool = False
     dtype: str = "bfloat16"
+    feature_source: str = DEFAULT_SOURCE
+    engine_python: Path | None = None
+    engine_cards: tuple[Card, ...] | None = None
+    tensor_parallel_size: int | None = None
+    pipeline_parallel_size: int = 1
+    engine_args: dict[str, Any] | None = None
     configpath: Path | None = None
     draft: str = DEFAULT_DRAFT
     aux_layers: tuple[int, ...] | None = None
@@ -95,7 +106,7 @@ class TrainOptions:
             raise RequestError(f"--end_num {self.end_num}: expected how many conversations to use, 1 or more.")
         if self.num_workers is not None and self.num_workers < 0:
             raise RequestError(f"--num_workers {self.num_workers}: expected 0 or more.")
-        if self.data_path and self.num_workers:
+        if self.data_path and self.num_workers and not self.is_engine:
             raise RequestError(
                 f"--num_workers {self.num_workers}: with --data_path the base model computes the features in the "
                 "training process; leave --num_workers at 0."
@@ -103,6 +114,10 @@ class TrainOptions:
         if self.data_path:
             read_weights(self.data_path)
         parse_dtype(self.dtype)
+        if self.feature_source not in FEATURE_SOURCES:
+            raise RequestError(f"--feature_source {self.feature_source}: expected one of {', '.join(FEATURE_SOURCES)}.")
+        if self.is_engine:
+            self._check_engine()
         if self.max_steps is not None and self.max_steps < 1:
             raise RequestError(f"--max_steps {self.max_steps}: expected 1 or more.")
         if self.token_loss not in TOKEN_LOSSES:
@@ -132,6 +147,36 @@ class TrainOptions:
                 "from; there is no such folder."
             )
 
+    def _check_engine(self) -> None:
+        check_engine_args(self.engine.arguments)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value}: expected how many, 1 or more.")
+        if self.engine_cards and self.engine.cards != len(self.engine_cards):
+            raise RequestError(
+                f"--tensor_parallel_size {self.engine.tensor_parallel_size} x --pipeline_parallel_size "
+                f"{self.engine.pipeline_parallel_size} take {self.engine.cards} cards, and --engine_cards "
+                f"{','.join(map(str, self.engine_cards))} are {len(self.engine_cards)}. Name as many, or use other "
+                "sizes."
+            )
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether the features are computed as training goes, by an engine."""
+        return self.data_path is not None and self.feature_source in ENGINES
+
+    @property
+    def use(self) -> Use:
+        """What training does with the base model: a store, or an engine, has computed with it."""
+        return Use.FEATURES if self.data_path is not None and not self.is_engine else Use.SERVED
+
+    @property
+    def engine(self) -> EngineOptions:
+        """Of each machine: all its cards share every layer, where nothing else is said."""
+        tensor = self.tensor_parallel_size or max(1, len(self.engine_cards or ()) // self.pipeline_parallel_size)
+        return EngineOptions(tensor, self.pipeline_parallel_size, self.engine_args or {})
+
     @property
     def family(self) -> DraftFamily:
         return DRAFT_FAMILIES[self.draft]
@@ -155,10 +200,12 @@ class TrainOptions:
     def loader_threads(self, kind: str) -> int:
         """Threads that read ahead for this kind of device: a card must not wait, a CPU has no cores to spare.
 
-        The base model of ``--data_path`` is in the training process.
+        The base model of ``--data_path`` is in the training process, but for an engine: that is not to wait either.
         """
         if self.num_workers is not None:
             return self.num_workers
+        if self.is_engine:
+            return 2
         return 0 if kind == "cpu" or self.data_path else 2
 
     def save_interval(self) -> tuple[int, float] | None:
@@ -195,6 +242,11 @@ FREE_ON_RESUME = (
     "chat_template_kwargs",  # they are compared with the features
     "allow_truncated",
     "dtype",
+    "engine_python",
+    "engine_cards",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "engine_args",
     "cpdir",
     "basepath",
     "configpath",
@@ -226,6 +278,8 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
             "out; --skip_damaged goes on without what is damaged in a store.",
             "dtype": "it is for --data_path, and the features of a store (--tmpdir) were computed before. Leave it "
             "out; what training computes in is accelerate's --mixed_precision, in front of eagle.train.main.",
+            "feature_source": "it is for --data_path, and the features of a store (--tmpdir) were computed before. "
+            "Leave it out; allocation.py has it, too.",
         }
     else:
         idle["skip_damaged"] = "it is for a store (--tmpdir), and with --data_path there is none. Leave it out; "
@@ -233,6 +287,10 @@ def idle_flags(options: TrainOptions) -> dict[str, str]:
         if options.end_num is None and read_weights(options.data_path)[0].weight is None:
             idle["data_seed"] = "it chooses conversations for --end_num, and without it all are used. Add --end_num, "
             idle["data_seed"] += "or leave it out; --seed is that of split, order, noise and random initialisation."
+    if not options.is_engine:
+        why = "it is about an engine, and none is started. Leave it out, or add --data_path and --feature_source vllm."
+        names = ("engine_python", "engine_cards", "tensor_parallel_size", "pipeline_parallel_size", "engine_args")
+        idle |= dict.fromkeys(names, why)
     if options.ttt_steps == 1:
         idle["ttt_decay"] = (
             "it weighs draft steps against each other, and with --ttt_steps 1 there is one. Leave it out."

@@ -51,6 +51,11 @@ class RunLog:
         if self.active:
             self._bar.write(visible(text))
 
+    def restart(self) -> None:
+        """Begin to count the time only now: what the run waited for so far was not training."""
+        self._started = time.monotonic()
+        self._bar.unpause()
+
     def start_at(self, step: int | None, seconds: float) -> None:
         """Take up a run at `step`: what was written after it is taken back. None: it starts anew, all of it is."""
         self._seconds_before, self._started = seconds, time.monotonic()

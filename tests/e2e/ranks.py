@@ -59,6 +59,7 @@ def start_ranks(
     tick: float | None = None,
     missing: int = 0,
     variables: Mapping[str, str] | None = None,
+    one_machine: bool = False,
 ) -> list[Rank]:
     """Start a rank with each of these options. dies: rank to step, behind which it sends itself the signal `by`.
 
@@ -75,6 +76,8 @@ def start_ranks(
         # One process of every "machine" says what is wrong, so all of these do.
         place: dict[str, object] = {"RANK": number, "WORLD_SIZE": len(commands) + missing, "LOCAL_RANK": 0}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if one_machine:
+            place |= {"LOCAL_RANK": number, "LOCAL_WORLD_SIZE": len(commands)}
         environment = {name: str(value) for name, value in place.items()} | dict(variables or {})
         dies_at, time_to_meet = (dies or {}).get(number), 2.0 if missing else None
         arguments = ([str(word) for word in words], environment, own, dies_at, by, tick, time_to_meet)

@@ -96,7 +96,7 @@ def test_leaving_early_leaves_no_thread_at_work(data):
     deadline = time.monotonic() + 20
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may end, too
 
 
 class FakeCard:

@@ -18,37 +18,11 @@ from eagle.generate.handover import Folder, Handover, _take_away
 from eagle.generate.source_options import EngineOptions, SourceOptions
 from eagle.generate.sources import open_source
 from eagle.target.features import HIDDEN_STATE
-from eagle.target.trunk import from_pretrained_dtype
+from tests.stub_engine import Engine
 from tests.tiny import make_target
 
 LAYERS, FEATURES = 4, (HIDDEN_STATE, "aux_1_3")
 SEQUENCES = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8, 9], [5, 6], [300])]
-
-
-class Engine:
-    """Hands over what transformers' model gives, as vLLM's would. spoil: what becomes of that."""
-
-    def __init__(self, model, arguments, handover):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(model, **from_pretrained_dtype(torch.float32)).model.eval()
-        config = arguments["speculative_config"]["draft_model_config"]["hf_config"]
-        self.layers = config["eagle_aux_hidden_state_layer_ids"]
-        self.handover = handover
-        self.spoil = lambda states: states
-
-    @torch.no_grad()
-    def generate(self, prompts, sampling, use_tqdm):
-        # In an order of its own, as requests end.
-        for prompt, one in reversed(list(zip(prompts, sampling, strict=True))):
-            seen = []
-            hook = self.model.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-            given = self.model(torch.tensor([prompt["prompt_token_ids"]]), output_hidden_states=True).hidden_states
-            hook.remove()
-            states = torch.stack([*(given[layer] for layer in self.layers[:-1]), seen[0]], dim=2)[0]
-            spoiled = self.spoil(states)
-            if spoiled is not None:
-                self.handover.put(one.extra_args["kv_transfer_params"]["eagle_key"], spoiled)
 
 
 @pytest.fixture(scope="module")
