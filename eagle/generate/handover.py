@@ -93,9 +93,11 @@ class Folder:
     def __init__(self, room: int = 0) -> None:
         places, room = _places(), max(room, _ROOM)
         roomy = [place for place in places if os.access(place, os.W_OK) and shutil.disk_usage(place).free >= room]
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=(roomy or places[-1:])[0]))
-        self._lock = os.open(self.path, os.O_RDONLY)
+        # Held before it has the name by which others look for those that nobody holds.
+        made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=(roomy or places[-1:])[0]))
+        self._lock = os.open(made, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = made.rename(made.with_name(made.name[1:]))
         _own.append(self.path)
 
 

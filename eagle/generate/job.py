@@ -25,7 +25,7 @@ from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
-from eagle.generate.engine_check import check_engine_family, check_no_quantizing, vllm_of
+from eagle.generate.engine_check import check_engine, shaping, vllm_of
 from eagle.generate.progress import finished
 from eagle.generate.request import GenerationRequest
 from eagle.generate.sources import DEFAULT_SOURCE
@@ -96,9 +96,8 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     should_compile(request.compile, kind, 0)  # refuses what its workers would have to
     engine = {}
     if request.is_engine:
-        check_engine_family(config)
-        check_no_quantizing(config, request.engine.arguments)
-        version = vllm_of(request.engine_python or Path(sys.executable), request.engine)
+        check_engine(config, request.engine.arguments, request.max_length, "--max_length")
+        version = vllm_of(request.engine_python or Path(sys.executable), request.engine, kind)
         engine = {"engine": {request.feature_source: version, **dataclasses.asdict(request.engine)}}
     data = open_data(request.data_path, request.end_num, allow_truncated=request.allow_truncated)
     began = began_with(request)
@@ -148,6 +147,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
             "num_nodes": request.num_nodes,
             "node_rank": request.node_rank,
             **({"feature_source": request.feature_source} if request.feature_source != DEFAULT_SOURCE else {}),
+            **({"engine_args": chosen} if (chosen := shaping(request.engine.arguments)) else {}),
             "length_block": LENGTH_BLOCK,
             **({"shares": data.shares} if data.shares else {}),
         },

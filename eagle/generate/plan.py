@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from eagle import engines
 from eagle.data.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.dtypes import parse_dtype
 from eagle.entry import child_environment
@@ -202,6 +203,8 @@ def probe(job: Job, tokens: Tokens, number: int) -> float:
             check=False,
         )
     if result.returncode:
-        raise WorkError(f"the probe of worker {number} failed. Its last words:\n{result.stderr.strip()[-2000:]}")
+        said = result.stderr.strip()
+        words = engines.last_words(said) if job.request.is_engine else said[-2000:]
+        raise WorkError(f"the probe of worker {number} failed. Its last words:\n{words}")
     measured = json.loads(result.stdout.splitlines()[-1])
     return measured["tokens"] / measured["seconds"]

@@ -58,7 +58,8 @@ class VllmSource:
         self.dtype = options.dtype
         self.norm = load_final_norm(Weights(options.model), config, options.dtype, options.device)
         clean_up()
-        folder = Folder().path if options.engine.cards > 1 else None
+        backend = options.engine.arguments.get("distributed_executor_backend", "uni")
+        folder = Folder().path if options.engine.cards > 1 or backend != "uni" else None
         self.handover, self._keys = Handover(folder), itertools.count()
         longest = options.longest or config.max_position_embeddings
         os.environ.update(_IN_PROCESS)
@@ -127,7 +128,7 @@ class VllmSource:
         padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         rows = torch.arange(padded.shape[1], device=padded.device)
         inside = rows < torch.tensor(lengths, device=padded.device)[:, None]
-        if not (padded.any(-1).all(-1) | ~inside).all():
+        if not (padded.any(-1).any(-1) | ~inside).all():
             raise WorkError(
                 "vLLM left hidden states of some positions out: they are zeros. Another release of vLLM may not, and "
                 "--feature_source transformers does not."

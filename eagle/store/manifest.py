@@ -16,6 +16,7 @@ LOG = "worker.log"
 #: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.
 NODES_SHARE = (
     "conversations", "seed", "max_length", "chat_template", "chat_template_kwargs", "store_dtype", "shares",
+    "feature_source", "engine_args",
 )  # fmt: skip
 
 #: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).

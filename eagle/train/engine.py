@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from eagle import device
 from eagle.errors import RequestError
-from eagle.generate.engine_check import check_engine_family, vllm_of
+from eagle.generate.engine_check import check_engine as check_request
+from eagle.generate.engine_check import vllm_of
 from eagle.generate.engine_process import Address, EngineProcess, RemoteEngine
 from eagle.generate.source_options import SourceOptions
 from eagle.target.config import ModelConfig
@@ -35,7 +36,7 @@ def check_engine(options: TrainOptions, target: ModelConfig, where: torch.device
 
     Raises: RequestError for a target, an interpreter or cards that will not do.
     """
-    check_engine_family(target)
+    check_request(target, options.engine.arguments, options.max_len, "--max_len")
     cards, kind = options.engine_cards, where.type
     if kind == "cpu":
         if cards:
@@ -56,7 +57,7 @@ def check_engine(options: TrainOptions, target: ModelConfig, where: torch.device
                 f"--engine_cards {','.join(map(str, cards))}: card {own} is one that trains here. Name others, or say "
                 f"""how much of it the engine may take: --engine_args '{{"{_SHARE}": 0.4}}'."""
             )
-    return vllm_of(_python(options), options.engine)
+    return vllm_of(_python(options), options.engine, kind)
 
 
 def _python(options: TrainOptions) -> Path:

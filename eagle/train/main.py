@@ -32,6 +32,7 @@ from eagle.drafts.saved import warm_start
 from eagle.entry import run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, locked, output_folder, write_json
+from eagle.generate.engine_check import shaping
 from eagle.generate.sources import DEFAULT_SOURCE
 from eagle.provenance import provenance
 from eagle.store.reader import FeatureStore
@@ -183,6 +184,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         **settings,
         **config.extra,
     }
+    if chosen := shaping(options.engine_args or {}):
+        run_identity["engine_args"] = chosen
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
         del run_identity["draft"]
     # And no other weights, and no engine.

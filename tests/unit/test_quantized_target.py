@@ -175,7 +175,7 @@ def request(folder: Path, **more: object) -> GenerationRequest:
 
 
 def test_a_job_says_what_it_is_of(awq, monkeypatch):
-    monkeypatch.setattr(jobs, "vllm_of", lambda python, engine: "0.32.0")
+    monkeypatch.setattr(jobs, "vllm_of", lambda *_: "0.32.0")
     monkeypatch.setattr("eagle.generate.plan.probe", lambda *asked: 100.0)
     job = jobs.resolve(request(awq), only_planned=True)
     assert job.manifest["target"]["quantization"] == {"method": "awq", "bits": 4, "group_size": 32}
@@ -191,7 +191,7 @@ def test_a_job_says_what_it_is_of(awq, monkeypatch):
 
 
 def test_a_plain_target_is_not_quantized_on_the_way(plain, monkeypatch):
-    monkeypatch.setattr(jobs, "vllm_of", lambda python, engine: "0.32.0")
+    monkeypatch.setattr(jobs, "vllm_of", lambda *_: "0.32.0")
     asked = request(plain, engine_args={"quantization": "fp8"})
     with pytest.raises(RequestError, match="quantization is 'fp8', and the weights of --model_name are not"):
         jobs.resolve(asked)
@@ -209,7 +209,9 @@ def test_commands_that_cannot_use_one_name_what_can(awq, tmp_path):
         "add --feature_source vllm": lambda: allocation.main(
             words("--model_name", awq, "--data_path", data, "--outdir", out)
         ),
-        "name it with --tmpdir": lambda: train.main(words("--basepath", awq, "--data_path", data, "--cpdir", out)),
+        "as it will be served: add --feature_source vllm.": lambda: train.main(
+            words("--basepath", awq, "--data_path", data, "--cpdir", out)
+        ),
         "python -m eagle.vllm.verify": lambda: evaluate.main(words("--base-path", awq, "--draft-path", awq)),
         "--engine_python, or a server with --server": lambda: regenerate.main(
             words("--model_name", awq, "--data_path", data, "--output", tmp_path / "x.json", "--engine", "own")

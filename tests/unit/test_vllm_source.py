@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,10 +14,11 @@ import torch
 
 from eagle.errors import RequestError, WorkError
 from eagle.generate import vllm_source
-from eagle.generate.engine_check import vllm_of
+from eagle.generate.engine_check import check_engine, check_engine_args, shaping, vllm_of
 from eagle.generate.handover import Folder, Handover, _take_away
 from eagle.generate.source_options import EngineOptions, SourceOptions
 from eagle.generate.sources import open_source
+from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from tests.stub_engine import Engine
 from tests.tiny import make_target
@@ -95,9 +97,10 @@ def test_folders_of_killed_processes_are_taken_away(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ("""{"version": null, "able": false, "stages": false}""", "has no vLLM.*--engine_python"),
-        ("""{"version": "0.9.1", "able": false, "stages": false}""", "0.9.1 .* does not hand over"),
-        ("""{"version": "0.32.0", "able": true, "stages": false}""", "Use --tensor_parallel_size 4"),
+        ("""{"version": null, "able": false, "stages": false, "cards": false}""", "has no vLLM.*--engine_python"),
+        ("""{"version": "0.9.1", "able": false, "stages": false, "cards": false}""", "0.9.1 .* does not hand over"),
+        ("""{"version": "0.32.0", "able": true, "stages": false, "cards": false}""", "Use --tensor_parallel_size 4"),
+        ("""{"version": "0.32.0", "able": true, "stages": true, "cards": true}""", "sees GPUs"),
         ("hello", "is no python"),
     ],
 )
@@ -106,22 +109,45 @@ def test_a_python_that_will_not_do(tmp_path, answer, says):
     python.write_text(f"#!/bin/sh\necho '{answer}'\n")
     python.chmod(0o755)
     with pytest.raises(RequestError, match=says):
-        vllm_of(python, EngineOptions(2, 2))
+        vllm_of(python, EngineOptions(2, 2), "cpu")
 
 
 def test_a_python_that_is_not_there(tmp_path):
     with pytest.raises(RequestError, match="cannot be run"):
-        vllm_of(tmp_path / "python", EngineOptions())
+        vllm_of(tmp_path / "python", EngineOptions(), "cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="this environment has one")
 def test_this_environment_has_no_engine():
     with pytest.raises(RequestError, match="has no vLLM"):
-        vllm_of(Path(sys.executable), EngineOptions())
+        vllm_of(Path(sys.executable), EngineOptions(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        (None, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    ],
+)
+def test_no_record_is_longer_than_the_table_of_angles(model, rope, most):
+    config = replace(load_config(model), max_position_embeddings=64, rope_scaling=rope)
+    check_engine(config, {}, most, "--max_length")
+    with pytest.raises(RequestError, match=f"--max_length {most + 1}: the base model has {most} positions"):
+        check_engine(config, {}, most + 1, "--max_length")
+
+
+def test_options_of_an_engine():
+    """Those that compute something else are refused, those that may are part of the store."""
+    assert shaping({"gpu_memory_utilization": 0.5, "kv_cache_dtype": "fp8"}) == {"kv_cache_dtype": "fp8"}
+    for wrong in ({"load_format": "dummy"}, {"hf_config_path": "x"}, {"model_impl": "transformers"}, {"dtype": "half"}):
+        with pytest.raises(RequestError, match="--engine_args: .*" + next(iter(wrong))):
+            check_engine_args(wrong)
 
 
 def test_the_release_is_told(tmp_path):
     python = tmp_path / "python"
-    python.write_text("""#!/bin/sh\necho '{"version": "0.32.0", "able": true, "stages": false}'\n""")
+    python.write_text("""#!/bin/sh\necho '{"version": "0.32.0", "able": true, "stages": false, "cards": true}'\n""")
     python.chmod(0o755)
-    assert vllm_of(python, EngineOptions(8)) == "0.32.0"
+    assert vllm_of(python, EngineOptions(8), "cuda") == "0.32.0"
