@@ -185,7 +185,7 @@ def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: Mod
     longest = config.max_position_embeddings
     notes = [
         f"chat template: {encoder.template_name}",
-        *_of_quantized(config),
+        *([config.quantization.note()] if config.quantization else []),
         *encoder.notes(),
         *data.notes(request.end_num),
     ]
@@ -203,15 +203,6 @@ def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: Mod
             "here and there"
         )
     return notes
-
-
-def _of_quantized(config: ModelConfig) -> list[str]:
-    if config.quantization is None:
-        return []
-    return [
-        f"the base model is quantized ({config.quantization.describe()}): features are its own, as vLLM serves it, and "
-        "training, export and vLLM take the same folder"
-    ]
 
 
 #: What has to be the same for a rerun to continue a store, and how to say it; of the options all but `FREE_OPTIONS`.

@@ -64,6 +64,13 @@ class Quantization:
     def describe(self) -> str:
         return ", ".join([self.method, *(f"{k} {v}" for k, v in self.to_json().items() if k != "method")])
 
+    def note(self) -> str:
+        """For who has features computed of it."""
+        return (
+            f"the base model is quantized ({self.describe()}): features are its own, as vLLM serves it, and training, "
+            "export and vLLM take the same folder"
+        )
+
     def check(self, use: Use, where: str) -> None:
         """Raises: RequestError where that cannot be done with it, or nobody could know how it was quantized."""
         if use is not Use.SERVED:

@@ -62,7 +62,7 @@ class Chain:
         exported = run.with_name(f"{family}-vllm")
         if not exported.exists():
             options = TrainOptions(
-                run, self.target, tmpdir=self.store, draft=family, init="random", num_epochs=1, lr=3e-3, ttt_steps=2,
+                run, self.target, tmpdir=self.store, draft=family, num_epochs=1, lr=3e-3, ttt_steps=2,
                 max_len=128, vloss_weight=0.0, **({"draft_vocab_size": 150} if family == "eagle3" else {}),
             )  # fmt: skip
             assert run_training(options) == 0
@@ -163,15 +163,13 @@ def test_features_of_every_format(chain, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_verify_serves_it(chain, family, tmp_path, capsys):
-    words = ["--base-path", chain.target, "--draft-path", chain.draft(family), "--num_prompts", 3, "--output"]
+def test_verify_serves_it(chain, tmp_path, capsys):
+    words = ["--base-path", chain.target, "--draft-path", chain.draft("eagle1"), "--num_prompts", 3, "--output"]
     words += [tmp_path / "report.json", "--max_new_tokens", 32, "--chat_template", "chatml"]
-    code = verify.main([str(word) for word in words])
+    assert verify.main([str(word) for word in words]) == 0
     shown = capsys.readouterr().out
-    assert "loaded    yes" in shown and "identical with and without the draft" in shown
-    # A draft that was trained for a moment may have nothing accepted, which is said.
-    assert code == 0 or json.loads((tmp_path / "report.json").read_text())["accepted"] == 0
+    assert "loaded    yes" in shown
+    assert json.loads((tmp_path / "report.json").read_text())["tau"] > 2
 
 
 @pytest.mark.long
