@@ -16,6 +16,7 @@ from tests.e2e.commands import ask, inside
 from tests.e2e.test_training import steps_of
 from tests.taught import teach_target
 from tests.tiny import CORPUS, conversations, write_sharegpt
+from tests.vllm.engines import IN_PROCESS
 from tests.vllm.extracted import distance
 
 #: Of a tensor's largest value after some steps. A layer's output begins at zeros, and AdamW divides by the gradient's
@@ -71,7 +72,7 @@ def store(taught: Path) -> Path:
 
 @pytest.mark.parametrize("draft", [pytest.param("eagle1", marks=pytest.mark.long), "eagle3"])
 def test_a_draft_of_them_serves(
-    draft: str, store: Path, taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    draft: str, store: Path, taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     """And far more is accepted than of an untrained draft."""
     kind = ["--tmpdir", store, "--draft", draft, "--init", "random", "--lr", 3e-3]
@@ -82,6 +83,8 @@ def test_a_draft_of_them_serves(
     folder = next((tmp_path / "export").rglob("config.json")).parent
     prompts, report = tmp_path / "prompts.txt", tmp_path / "report.json"
     prompts.write_text("".join(line + "\n" for line in CORPUS if "\n" not in line and line.isascii()))
+    for name, value in IN_PROCESS.items():
+        monkeypatch.setenv(name, value)
     answer = ask(
         verify.main, capsys, *base, folder, "--prompts", prompts, "--max_new_tokens", 32,
         "--num_speculative_tokens", K, "--dtype", "float32", "--output", report,
