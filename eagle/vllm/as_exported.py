@@ -1,4 +1,4 @@
-"""An exported folder beside what exporting the trained draft again would write: every number and tensor that differs."""
+"""An exported folder beside what exporting the trained draft again would write: all numbers and tensors that differ."""
 
 from __future__ import annotations
 
@@ -130,5 +130,3 @@ def _far(one: torch.Tensor, other: torch.Tensor) -> bool:
         return not torch.equal(one, other)
     one, other = one.float(), other.float()
     return not bool((one - other).norm() <= _ROUNDING * other.norm().clamp_min(1e-12))
-
-

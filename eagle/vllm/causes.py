@@ -254,6 +254,7 @@ def _guesses(evidence: Evidence) -> str | None:
 _AGAIN = "Export the trained draft again (convert_eagle_ckpt_to_vllm_compatible.py)"
 _AS_STORED = "Serve with the template and variables of the store, or make the store again with those that are served"
 
+
 def _exported(name: str, keys: tuple[str, ...], why: str = "") -> Cause:
     """Config keys or tensors of the exported folder with one of these words in their names."""
     return Cause(name, DRAFT, lambda evidence: evidence.differing(*keys), f"{_AGAIN}{why}.", beside=True)
@@ -275,7 +276,7 @@ CAUSES = (
     ),
     Cause("dtype", FEATURES, _dtype, "Serve in the store's dtype, or make the store in the engine's."),
     _exported("rotary settings", ("rope_theta", "rope_scaling", "partial_rotary"),
-              " with this base model: a draft's rotary settings are its own, and vLLM takes 10000 where none are named"),
+              " with this base model: a draft has rotary settings of its own, and vLLM takes 10000 for none"),
     _exported("vocabulary map", ("d2t", "t2d", "draft_vocab_size"),
               ": d2t are offsets, token i of the draft's is the base model's i + d2t[i]"),
     _exported("length limit", ("max_position_embeddings", "sliding_window"),

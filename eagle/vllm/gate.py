@@ -17,6 +17,7 @@ Acceptance is compared by position in the chain; what it takes to differ is `eag
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,15 @@ class Verdict:
     def is_sound(self) -> bool:
         return not self.causes and not any(self.differs.values())
 
+    def wrong(self) -> str | None:
+        """What is wrong, None where nothing is."""
+        if self.is_sound:
+            return None
+        named = ", ".join(one.name for one in self.causes) or "no cause was found"
+        if not any(self.differs.values()):
+            return f"The draft is not served as it was trained: {named}."
+        return f"The engine accepts otherwise than training makes expect: {named}."
+
     def to_json(self) -> dict[str, Any]:
         counts = {
             "believed": self.believed, "believed_by_engine_features": self.measured, "predicted": self.predicted,
@@ -139,12 +149,13 @@ class Verdict:
         return {
             "is_sound": self.is_sound,
             "conversations": len(self.gate.held_out.conversations),
-            **{name: {"chains": one.chains, "accepted": one.accepted, "rates": one.rates()} for name, one in counts.items()},
+            **{name: dataclasses.asdict(one) | {"rates": one.rates()} for name, one in counts.items()},
             "differs": self.differs,
             "features_apart": self.apart,
             "same_guesses": self.same,
             "not_tested": self.gate.held_out.unknown or None,
-            "causes": [{"name": one.name, "part": one.part, "words": one.words, "cure": one.cure} for one in self.causes],
+            "trained_by_itself": self.gate.trained.by_itself,
+            "causes": [dataclasses.asdict(one) for one in self.causes],
         }
 
 
@@ -175,20 +186,15 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
             truth = predictor.target_choice(seen.features[1 : rows + 1])
         measured += predictor.taught(tokens, seen.features[:rows], truth, of[1])
     same = [predictor.same_guesses(seen) for seen in stored]
-    counts = [
-        Counts.of(lengths, depth)
-        for lengths in (
-            believed,
-            measured,
-            [length for seen in stored for length in predictor.rounds(seen)],
-            [length for seen in stored for length in served(seen, depth)],
-            [length for seen in as_served for length in served(seen, depth)],
-        )
-    ]
+    counts = Counts.of(believed, depth), Counts.of(measured, depth)
+    predicted = Counts.of([length for seen in stored for length in predictor.rounds(seen)], depth)
+    engine, behind_served = (
+        Counts.of([length for seen in seens for length in served(seen, depth)], depth) for seens in (stored, as_served)
+    )
     differs = {
-        PREFIX: differing(counts[3], counts[4]),
-        FEATURES: differing(counts[0], counts[1]),
-        DRAFT: differing(counts[2], counts[3]),
+        PREFIX: differing(engine, behind_served),
+        FEATURES: differing(*counts),
+        DRAFT: differing(predicted, engine),
     }
     named = (gate.held_out.manifest.get("target") or {}).get("fingerprint")
     tokenizer = gate.encoder.tokenizer
@@ -208,22 +214,25 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         differs=frozenset(part for part, positions in differs.items() if positions),
     )
-    return Verdict(*counts, evidence.same, evidence.apart, differs, find_causes(evidence), gate)
+    causes = find_causes(evidence)
+    return Verdict(*counts, predicted, engine, behind_served, evidence.same, evidence.apart, differs, causes, gate)
 
 
 def gate_lines(verdict: Verdict) -> list[str]:
     """For people."""
     gate, held = verdict.gate, verdict.gate.held_out
-    seen = "held-out" if held.in_split else "(none is held out: training has seen them)"
+    whose = "held-out" if held.in_split else "(none is held out: training has seen them)"
+    number, engine = len(held.conversations), verdict.as_served
     lines = [
-        f"gate      {len(held.conversations)} {seen} conversations of {gate.options.store}, {gate.new_tokens} tokens each",
+        f"gate      {number} {whose} conversations of {gate.options.store}, {gate.new_tokens} tokens each",
         f"training  {verdict.believed.shown()}   along the stored text ({verdict.believed.chains:,} chains); by the "
         f"engine's features {verdict.measured.shown()}",
-        f"predicted {verdict.predicted.shown()}   along the base model's own replies ({verdict.predicted.chains:,} drafts)",
-        f"engine    {verdict.as_served.shown()}   ({verdict.as_served.chains:,} drafts)",
+        f"predicted {verdict.predicted.shown()}   along the target's own replies ({verdict.predicted.chains:,} drafts)",
+        f"engine    {engine.shown()}   ({engine.chains:,} drafts)",
     ]
-    if verdict.as_served is not verdict.engine and verdict.as_served != verdict.engine:
-        lines.append(f"          {verdict.engine.shown()}   behind the stored prompts ({verdict.engine.chains:,} drafts)")
+    if engine != verdict.engine:
+        behind = f"behind the stored prompts ({verdict.engine.chains:,} drafts)"
+        lines.append(f"          {verdict.engine.shown()}   {behind}")
     same, compared = verdict.same
     wrong = len(gate.trained.differences)
     lines.append(
@@ -242,7 +251,7 @@ def gate_lines(verdict: Verdict) -> list[str]:
         return [*lines, "gate      the engine accepts what training makes expect"]
     parts = [PARTS[part] for part, positions in verdict.differs.items() if positions]
     if parts:
-        lines.append(f"gate      acceptance differs by more than sampling error; it is {' and '.join(parts)}")
+        lines.append(f"gate      acceptance differs by more than sampling error, by {' and '.join(parts)}:")
     else:
         lines.append("gate      acceptance does not show it here, and this is not as it was trained:")
     lines += [f"cause     {cause}" for cause in verdict.causes]

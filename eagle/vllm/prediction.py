@@ -1,7 +1,7 @@
 """How many draft tokens should be accepted, computed from features; and whether two such counts differ beyond chance.
 
-The same forward as training's unrolls every chain at once (`eagle.drafts.unroll`): a chain's tokens are the true ones as
-far as it is accepted, so its accepted length is that of the server's. A round of serving starts where the last one
+Training's forward unrolls every chain at once (`eagle.drafts.unroll`): a chain's tokens are the true ones as far as it
+is accepted, so its accepted length is that of the server's. A round of serving starts where the last one
 ended: a chain from position i saw x[0..i+1], its first guess is x[i+2], and with a accepted the next starts at i+a+1.
 """
 
@@ -24,7 +24,7 @@ ERRORS, LEAST = 3.0, 0.03
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """chains: how many were drafted. accepted: ``[K]``, of these how many had their first, second, ... token accepted."""
+    """chains: how many were drafted. accepted: ``[K]``, of these how many had their first, second, ... accepted."""
 
     chains: int
     accepted: tuple[int, ...]
@@ -43,7 +43,9 @@ class Counts:
         return (rate * (1 - rate) / self.chains) ** 0.5 if self.chains else 0.0
 
     def shown(self) -> str:
-        return " ".join(f"{rate:.2f}" for rate in self.rates())
+        """The rates, and the largest of their standard errors."""
+        largest = max((self.error(at) for at in range(len(self.accepted))), default=0.0)
+        return f"{' '.join(f'{rate:.2f}' for rate in self.rates())} (+-{largest:.2f})"
 
 
 def differing(one: Counts, other: Counts) -> list[int]:
@@ -69,8 +71,8 @@ class Predictor:
 
     @torch.inference_mode()
     def guesses(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """What every chain guesses ``[K, T]``: at [k, t] the k-th guess (from 0) of the chain from position t-k, as long
-        as its guesses before were right. tokens: ``[T]``, x[t+1] at t. features: ``[T, W]``."""
+        """What every chain guesses ``[K, T]``: at [k, t] the k-th guess (from 0) of the chain from position t-k, where
+        those before were right. tokens: ``[T]``, x[t+1] at t. features: ``[T, W]``."""
         device = self.head.device
         states = UnrolledDraft(self.draft)(tokens[None].to(device), features[None].to(device).float(), self.depth)
         return torch.stack([self.choice(step[0]) for step in states])
@@ -89,7 +91,9 @@ class Predictor:
         parts = hidden_states.to(self.head.device).float().split(_ROWS)
         return torch.cat([(part @ self.head.T).argmax(-1) for part in parts]).cpu()
 
-    def taught(self, tokens: torch.Tensor, features: torch.Tensor, truth: torch.Tensor, supervised: torch.Tensor) -> list[int]:
+    def taught(
+        self, tokens: torch.Tensor, features: torch.Tensor, truth: torch.Tensor, supervised: torch.Tensor
+    ) -> list[int]:
         """Accepted lengths of the chains from every supervised position along a given text, as validation counts.
 
         tokens ``[T]`` (x[t+1] at t), features ``[T, W]``. truth: ``[T]``, what the target says at x[t+2]. supervised:

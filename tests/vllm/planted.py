@@ -33,8 +33,8 @@ from tests.vllm.family_rows import work_here
 NEW = 24
 #: A template whose prompts end in the assistant's header, and others that differ from it in one thing each.
 _TURNS = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' "
-    "-}}{%- endfor -%}"
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
 )
 _HEADER = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}"
 _END = "{%- endif -%}"

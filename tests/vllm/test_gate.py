@@ -133,16 +133,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
             folder = damaged(pair, root / f"{pair.method}-{number}", damage or other_embedding(pair))
             asked[name] = (pair, folder, gate_of(pair, of, plain, folder))
     # Damaged ones first: what is left as it was in memory must not be right by chance.
-    asked["rope_theta, by itself"] = (
-        one, asked["theta 10000 for 500"][1], gate_of(one, store, plain, asked["theta 10000 for 500"][1], trained=False),
-    )  # fmt: skip
+    wrong = asked["theta 10000 for 500"][1]
+    asked["rope_theta, by itself"] = (one, wrong, gate_of(one, store, plain, wrong, trained=False))
     mixed = dataclasses.replace(other, target=one.target)
     asked["another checkpoint"] = (mixed, other.exported, gate_of(mixed, theirs, plain))
     order = sorted(asked, key=lambda name: name not in EAGLE1 and name not in EAGLE3)
     answers = verdicts({name: asked[name] for name in order}, root)
     for name in asked:
         print(f"\n--- {name}", *gate_lines(answers[name]), sep="\n")
-    print(f"\n{len(asked)} gates, {len({served for _, served, _ in asked.values()})} engines: {time.monotonic() - began:.0f} s")
+    engines = len({served for _, served, _ in asked.values()})
+    print(f"\n{len(asked)} gates, {engines} engines: {time.monotonic() - began:.0f} s")
     return answers
 
 

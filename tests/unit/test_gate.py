@@ -1,0 +1,132 @@
+"""The train/serve gate without a vLLM: predictions against our own decoding, and the tests of single causes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle.decode.drafter import StaticDrafter
+from eagle.decode.fitting_draft import load_fitting_draft
+from eagle.decode.generate import SpeculativeDecoder
+from eagle.decode.sampling import Sampling
+from eagle.decode.target import load_target
+from eagle.decode.tree import chain_paths
+from eagle.target.features import features_of
+from eagle.vllm import causes
+from eagle.vllm.capture import Watched, assembled
+from eagle.vllm.prediction import Counts, Predictor, differing, served
+from tests.oracle import Shape, random_prompts, write_pair
+from tests.oracle3 import write_oracle
+
+CPU, K, NEW = torch.device("cpu"), 3, 40
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_rounds_are_those_of_our_own_decoding(tmp_path: Path, kind: str) -> None:
+    if kind == "eagle1":
+        base, draft = write_pair(tmp_path, Shape(kv_heads=2))
+        tensors = load_file(draft / "model.safetensors")  # shaken, so that it is neither always nor never right
+        noise = torch.randn(tensors["fc.weight"].shape, generator=torch.Generator().manual_seed(0))
+        tensors["fc.weight"] += 0.006 * noise
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+    else:
+        oracle = write_oracle(tmp_path, Shape(kv_heads=2))
+        base, draft = oracle.target, oracle.draft
+    target = load_target(base, torch.float32, CPU)
+    network = load_fitting_draft(draft, base, target)
+    decoder = SpeculativeDecoder(target, network, StaticDrafter(chain_paths(K), CPU, Sampling()), Sampling())
+    predictor = Predictor(network, target.head, K)
+    seen_accepted = set()
+    for prompt in random_prompts(3, 40):
+        reply = decoder.generate(prompt, NEW, [])
+        tokens = torch.tensor([*prompt, *reply.tokens])
+        with torch.inference_mode():
+            features = features_of(target.trunk, (network.reads,), input_ids=tokens[None], use_cache=False)
+        seen = Watched(tokens, len(prompt), features[network.reads][0], torch.empty(0), torch.empty(0, K))
+        lengths, own = predictor.rounds(seen), [step.accepted for step in reply.steps if step.tried]
+        # What both see of the last round is cut by the end of the reply.
+        assert len(lengths) in (len(own), len(own) + 1) and lengths[: len(own) - 1] == own[:-1]
+        seen_accepted |= set(lengths)
+    assert {0, 1} <= seen_accepted
+
+
+def test_counts_that_differ() -> None:
+    one = Counts.of([3, 1, 0, 2] * 50, 3)
+    assert one == Counts(200, (150, 100, 50)) and one.rates() == [0.75, 0.5, 0.25]
+    assert one.error(1) == pytest.approx((0.25 / 200) ** 0.5)
+    assert one.shown() == "0.75 0.50 0.25 (+-0.04)"
+    assert differing(one, one) == []
+    assert differing(one, Counts(200, (140, 92, 50))) == [], "as chance has it"
+    assert differing(one, Counts(200, (150, 60, 10))) == [1, 2]
+    assert differing(Counts(10**6, (500000,)), Counts(10**6, (510000,))) == [], "too little to be of interest"
+    assert differing(one, Counts(0, (0, 0, 0))) == []
+
+
+def test_a_sequence_is_put_together_from_calls() -> None:
+    """A prompt of 4 in two parts; then two rounds, the first with a rejected row, which the second computes again."""
+
+    def call(positions: list[int], last: int, drafted: list[int], scale: float = 1.0) -> dict[str, torch.Tensor]:
+        states = torch.tensor(positions, dtype=torch.float)[:, None] * scale
+        return {
+            "target_positions": torch.tensor(positions),
+            "target_hidden_states": states,
+            "next_token_ids": torch.tensor([0]),
+            "last": torch.tensor([last]),
+            "drafted": torch.tensor([drafted]),
+        }
+
+    calls = [call([0, 1], 1, [9, 9]), call([2, 3], 1, [11, 12]), call([4, 5, 6], 1, [13, 14], 1.0)]
+    calls.append(call([6, 7, 8], 2, [15, 16]))
+    seen = assembled(calls, [1, 2, 3, 4], [10, 11, 70, 13, 14, 15])
+    assert seen.features.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert seen.starts.tolist() == [3, 5, 8] and seen.drafted.tolist() == [[11, 12], [13, 14], [15, 16]]
+    assert served(seen, 2) == [1, 2]
+    nothing = assembled([], [1, 2], [3, 4, 5])
+    assert len(nothing.features) == 0 and served(nothing, 2) == [0, 0]
+
+
+def evidence(stored: list[int], serving: list[int], **more: Any) -> Any:
+    """What the tests of a prompt look at."""
+    given = {"prompts": (stored, serving), "manifest": {}, "variables": None, "template": "t", "decode": str}
+    return SimpleNamespace(**(given | more))
+
+
+QUESTION = [7, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("stored", "serving", "name"),
+    [
+        ([*QUESTION, 1, 2], QUESTION, "generation prompt"),
+        (QUESTION, [*QUESTION, 1, 2], "generation prompt"),
+        (QUESTION, [7, 50, 51, 7, *QUESTION[1:]], "system prompt"),
+        ([50, 51, *QUESTION], QUESTION, "system prompt"),
+        (QUESTION, [60, *QUESTION[1:-1], 61], "chat template"),
+    ],
+)
+def test_what_differs_in_a_prompt(stored: list[int], serving: list[int], name: str) -> None:
+    found = evidence(stored, serving)
+    named = [cause.name for cause in causes.CAUSES if cause.part == causes.PREFIX and cause.find(found)]
+    assert named[0] == name
+
+
+def test_variables_come_first_and_equal_ones_are_no_cause() -> None:
+    told = {"options": {"chat_template_kwargs": '{"enable_thinking": false}'}}
+    (first, *_) = causes.CAUSES
+    other = first.find(evidence([1, 2], [1], manifest=told))
+    assert other and "is told nothing" in other and "false" in other
+    same = evidence([1, 2], [1], manifest=told, variables={"enable_thinking": False})
+    assert first.find(same) is None
+
+
+def test_every_cause_has_a_cure_and_a_name_of_its_own() -> None:
+    names = [cause.name for cause in causes.CAUSES]
+    assert len(set(names)) == len(names) >= 10
+    assert all(cause.cure.endswith(".") and cause.part in causes.PARTS for cause in causes.CAUSES)
+    parts = [cause.part for cause in causes.CAUSES]
+    assert parts == sorted(parts, key=list(causes.PARTS).index)
