@@ -108,7 +108,9 @@ def run_engine(request: EngineRequest) -> EngineResult:
 
     Raises: EngineError with the engine's last words.
     """
-    environment = {**ENVIRONMENT, **child_environment()}
+    # Of vLLM's two model runners the one whose proposer can be watched.
+    watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if request.watched else {}
+    environment = {**ENVIRONMENT, **watching, **child_environment()}
     with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
         write_json(asked, dataclasses.asdict(request))

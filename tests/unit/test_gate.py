@@ -124,6 +124,21 @@ def test_variables_come_first_and_equal_ones_are_no_cause() -> None:
     assert first.find(same) is None
 
 
+def found_of(name: str, **seen: Any) -> str | None:
+    (cause,) = [one for one in causes.CAUSES if one.name == name]
+    return cause.find(SimpleNamespace(**seen))
+
+
+def test_what_is_left_when_nothing_else_differs() -> None:
+    assert "shares 3 of the engine's 40 guesses" in (found_of("draft logits", same=(3, 40)) or "")
+    assert found_of("draft logits", same=(39, 40)) is None and found_of("draft logits", same=(0, 0)) is None
+    other = {"dtype": "float16", "store_dtype": "bfloat16"}
+    assert "computed in bfloat16" in (found_of("dtype", differs={causes.FEATURES}, **other) or "")
+    assert found_of("dtype", differs=set(), **other) is None, "it costs nothing"
+    assert "in 1.0%" in (found_of("draft and store", first=0.01, apart=0.0, tolerance=0.1) or "")
+    assert found_of("draft and store", first=0.2, apart=0.0, tolerance=0.1) is None
+
+
 def test_every_cause_has_a_cure_and_a_name_of_its_own() -> None:
     names = [cause.name for cause in causes.CAUSES]
     assert len(set(names)) == len(names) >= 10
