@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +14,35 @@ from safetensors.torch import load_file, save_file
 
 from eagle.decode.drafter import StaticDrafter
 from eagle.decode.fitting_draft import load_fitting_draft
-from eagle.decode.generate import SpeculativeDecoder
+from eagle.decode.generate import SpeculativeDecoder, generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import load_target
 from eagle.decode.tree import chain_paths
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.saved import load_draft
+from eagle.errors import RequestError
+from eagle.target.check import check_target
 from eagle.target.features import features_of
 from eagle.vllm import causes
+from eagle.vllm.as_exported import trained_draft
 from eagle.vllm.capture import Watched, assembled
+from eagle.vllm.export import export
+from eagle.vllm.gate import Gate, Verdict, gate_lines, judge
 from eagle.vllm.prediction import Counts, Predictor, differing, served
 from tests.oracle import Shape, random_prompts, write_pair
 from tests.oracle3 import write_oracle
+from tests.vllm.damage import edit_config, edit_tensors
+from tests.vllm.planted import (
+    Pair,
+    altered,
+    damaged,
+    data_file,
+    eagle1_pair,
+    eagle3_pair,
+    gate_of,
+    make_store,
+    write_templates,
+)
 
 CPU, K, NEW = torch.device("cpu"), 3, 40
 
@@ -145,3 +166,114 @@ def test_every_cause_has_a_cure_and_a_name_of_its_own() -> None:
     assert all(cause.cure.endswith(".") and cause.part in causes.PARTS for cause in causes.CAUSES)
     parts = [cause.part for cause in causes.CAUSES]
     assert parts == sorted(parts, key=list(causes.PARTS).index)
+
+
+# The whole gate, with our own decoding in the engine's place.
+
+
+def engine(gate: Gate, pair: Pair, exported: Path) -> list[Watched]:
+    """What an engine would make of the gate's questions with the draft in that folder."""
+    target = load_target(pair.target, torch.float32, CPU)
+    network = load_draft(exported, target.embedding, target.config, lambda: target.head)
+    predictor, found = Predictor(network.float(), target.head, gate.depth), []
+    for prompt, new in gate.watched():
+        tokens = torch.tensor([*prompt, *generate_alone(target, prompt, new, Sampling()).tokens])
+        with torch.inference_mode():
+            features = features_of(target.trunk, (network.reads,), input_ids=tokens[None], use_cache=False)
+        known = features[network.reads][0, :-1]
+        guesses = predictor.guesses(tokens[1:], known)
+        starts = torch.arange(len(prompt) - 1, len(known))
+        drafted = torch.stack([guesses[at, (starts + at).clamp_max(len(known) - 1)] for at in range(gate.depth)], 1)
+        found.append(Watched(tokens, len(prompt), known, starts, drafted))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    pair: Pair
+    data: Path
+    templates: dict[str, Path]
+    store: Path
+
+    def verdict(self, exported: Path | None = None, **gate: Any) -> Verdict:
+        folder = exported or self.pair.exported
+        asked = gate_of(self.pair, gate.pop("store", self.store), gate.pop("template", self.templates["plain"]), folder)
+        return judge(asked, engine(asked, self.pair, folder), "float32")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("gate")
+    pair, data, templates = eagle1_pair(root / "pair"), data_file(root), write_templates(root)
+    return Made(pair, data, templates, make_store(root / "store", pair.target, data, templates["plain"], "eagle1"))
+
+
+def test_what_is_sound_is_said_to_be(made: Made) -> None:
+    verdict = made.verdict()
+    assert verdict.is_sound and verdict.wrong() is None, gate_lines(verdict)
+    assert verdict.predicted == verdict.engine and verdict.believed == verdict.measured
+    assert "accepts what training makes expect" in gate_lines(verdict)[-1]
+    assert "6 of 6 served prompts are the stored ones" in "\n".join(gate_lines(verdict))
+
+
+def test_a_damaged_export(made: Made, tmp_path: Path) -> None:
+    def damage(folder: Path) -> None:
+        edit_config(folder, lambda config: config.update(rope_theta=10000.0, rope_parameters=None))
+
+    verdict = made.verdict(damaged(made.pair, tmp_path / "damaged", damage))
+    assert [one.name for one in verdict.causes] == ["rotary settings"] and verdict.differs["draft"]
+    assert "rope_theta is 10000.0 in the export and should be 500.0" in "\n".join(gate_lines(verdict))
+    assert "otherwise than training makes expect: rotary settings" in (verdict.wrong() or "")
+    written = json.loads(json.dumps(verdict.to_json()))
+    assert written["causes"][0]["cure"] and not written["is_sound"]
+
+
+def test_another_template_and_another_store(made: Made, tmp_path: Path) -> None:
+    verdict = made.verdict(template="llama2")
+    assert [one.name for one in verdict.causes] == ["chat template"] and not verdict.is_sound
+    assert verdict.wrong() is not None
+    shifted = altered(made.store, tmp_path / "shifted", lambda states: states.roll(1, 0))
+    verdict = made.verdict(store=shifted)
+    assert [one.name for one in verdict.causes] == ["features shifted"]
+    assert "are the engine's at the last one" in verdict.causes[0].words
+
+
+def test_conversations_that_are_not_there_are_said_to_be_untested(made: Made) -> None:
+    made.data.rename(made.data.with_name("moved.json"))
+    try:
+        verdict = made.verdict(template="llama2")
+        assert verdict.is_sound
+        assert f"not the served prompts: {made.data} is not there" in "\n".join(gate_lines(verdict))
+        assert verdict.to_json()["not_tested"]
+    finally:
+        made.data.with_name("moved.json").rename(made.data)
+
+
+def test_a_store_without_what_the_draft_reads_is_refused(made: Made, tmp_path: Path) -> None:
+    three = eagle3_pair(tmp_path)
+    with pytest.raises(
+        RequestError, match=r"holds the last hidden states, and this draft reads the inputs of the layers"
+    ):
+        gate_of(three, made.store, made.templates["plain"])
+
+
+def test_exports_of_every_form_are_as_exporting_again_makes_them(made: Made, tmp_path: Path) -> None:
+    three = eagle3_pair(tmp_path)
+    folders = export(three.target, three.draft, tmp_path / "both", "both")
+    assert set(folders) == {"plain", "speculators"}
+    for pair, exported, name in (
+        (made.pair, made.pair.exported, "eagle1"),
+        *((three, folder, "eagle3") for folder in folders.values()),
+    ):
+        checked = check_target(pair.target, "--base-path")
+        asked = (checked.weights, checked.config, DRAFT_FAMILIES[name], CPU)
+        for trained in (pair.draft, None):
+            found = trained_draft(exported, trained, *asked)
+            assert found.differences == [] and found.by_itself == (trained is None)
+    edit_tensors(folders["speculators"], lambda tensors: tensors["d2t"].add_(1))
+    edit_config(folders["speculators"], lambda config: config["transformer_layer_config"].update(rms_norm_eps=0.1))
+    checked = check_target(three.target, "--base-path")
+    found = trained_draft(
+        folders["speculators"], three.draft, checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU
+    )
+    assert [one.name for one in found.differences] == ["rms_norm_eps", "d2t"]

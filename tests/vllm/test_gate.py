@@ -6,6 +6,7 @@ Causes in prompts and stores need no engine of their own: a sound one is held ag
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.entry import run
+from eagle.train.main import run_training
+from eagle.train.options import TrainOptions
+from eagle.vllm import verify
+from eagle.vllm.export import export
 from eagle.vllm.gate import Gate, Verdict, gate_lines
+from tests.taught import teach_target
+from tests.tiny import conversations, write_sharegpt
 from tests.vllm.damage import edit_config, edit_tensors
 from tests.vllm.planted import (
     Pair,
@@ -184,3 +193,29 @@ def test_a_cause_in_the_export_is_named_and_costs_acceptance(found: dict[str, Ve
     assert [one.name for one in verdict.causes] == [(EAGLE1 | EAGLE3)[name][1]], gate_lines(verdict)
     assert verdict.differs["draft"] and not verdict.differs["prefix"] and not verdict.differs["features"]
     assert verdict.engine.rates()[0] < verdict.predicted.rates()[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("draft", ["eagle1", "eagle3"])
+def test_a_trained_draft_through_the_commands(tmp_path: Path, draft: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Store, training, export and the proof: what training believed of its split is what the engine accepts."""
+    torch.set_num_threads(1)
+    teach_target(tmp_path / "base")
+    data, template = write_sharegpt(tmp_path / "data.json", conversations(64, turns=1)), write_templates(tmp_path)
+    store = make_store(tmp_path / "store", tmp_path / "base", data, template["plain"], draft)
+    options = TrainOptions(
+        tmp_path / "run", tmp_path / "base", tmpdir=store, draft=draft, num_epochs=2, lr=3e-3, val_ratio=0.2,
+        **({"draft_vocab_size": 150} if draft == "eagle3" else {}),
+    )  # fmt: skip
+    assert run_training(options) == 0
+    layout = next(iter(DRAFT_FAMILIES[draft].layouts))
+    exported = export(tmp_path / "base", tmp_path / "run", tmp_path / "export", layout)[layout]
+    words = ["--base-path", tmp_path / "base", "--draft-path", exported, "--tmpdir", store, "--num_prompts", 1]
+    words += ["--trained-path", tmp_path / "run", "--val_ratio", 0.2, "--dtype", "float32", "--max_new_tokens", 48]
+    for name, code in (("plain", 0), ("system", 1)):
+        more = ["--chat_template", template[name], "--output", tmp_path / f"{name}.json"]
+        assert run(lambda more=more: verify.main([str(word) for word in [*words, *more]])) == code
+        print(capsys.readouterr().out)
+    sound, wrong = (json.loads((tmp_path / f"{name}.json").read_text())["gate"] for name in ("plain", "system"))
+    assert sound["engine"] == sound["predicted"] and 0.1 < sound["engine"]["rates"][0] < 1
+    assert [one["name"] for one in wrong["causes"]] == ["system prompt"]
