@@ -178,13 +178,13 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         rows = min(len(record), len(seen.features)) - 1
         if rows < depth:
             continue  # past the draft's longest context it is given nothing
-        truth = predictor.target_choice(record.hidden_state[1 : rows + 1])
-        of = (truth, supervised_positions(record.loss_mask)[:rows])
+        supervised = supervised_positions(record.loss_mask)[:rows]
+        truth = predictor.target_choice(record.hidden_state[1 : rows + 1], supervised)
         tokens = record.input_ids[1 : rows + 1].long()
-        believed += predictor.taught(tokens, record.features()[draft.reads][:rows], *of)
+        believed += predictor.taught(tokens, record.features()[draft.reads][:rows], truth, supervised)
         if draft.reads == HIDDEN_STATE:  # then the engine's say what the target chooses there
-            truth = predictor.target_choice(seen.features[1 : rows + 1])
-        measured += predictor.taught(tokens, seen.features[:rows], truth, of[1])
+            truth = predictor.target_choice(seen.features[1 : rows + 1], supervised)
+        measured += predictor.taught(tokens, seen.features[:rows], truth, supervised)
     same = [predictor.same_guesses(seen) for seen in stored]
     counts = Counts.of(believed, depth), Counts.of(measured, depth)
     predicted = Counts.of([length for seen in stored for length in predictor.rounds(seen)], depth)

@@ -70,12 +70,15 @@ class Predictor:
     depth: int
 
     @torch.inference_mode()
-    def guesses(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def guesses(self, tokens: torch.Tensor, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """What every chain guesses ``[K, T]``: at [k, t] the k-th guess (from 0) of the chain from position t-k, where
-        those before were right. tokens: ``[T]``, x[t+1] at t. features: ``[T, W]``."""
+        those before were right; -1 outside of rows. tokens: ``[T]``, x[t+1] at t. features: ``[T, W]``. rows: ``[T]``
+        bool, where a head is asked, which costs more than all the rest."""
         device = self.head.device
         states = UnrolledDraft(self.draft)(tokens[None].to(device), features[None].to(device).float(), self.depth)
-        return torch.stack([self.choice(step[0]) for step in states])
+        found = torch.full((self.depth, len(tokens)), -1)
+        found[:, rows] = torch.stack([self.choice(step[0, rows.to(device)]) for step in states])
+        return found
 
     def choice(self, states: torch.Tensor) -> torch.Tensor:
         """The likeliest of the target's tokens ``[T]`` for what a head reads ``[T, H]``."""
@@ -86,10 +89,12 @@ class Predictor:
         return (found if ids is None else ids[found]).cpu()
 
     @torch.inference_mode()
-    def target_choice(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The target's own next token ``[T]`` from its last hidden states ``[T, H]``."""
-        parts = hidden_states.to(self.head.device).float().split(_ROWS)
-        return torch.cat([(part @ self.head.T).argmax(-1) for part in parts]).cpu()
+    def target_choice(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The target's own next token ``[T]`` from its last hidden states ``[T, H]``; -2 outside of rows."""
+        found = torch.full((len(rows),), -2)
+        parts = hidden_states[rows].to(self.head.device).float().split(_ROWS)
+        found[rows] = torch.cat([(part @ self.head.T).argmax(-1) for part in parts]).cpu()
+        return found
 
     def taught(
         self, tokens: torch.Tensor, features: torch.Tensor, truth: torch.Tensor, supervised: torch.Tensor
@@ -99,7 +104,7 @@ class Predictor:
         tokens ``[T]`` (x[t+1] at t), features ``[T, W]``. truth: ``[T]``, what the target says at x[t+2]. supervised:
         ``[T]`` bool. Only whole chains count: those of `depth` supervised positions.
         """
-        agrees = self.guesses(tokens, features) == truth
+        agrees = self.guesses(tokens, features, supervised) == truth
         valid = chain_supervision(supervised, self.depth)[-1]
         starts = valid.nonzero().flatten() - (self.depth - 1)
         return [_leading(agrees, start) for start in starts.tolist()]
@@ -110,8 +115,8 @@ class Predictor:
         known = min(len(seen.features), length - 1)
         if known < self.depth:
             return []
-        guesses, found = self.guesses(tokens[1 : known + 1], seen.features[:known]), []
-        truth = torch.full((known,), -1)
+        guesses, found = self._behind(seen, known), []
+        truth = torch.full((known,), -2)
         truth[: length - 2] = tokens[2:][:known]
         agrees = guesses == truth
         start = seen.prompt - 1
@@ -121,6 +126,11 @@ class Predictor:
             start += accepted + 1
         return found
 
+    def _behind(self, seen: Watched, known: int) -> torch.Tensor:
+        """Guesses ``[K, known]`` behind the prompt."""
+        rows = torch.arange(known) >= seen.prompt - 1
+        return self.guesses(seen.tokens[1 : known + 1], seen.features[:known], rows)
+
     def same_guesses(self, seen: Watched) -> tuple[int, int]:
         """How many of the engine's guesses are ours too, and how many were compared: of every chain those up to the
         first that was wrong, whichever it is that was."""
@@ -128,7 +138,7 @@ class Predictor:
         known = min(len(seen.features), len(tokens) - 1)
         if known < self.depth:
             return 0, 0
-        guesses = self.guesses(tokens[1 : known + 1], seen.features[:known])
+        guesses = self._behind(seen, known)
         same = compared = 0
         for start, drafted in zip(seen.starts.tolist(), seen.drafted.tolist(), strict=True):
             for at, guess in enumerate(drafted):

@@ -181,7 +181,7 @@ def engine(gate: Gate, pair: Pair, exported: Path) -> list[Watched]:
         with torch.inference_mode():
             features = features_of(target.trunk, (network.reads,), input_ids=tokens[None], use_cache=False)
         known = features[network.reads][0, :-1]
-        guesses = predictor.guesses(tokens[1:], known)
+        guesses = predictor.guesses(tokens[1:], known, torch.ones(len(known), dtype=torch.bool))
         starts = torch.arange(len(prompt) - 1, len(known))
         drafted = torch.stack([guesses[at, (starts + at).clamp_max(len(known) - 1)] for at in range(gate.depth)], 1)
         found.append(Watched(tokens, len(prompt), known, starts, drafted))
