@@ -40,7 +40,8 @@ class Evidence:
     norm: the target's final norm. dtype: the engine's. variables: that the served template is told. is_target: whether
     the store names this target. trained: the draft as it should be. same: guesses of the engine that are ours on its
     own features, and how many were compared. first: how often the trained draft's first guess along the stored text is
-    the target's choice. decode: tokens to text. differs: the parts in which acceptance does.
+    the target's choice, None where no chain was long enough to tell. decode: tokens to text. differs: the parts in
+    which acceptance does.
     """
 
     held_out: HeldOut
@@ -53,7 +54,7 @@ class Evidence:
     is_target: bool
     trained: Trained
     same: tuple[int, int]
-    first: float
+    first: float | None
     decode: Callable[[list[int]], str]
     differs: frozenset[str] = field(default_factory=frozenset)
 
@@ -236,7 +237,7 @@ def _left(evidence: Evidence) -> str | None:
 
 
 def _foreign(evidence: Evidence) -> str | None:
-    if evidence.first >= LEARNT or evidence.apart > evidence.tolerance:
+    if evidence.first is None or evidence.first >= LEARNT or evidence.apart > evidence.tolerance:
         return None
     return f"along the store's own text and features the draft's first guess is right in {evidence.first:.1%}"
 

@@ -210,7 +210,7 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         is_target=gate.checked.identity.is_named(named),
         trained=gate.trained,
         same=(sum(one for one, _ in same), sum(compared for _, compared in same)),
-        first=counts[0].rates()[0],
+        first=counts[0].rates()[0] if counts[0].chains else None,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         differs=frozenset(part for part, positions in differs.items() if positions),
     )

@@ -158,6 +158,7 @@ def test_what_is_left_when_nothing_else_differs() -> None:
     assert found_of("dtype", differs=set(), **other) is None, "it costs nothing"
     assert "in 1.0%" in (found_of("draft and store", first=0.01, apart=0.0, tolerance=0.1) or "")
     assert found_of("draft and store", first=0.2, apart=0.0, tolerance=0.1) is None
+    assert found_of("draft and store", first=None, apart=0.0, tolerance=0.1) is None
 
 
 def test_every_cause_has_a_cure_and_a_name_of_its_own() -> None:
