@@ -78,7 +78,7 @@ def _from_records(file: Path, limit: int | None) -> list[Prompt]:
             raise RequestError(
                 f"--prompts {file}: record {number} is not valid JSON, or not UTF-8 ({error})."
             ) from error
-        prompt = _from_record(record, number)
+        prompt = prompt_of(record, number)
         if prompt is None:
             shapes = [str(shape) for shape in shapes_of(record, Columns())]
             fix = f" It is of another format ({', '.join(shapes)}): {convert_command(file)}" if shapes else ""
@@ -91,7 +91,7 @@ def _from_records(file: Path, limit: int | None) -> list[Prompt]:
     return prompts
 
 
-def _from_record(record: Any, number: int) -> Prompt | None:
+def prompt_of(record: Any, number: int) -> Prompt | None:
     """The prompt of a record, without turns where no human speaks; None for an unknown shape."""
     fields = record if isinstance(record, dict) else {}
     given = first_of(fields, "question_id", "id")

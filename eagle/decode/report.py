@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from eagle.decode.acceptance_counts import Acceptance
+from eagle.decode.diagnosis import diagnosis, diagnosis_lines
 from eagle.decode.recommendation import Estimate, recommendation
 from eagle.decode.replies import Reply
 
@@ -60,7 +61,9 @@ def build_report(
     estimates: Sequence[Estimate],
     vocabulary: Collection[int] | None = None,
 ) -> dict[str, Any]:
-    """Overall, by category, and what would be fastest. vocabulary: the draft's, None where it has all tokens.
+    """Overall, by category, where it is weak and what would help, what would be fastest.
+
+    vocabulary: the draft's, None where it has all tokens.
 
     identical_to_target: whether every reply equals the target's own greedy one; None when sampling, or where the
     target was not run alone.
@@ -76,6 +79,7 @@ def build_report(
         "identical_replies": len(compared) - len(differing) if compared else None,
         "differing_replies": differing,
         "categories": {name: summary(some, depth, vocabulary) for name, some in categories.items()},
+        "diagnosis": diagnosis(replies, depth, vocabulary),
         "recommendation": recommendation(estimates) if estimates else None,
     }
 
@@ -107,6 +111,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     ]
     if report["skipped_prompts"]:
         lines.append(f"left out   {len(report['skipped_prompts'])} prompts longer than the model's length")
+    lines += diagnosis_lines(report["diagnosis"])
     if report["recommendation"]:
         lines += _recommendation_lines(report)
     return lines

@@ -23,6 +23,7 @@ from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import ROOT, write_json
+from eagle.vllm.capture import save_watched, watch
 from eagle.vllm.serving import AUTO
 
 _COUNTER = "vllm:spec_decode_num_"
@@ -40,7 +41,8 @@ class EngineRequest:
     vLLM's name for it; ``auto`` is the target's own. batch_size: how many prompts it decodes at once. stop_token_ids:
     end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs, as always on a CPU.
     warm_up: generate once before the clock and the counters start. model_impl: whose code runs the target.
-    least_context: serve at least so long a context.
+    least_context: serve at least so long a context. watched: sequences behind which it generates so many tokens
+    afterwards, each alone, while what its draft is given is written to `watch_file` (`eagle.vllm.capture`).
     """
 
     model: str
@@ -57,11 +59,14 @@ class EngineRequest:
     warm_up: bool = True
     model_impl: str = AUTO
     least_context: int = 0
+    watched: list[tuple[list[int], int]] = dataclasses.field(default_factory=list)
+    watch_file: str | None = None
 
     def max_model_len(self) -> int:
         """The shortest context that holds every prompt, its reply and the tokens drafted past its end."""
-        longest = max(len(prompt) for prompt in self.prompts)
-        return max(longest + self.max_new_tokens + self.num_speculative_tokens + 1, self.least_context)
+        asked = [(prompt, self.max_new_tokens) for prompt in self.prompts] + list(self.watched)
+        longest = max(len(prompt) + new for prompt, new in asked)
+        return max(longest + self.num_speculative_tokens + 1, self.least_context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,9 @@ def run_engine(request: EngineRequest) -> EngineResult:
 
     Raises: EngineError with the engine's last words.
     """
-    environment = {**ENVIRONMENT, **child_environment()}
+    # Of vLLM's two model runners the one whose proposer can be watched.
+    watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if request.watched else {}
+    environment = {**ENVIRONMENT, **watching, **child_environment()}
     with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
         write_json(asked, dataclasses.asdict(request))
@@ -148,14 +155,20 @@ def serve(request: EngineRequest) -> EngineResult:
             "model": request.draft,
             "num_speculative_tokens": request.num_speculative_tokens,
         }
+    if request.watched:
+        options["worker_extension_cls"] = "eagle.vllm.capture.Watching"
     engine = LLM(**options)
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=request.max_new_tokens,
-        stop_token_ids=request.stop_token_ids or None,
-        ignore_eos=not request.stop_token_ids,
-        detokenize=False,
-    )
+
+    def sampling_of(max_tokens: int) -> Any:
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            stop_token_ids=request.stop_token_ids or None,
+            ignore_eos=not request.stop_token_ids,
+            detokenize=False,
+        )
+
+    sampling = sampling_of(request.max_new_tokens)
     if request.warm_up:
         # Backwards, so that no prompt finds itself in the prefix cache.
         engine.generate([{"prompt_token_ids": request.prompts[0][::-1]}], sampling, use_tqdm=False)
@@ -165,6 +178,11 @@ def serve(request: EngineRequest) -> EngineResult:
     seconds = time.perf_counter() - start
     counted = {name: value - before.get(name, 0) for name, value in read_counters(engine).items()}
     positions = range(request.num_speculative_tokens if request.draft is not None else 0)
+    if request.watched:
+        file = Path(str(request.watch_file))
+        seen = file.with_name(f"{file.name}.seen")
+        save_watched([watch(engine, sampling_of(new), tokens, seen) for tokens, new in request.watched], file)
+        seen.unlink()
     return EngineResult(
         outputs=[list(reply.outputs[0].token_ids) for reply in replies],
         seconds=seconds,

@@ -4,8 +4,10 @@
         --num_speculative_tokens 3 --dtype float32 --output report.json
 
 Needs vLLM 0.9 or newer in this environment. Two engines are started one after the other, each in its own process: with
-the draft and without it. Both get the same token ids and decode greedily. Exit codes: 0 the draft works; 1 it does not
-load, is never accepted, or changes the output where rounding is no excuse (float32); 2 the request is wrong.
+the draft and without it. Both get the same token ids and decode greedily. With --tmpdir the store that the draft was
+trained on says what should be accepted, and why it is not where it is not (`eagle.vllm.gate`). Exit codes: 0 the draft
+works; 1 it does not load, is never accepted, changes the output where rounding is no excuse (float32), or is accepted
+otherwise than the store makes expect; 2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import argparse
 import dataclasses
 import datetime
 import sys
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.loss_mask import Encoder, load_encoder
-from eagle.data.prompts import Prompt, encode_first_turn, load_prompts, stop_tokens
+from eagle.data.prompts import encode_first_turn, load_prompts, stop_tokens
 from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
 from eagle.drafts.foreign import check_is_draft
@@ -31,31 +33,22 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json, write_json
 from eagle.provenance import provenance
-from eagle.target.check import check_target
+from eagle.target.check import CheckedTarget, check_target
 from eagle.target.quantization import Use
 from eagle.target.weights import Weights
 from eagle.text import visible
-from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, run_engine
+from eagle.vllm.capture import Watched, load_watched
+from eagle.vllm.engine import EngineError, EngineRequest, run_engine
 from eagle.vllm.export import installed_vllm, release
+from eagle.vllm.gate import Gate, GateOptions, gate_lines, judge, open_gate
 from eagle.vllm.note import note_with_acceptance
+from eagle.vllm.report import build_report, measured_text, report_lines, verdict
 from eagle.vllm.serving import AUTO, Serving, serving_of
 
 NOTE = "README.md"
 
 #: The first release of the engine whose counters are read here and that every family of drafts has.
 _PRESENT_ENGINE = (0, 11)
-#: How many tokens of both continuations a difference shows.
-_SHOWN = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Where a reply with the draft leaves the one without. position: the first token that differs, counted from 0."""
-
-    prompt: int
-    position: int
-    without: list[int]
-    with_draft: list[int]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,6 +86,26 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, else by family)",
     )
     parser.add_argument(FLAG, help=HELP)
+    parser.add_argument(
+        "--tmpdir",
+        type=Path,
+        help="the store that the draft was trained on: predict what should be accepted, and name the cause where the "
+        "engine accepts otherwise",
+    )
+    parser.add_argument(
+        "--trained-path",
+        "--trained_path",
+        type=Path,
+        help="with --tmpdir: the run or checkpoint that was exported; without it damage to the exported weights is not "
+        "found",
+    )
+    parser.add_argument(
+        "--data_path", type=Path, help="with --tmpdir: the conversations, where they are no longer where the store says"
+    )
+    parser.add_argument("--num_conversations", type=int, default=16, help="with --tmpdir: how many are served at most")
+    parser.add_argument("--val_ratio", type=float, default=0.05, help="with --tmpdir: the training's, for its split")
+    parser.add_argument("--seed", type=int, default=42, help="with --tmpdir: the training's, for its split")
+    parser.add_argument("--max_len", type=int, default=2048, help="with --tmpdir: the training's")
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
     parser.add_argument(
         "--write-note",
@@ -143,124 +156,6 @@ def resolve_export(path: Path) -> Path:
     return folder
 
 
-def differences(without: list[list[int]], with_draft: list[list[int]]) -> list[Difference]:
-    """The first difference of every reply that is not the same."""
-    found = []
-    for index, (plain, drafted) in enumerate(zip(without, with_draft, strict=True)):
-        if plain == drafted:
-            continue
-        shorter = min(len(plain), len(drafted))
-        position = next((at for at in range(shorter) if plain[at] != drafted[at]), shorter)
-        end = position + _SHOWN
-        found.append(Difference(index, position, plain[position:end], drafted[position:end]))
-    return found
-
-
-def build_report(
-    request: EngineRequest, with_draft: EngineResult, without: EngineResult, prompts: list[Prompt], encoder: Encoder
-) -> dict[str, Any]:
-    """Everything measured, for people and for report.json."""
-    found = differences(without.outputs, with_draft.outputs)
-    first = None
-    if found:
-        first = {
-            "prompt": prompts[found[0].prompt].id,
-            "category": prompts[found[0].prompt].category,
-            "position": found[0].position,
-            "without": encoder.tokenizer.decode(found[0].without),
-            "with": encoder.tokenizer.decode(found[0].with_draft),
-        }
-    speeds = with_draft.tokens_per_second(), without.tokens_per_second()
-    return {
-        "loaded": True,
-        "base": request.model,
-        "draft": request.draft,
-        "vllm": with_draft.vllm,
-        "device": with_draft.device,
-        "dtype": with_draft.dtype,
-        "num_speculative_tokens": request.num_speculative_tokens,
-        "max_new_tokens": request.max_new_tokens,
-        "batch_size": request.batch_size,
-        "prompts": len(prompts),
-        "tokens": with_draft.tokens(),
-        "identical": not found,
-        "differing_prompts": len(found),
-        "first_difference": first,
-        "drafts": with_draft.drafts,
-        "drafted_tokens": with_draft.drafted,
-        "accepted_tokens": with_draft.accepted,
-        "acceptance": with_draft.acceptance(),
-        "accepted_per_position": [count / max(1, with_draft.drafts) for count in with_draft.accepted_per_position],
-        "tau": with_draft.tau(),
-        "tokens_per_second": speeds[0],
-        "tokens_per_second_without": speeds[1],
-        "speed_ratio": speeds[0] / speeds[1],
-    }
-
-
-def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report for people."""
-    lines = [
-        f"loaded    yes, by vLLM {report['vllm']} on {report['device']}: {report['dtype']}, "
-        f"{report['num_speculative_tokens']} tokens drafted at once, {report['prompts']} prompts, "
-        f"{report['batch_size']} at a time"
-    ]
-    first = report["first_difference"]
-    if first is None:
-        lines.append(f"output    identical with and without the draft ({report['tokens']:,} tokens)")
-    else:
-        named = f"{first['prompt']} ({first['category']})" if first["category"] else first["prompt"]
-        lines += [
-            f"output    differs in {report['differing_prompts']} of {report['prompts']} replies, first in "
-            f"prompt {named}, token {first['position']} of the reply (from 0)",
-            f"          without: {first['without']!r}",
-            f"          with:    {first['with']!r}",
-            f"          {_rounding(report['dtype'])}",
-        ]
-    per_position = "  ".join(f"{at}: {rate:.3f}" for at, rate in enumerate(report["accepted_per_position"], start=1))
-    lines += [
-        f"accepted  by position  {per_position}   ({report['accepted_tokens']:,} of {report['drafted_tokens']:,} "
-        f"drafted tokens, {report['acceptance']:.3f})",
-        f"tau       {report['tau']:.3f} tokens per forward pass of the target",
-        f"speed     {report['tokens_per_second']:.1f} tokens/s with the draft, "
-        f"{report['tokens_per_second_without']:.1f} without: ratio {report['speed_ratio']:.2f}",
-    ]
-    return lines
-
-
-def _rounding(dtype: str) -> str:
-    if dtype == "float32":
-        return "In float32 the two should agree; on a GPU, see that TF32 is off."
-    return (
-        f"In {dtype} vLLM's own rounding differs when several tokens are verified at once, so two nearly equal "
-        "tokens may change places; --dtype float32 tells that from a fault."
-    )
-
-
-def verdict(report: dict[str, Any]) -> str | None:
-    """What is wrong with the draft, None where nothing is."""
-    if not report["drafted_tokens"]:
-        return "vLLM drafted nothing: the replies are too short to measure. Raise --max_new_tokens."
-    if not report["accepted_tokens"]:
-        return (
-            f"None of {report['drafted_tokens']:,} drafted tokens was accepted: vLLM loaded a draft that does not fit. "
-            "docs/vllm.md lists what causes this; exporting it again with this toolkit checks for all of them."
-        )
-    if not report["identical"] and report["dtype"] == "float32":
-        return "The output with the draft differs from the output without it, in float32."
-    return None
-
-
-def measured_text(report: dict[str, Any]) -> str:
-    """The sentence for the draft's note."""
-    per_position = ", ".join(f"{rate:.2f}" for rate in report["accepted_per_position"])
-    return (
-        f"τ {report['tau']:.2f} with {report['num_speculative_tokens']} speculative tokens, greedy; accepted by "
-        f"position {per_position} (vLLM {report['vllm']}, {report['device']}, {report['dtype']}, "
-        f"{report['prompts']} prompts, {datetime.date.today().isoformat()})."
-    )
-
-
 def draft_family(draft: Path) -> DraftFamily:
     """Of an exported draft."""
     return family_of(draft_names(Weights(draft, flag="--draft-path")))
@@ -298,11 +193,47 @@ def make_request(
     )
 
 
+def gate_options(args: argparse.Namespace) -> GateOptions | None:
+    """None where no store is named. Raises: RequestError for a flag that is of no use then, or out of range."""
+    flags = ("trained_path", "data_path", "num_conversations", "val_ratio", "seed", "max_len")
+    if args.tmpdir is None:
+        parser = make_parser()
+        for flag in flags:
+            if getattr(args, flag) != parser.get_default(flag):
+                raise RequestError(
+                    f"--{flag} is about the store of the training. Name it with --tmpdir, or leave it out."
+                )
+        return None
+    if args.num_conversations < 1:
+        raise RequestError(f"--num_conversations {args.num_conversations}: expected 1 or more.")
+    if not 0 <= args.val_ratio < 1:
+        raise RequestError(f"--val_ratio {args.val_ratio}: expected 0 or more and less than 1.")
+    return GateOptions(args.tmpdir, *(getattr(args, flag) for flag in flags))
+
+
+def with_store(
+    options: GateOptions,
+    args: argparse.Namespace,
+    checked: CheckedTarget,
+    draft: Path,
+    variables: dict[str, Any] | None,
+) -> Gate:
+    def encoder(manifest: dict[str, Any]) -> Encoder:
+        told = (manifest.get("tokenizer") or {}).get("date")  # the day that a dated template was told
+        date = datetime.date.fromisoformat(told) if told else None
+        return load_encoder(args.base_path, checked.config, args.chat_template, date, variables)
+
+    depth, new = args.num_speculative_tokens, args.max_new_tokens
+    return open_gate(options, checked, draft, draft_family(draft), encoder, depth, new)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    options = gate_options(args)
     variables = parse_kwargs(args.chat_template_kwargs)
     existing_path(args.base_path, "--base-path", "folder")
-    config = check_target(args.base_path, "--base-path", use=Use.SERVED).config
+    checked = check_target(args.base_path, "--base-path", use=Use.SERVED)
+    config = checked.config
     draft = resolve_export(args.draft_path)
     family = draft_family(draft)
     serving = serving_of(config, family)
@@ -312,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder), family, serving)
+    gate = with_store(options, args, checked, draft, variables) if options else None
     longest = request.max_model_len()
     if longest > config.max_position_embeddings:
         raise RequestError(
@@ -320,8 +252,14 @@ def main(argv: list[str] | None = None) -> int:
         )
     run_by = "" if serving.model_impl == AUTO else f", --model-impl {serving.model_impl}"
     print(f"starting vLLM {version} with the draft{run_by}", flush=True)
+    watched: list[Watched] = []
     try:
-        with_draft = run_engine(request)
+        with tempfile.TemporaryDirectory(prefix="eagle-gate-") as folder:
+            file = Path(folder) / "watched.pt"
+            asked = dataclasses.replace(request, watched=gate.watched(), watch_file=str(file)) if gate else request
+            with_draft = run_engine(asked)
+            if gate:
+                watched = load_watched(file)
     except EngineError as error:
         if args.output:
             write_json(args.output, {"loaded": False, "reason": str(error), "made_by": provenance()})
@@ -332,9 +270,13 @@ def main(argv: list[str] | None = None) -> int:
     if variables:
         report["chat_template_kwargs"] = variables
     print(visible("\n".join(report_lines(report))))
+    found = judge(gate, watched, with_draft.dtype) if gate else None
+    if found:
+        report["gate"] = found.to_json()
+        print(visible("\n".join(gate_lines(found))))
     if args.output:
         write_json(args.output, {**report, "made_by": provenance()})
-    wrong = verdict(report)
+    wrong = (found.wrong() if found else None) or verdict(report)
     if wrong is not None:
         raise WorkError(wrong)
     if args.write_note:

@@ -14,6 +14,7 @@ from eagle.entry import run
 from eagle.errors import RequestError
 from eagle.target.config import load_config
 from eagle.vllm import engine as vllm_engine
+from eagle.vllm import report as vllm_report
 from eagle.vllm import verify as verify_vllm
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, last_words, read_counters
 from eagle.vllm.export import export
@@ -198,6 +199,10 @@ def test_the_note_gets_the_measurement_when_asked(pair: tuple[Path, Path], monke
         (["--max_new_tokens", -1], "--max_new_tokens -1"),
         (["--dtype", "int8"], "--dtype int8"),
         (["--max_new_tokens", 2000], "base model has 1024"),
+        (["--trained-path", "run"], "--trained_path is about the store of the training"),
+        (["--tmpdir", "store", "--num_conversations", 0], "--num_conversations 0"),
+        (["--tmpdir", "store", "--val_ratio", 1], "--val_ratio 1.0"),
+        (["--tmpdir", "no such store"], "no such store: no such folder"),
     ],
 )
 def test_wrong_numbers_are_refused(
@@ -227,8 +232,8 @@ def test_prompts_are_in_the_template_and_ready_for_the_reply(pair: tuple[Path, P
 
 
 def test_differences_where_one_reply_is_longer() -> None:
-    found = verify_vllm.differences([[1, 2, 3], [4]], [[1, 2], [4]])
-    assert found == [verify_vllm.Difference(0, 2, [3], [])]
+    found = vllm_report.differences([[1, 2, 3], [4]], [[1, 2], [4]])
+    assert found == [vllm_report.Difference(0, 2, [3], [])]
 
 
 def test_an_engine_is_a_child_whose_end_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from eagle.vllm import verify as verify_vllm
 from eagle.vllm.export import export
 from tests.oracle import Shape, write_pair
 from tests.oracle3 import write_oracle
-from tests.vllm.test_oracle import edit_config
+from tests.vllm.damage import edit_config
+from tests.vllm.planted import data_file, make_store, write_templates
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_an_oracle_pair(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, draft = pair
     report = tmp_path / "report.json"
+    data, template = data_file(tmp_path), write_templates(tmp_path)["plain"]
+    store = make_store(tmp_path / "store", base, data, template, "eagle1")
     arguments = ["--num_prompts", "3", "--max_new_tokens", "32", "--num_speculative_tokens", "2", "--dtype", "float32"]
-    arguments += ["--output", str(report), "--write-note"]
+    arguments += ["--output", str(report), "--write-note", "--chat_template", str(template)]
+    arguments += ["--tmpdir", str(store), "--trained-path", str(draft), "--val_ratio", "0.3"]
     code = run(lambda: verify_vllm.main(["--base-path", str(base), "--draft-path", str(draft), *arguments]))
     shown = capsys.readouterr()
     print("\n" + shown.out)
@@ -38,6 +42,10 @@ def test_an_oracle_pair(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     assert len(found["accepted_per_position"]) == 2
     assert found["tau"] > 2
     assert found["made_by"]["argv"]
+    gate = found["gate"]
+    assert gate["is_sound"] and gate["conversations"] == 7 and not gate["causes"]
+    assert gate["engine"] == gate["predicted"]
+    assert "the engine accepts what training makes expect" in shown.out
     assert f"Acceptance in vLLM: τ {found['tau']:.2f}" in (draft / "README.md").read_text()
 
 

@@ -1,0 +1,132 @@
+"""An exported folder beside what exporting the trained draft again would write: all numbers and tensors that differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from eagle.drafts.interface import DraftFamily
+from eagle.drafts.network import DraftNetwork
+from eagle.drafts.saved import WEIGHTS_FILE, load_trained_state, read_saved
+from eagle.drafts.vllm_layout import Layout, SavedDraft
+from eagle.files import read_json
+from eagle.target.config import ModelConfig
+from eagle.target.weights import Weights, read_embedding, read_head
+from eagle.vllm.export import export_dtype
+
+#: Keys that decide nothing here: names, ids and what an engine takes from its target.
+_IDLE = {
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "initializer_range", "bos_token_id",
+    "eos_token_id", "pad_token_id", "speculators_config", "speculators_model_type", "speculators_version", "use_cache",
+    "hidden_act", "transformer_layer_config", "model",
+}  # fmt: skip
+#: By how much of its norm a tensor may differ that was written in a narrower dtype.
+_ROUNDING = 0.01
+_EMBEDDING = "embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """name: of a config key or a tensor. words: what is wrong with it."""
+
+    name: str
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.words}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The draft as it should be served. differences: of the exported folder from it. by_itself: whether the exported
+    folder is all there is, so that only what the base model decides was compared."""
+
+    draft: DraftNetwork
+    differences: list[Difference]
+    by_itself: bool
+
+
+def trained_draft(
+    exported: Path, trained: Path | None, base: Weights, target: ModelConfig, family: DraftFamily, device: torch.device
+) -> Trained:
+    """trained: the run, checkpoint or folder that was exported, None where it is not at hand.
+
+    Raises: FileNotFoundError, RequestError for what is no draft of this target.
+    """
+    saved = read_saved(trained or exported, None, target, lambda: read_head(base, target))
+    draft = family.build(saved.config, read_embedding(base, target).float(), saved.tensors)
+    load_trained_state(draft, saved.tensors, str(saved.source))
+    found = differences(exported, saved, base, target, family)
+    return Trained(draft.float().to(device).eval().requires_grad_(False), found, trained is None)
+
+
+def layout_of(folder: Path, family: DraftFamily) -> Layout:
+    raw = read_json(folder / "config.json", "an exported config.json")
+    nested = (layout for layout in family.layouts.values() if layout.inner and layout.inner in raw)
+    return next(nested, next(iter(family.layouts.values())))
+
+
+def differences(
+    folder: Path, saved: SavedDraft, base: Weights, target: ModelConfig, family: DraftFamily
+) -> list[Difference]:
+    layout = layout_of(folder, family)
+    saved = dataclasses.replace(saved, base=Path(base.folder).resolve())
+    dtype = export_dtype(target, base)
+    raw = read_json(folder / "config.json", "an exported config.json")
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    expected = layout.tensors(saved, dtype, base, target)
+    own = [*_of_config(_flat(raw, layout), _flat(layout.config(saved, dtype), layout))]
+    own += _of_tensors(tensors, expected)
+    theirs = tensors.get(_EMBEDDING)
+    if theirs is not None and _EMBEDDING not in expected and _far(theirs, read_embedding(base, target)):
+        own.append(Difference(_EMBEDDING, "is in the export and is not the base model's"))
+    return own
+
+
+def _flat(raw: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """All keys of a config, its layer's among them; of rope_parameters, which say it again, the kind alone."""
+    found = {**raw, **(raw.get(layout.inner, {}) if layout.inner else {})}
+    parameters = found.pop("rope_parameters", None) or {}
+    scaling = found.pop("rope_scaling", None) or parameters
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    found["rope_theta"] = parameters.get("rope_theta", found.get("rope_theta"))
+    rest = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
+    found["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **dict(sorted(rest.items()))}
+    return {key: value for key, value in found.items() if key not in _IDLE}
+
+
+def _of_config(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[Difference]:
+    for key in sorted(found.keys() | expected.keys()):
+        one, other = found.get(key), expected.get(key)
+        if (one or None) != (other or None):  # false and absent mean the same
+            shown = ("absent" if value is None else value for value in (one, other))
+            yield Difference(key, "is {} in the export and should be {}".format(*shown))
+
+
+def _of_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Iterator[Difference]:
+    for name in sorted((found.keys() | expected.keys()) - {_EMBEDDING}):
+        if name not in found:
+            yield Difference(name, "is missing in the export")
+        elif name not in expected:
+            yield Difference(name, "is in the export and has no place there")
+        elif found[name].shape != expected[name].shape:
+            shapes = (list(tensors[name].shape) for tensors in (found, expected))
+            yield Difference(name, "is {} in the export and should be {}".format(*shapes))
+        elif _far(found[name], expected[name]):
+            yield Difference(name, "in the export is not the trained draft's")
+
+
+def _far(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return True
+    if not one.is_floating_point():
+        return not torch.equal(one, other)
+    one, other = one.float(), other.float()
+    return not bool((one - other).norm() <= _ROUNDING * other.norm().clamp_min(1e-12))

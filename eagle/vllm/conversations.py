@@ -1,0 +1,111 @@
+"""Held-out conversations of a store, each with the prompt that it was trained behind and the one that is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle.data.cleaning import Dropped
+from eagle.data.loss_mask import Encoder
+from eagle.data.mixture import open_data
+from eagle.data.prompts import encode_first_turn, prompt_of
+from eagle.errors import RequestError, WorkError
+from eagle.store.reader import FeatureStore
+from eagle.store.record import Record
+from eagle.train.dataset import split_store, usable_records
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """record: cut to what training and the engine take. stored: the tokens before its first reply, as training has
+    them. served: what a server makes of the same conversation, None where that is not known."""
+
+    record: Record
+    stored: list[int]
+    served: list[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """manifest: of the store, empty for classic dumps. unknown: why the served prompts are not known, "" where they
+    are. in_split: whether the conversations are those that training held out; else training has seen them."""
+
+    conversations: list[Conversation]
+    manifest: dict[str, Any]
+    unknown: str = ""
+    in_split: bool = True
+
+
+def held_out(
+    store: FeatureStore,
+    encoder: Callable[[dict[str, Any]], Encoder],
+    *,
+    count: int,
+    val_ratio: float,
+    seed: int,
+    max_len: int,
+    longest: int,
+    data_path: Path | None = None,
+) -> HeldOut:
+    """`count` conversations at most, evenly over those that training held out with this split.
+
+    encoder: the served one, from the store's manifest, which knows the day that a dated template was told. longest:
+    tokens that the engine takes. data_path: where the conversations are, if not where the manifest says.
+
+    Raises: RequestError where no record is of use.
+    """
+    where = f"--tmpdir {store.folder}"
+    usable, _ = usable_records(store, max_len, where)
+    train, validation = split_store(store, val_ratio, seed, usable)
+    chosen = validation if len(validation) else train
+    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int))]
+    manifest = next(iter(store.manifests.values()), {})
+    prompt, unknown = _served_prompts(manifest, data_path, encoder)
+    found = []
+    for index in chosen.tolist():
+        record = store[index].cut(min(max_len, longest))
+        replies = record.loss_mask.nonzero().flatten().tolist()
+        if replies and replies[0] > 0:
+            stored = record.input_ids[: replies[0]].tolist()
+            found.append(Conversation(record, stored, prompt(record.conversation) if prompt else None))
+    if not found:
+        raise RequestError(f"{where}: none of its {len(chosen)} held-out conversations has a prompt before its reply.")
+    if prompt and all(one.served is None for one in found):
+        unknown = "none of these conversations is one of messages"
+    return HeldOut(found, manifest, unknown, bool(len(validation)))
+
+
+def _served_prompts(
+    manifest: dict[str, Any], data_path: Path | None, encoder: Callable[[dict[str, Any]], Encoder]
+) -> tuple[Callable[[int], list[int] | None] | None, str]:
+    """What gives the served prompt of a conversation by its number; or why there is no such."""
+    data = manifest.get("data") or {}
+    if not data.get("digest"):
+        return None, "the store does not say of which conversations it is"
+    paths = [str(data_path)] if data_path else data["path"] if isinstance(data["path"], list) else [data["path"]]
+    if missing := [path for path in paths if not Path(path).exists()]:
+        return None, f"{missing[0]} is not there; name it with --data_path"
+    opened = open_data(tuple(paths) if len(paths) > 1 else Path(paths[0]), None, allow_truncated=True)
+    if opened.digest != data["digest"]:
+        return None, f"{paths[0]} is not the file that the store was made from; name that with --data_path"
+    serving, records = encoder(manifest), opened.records
+
+    def prompt(conversation: int) -> list[int] | None:
+        if conversation >= len(records):
+            return None  # a further row, of a later reply
+        try:
+            asked = prompt_of(records[conversation], conversation)
+        except ValueError as error:
+            raise WorkError(f"{paths[0]}: record {conversation} cannot be read ({error}).") from error
+        if asked is None or not asked.turns:
+            return None
+        try:
+            return encode_first_turn(asked, serving)
+        except (RequestError, Dropped):
+            return None  # the served template refuses it
+
+    return prompt, ""

@@ -1,0 +1,260 @@
+"""The gate between training and serving: does an engine accept what the stored features make expect, and if not, why?
+
+Of the conversations that training held out the engine is given three things, each alone and while it is watched:
+
+    the whole stored record     the engine's features of the very tokens that training saw
+    the stored prompt           what the target replies, what the engine drafts on the way and what is accepted
+    the served prompt           the same, where the served template makes other tokens of the conversation
+
+Three comparisons, of which each leaves all but one part as it is:
+
+    features   the trained draft along the stored text: by the store's features, by the engine's
+    draft      along the target's own reply, by the engine's features: the trained draft here, the exported one there
+    prefix     what the engine accepts behind the served prompts, behind the stored ones
+
+Acceptance is compared by position in the chain; what it takes to differ is `eagle.vllm.prediction.differing`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle.data.loss_mask import Encoder
+from eagle.device import choose_kind, torch_device
+from eagle.drafts.alignment import supervised_positions
+from eagle.drafts.interface import DraftFamily
+from eagle.errors import RequestError
+from eagle.store.reader import FeatureStore
+from eagle.target.check import CheckedTarget
+from eagle.target.features import HIDDEN_STATE, describe_feature
+from eagle.target.trunk import load_final_norm
+from eagle.target.weights import read_head
+from eagle.vllm.as_exported import Trained, trained_draft
+from eagle.vllm.capture import Watched
+from eagle.vllm.causes import DRAFT, FEATURES, PARTS, PREFIX, Evidence, Finding, find_causes
+from eagle.vllm.conversations import HeldOut, held_out
+from eagle.vllm.prediction import Counts, Predictor, differing, served
+
+
+@dataclass(frozen=True, slots=True)
+class GateOptions:
+    """store: the folder that the draft was trained on. trained: the run or checkpoint that was exported, None where it
+    is not at hand. data_path: the conversations, if not where the store says. conversations: how many at most. The
+    others are training's, by which the store was split."""
+
+    store: Path
+    trained: Path | None = None
+    data_path: Path | None = None
+    conversations: int = 16
+    val_ratio: float = 0.05
+    seed: int = 42
+    max_len: int = 2048
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is asked of the engine, and what it is held against. encoder: the served one."""
+
+    options: GateOptions
+    held_out: HeldOut
+    trained: Trained
+    checked: CheckedTarget
+    encoder: Encoder
+    depth: int
+    new_tokens: int
+
+    def watched(self) -> list[tuple[list[int], int]]:
+        """For `EngineRequest.watched`: the whole records, the stored prompts, those served prompts that differ."""
+        conversations = self.held_out.conversations
+        found = [(one.record.input_ids.tolist(), 1) for one in conversations]
+        found += [(one.stored, self.new_tokens) for one in conversations]
+        return found + [(one.served, self.new_tokens) for one in conversations if one.served not in (None, one.stored)]
+
+
+def open_gate(
+    options: GateOptions,
+    checked: CheckedTarget,
+    exported: Path,
+    family: DraftFamily,
+    encoder: Callable[[dict[str, Any]], Encoder],
+    depth: int,
+    new_tokens: int,
+) -> Gate:
+    """encoder: the served one, from the store's manifest.
+
+    Raises: FileNotFoundError, RequestError, WorkError.
+    """
+    store = FeatureStore(options.store)
+    room = checked.config.max_position_embeddings - new_tokens - depth - 2
+    found = held_out(
+        store,
+        encoder,
+        count=options.conversations,
+        val_ratio=options.val_ratio,
+        seed=options.seed,
+        max_len=options.max_len,
+        longest=room,
+        data_path=options.data_path,
+    )
+    device = torch_device(choose_kind())
+    trained = trained_draft(exported, options.trained, checked.weights, checked.config, family, device)
+    if trained.draft.reads not in store.widths:
+        raise RequestError(
+            f"--tmpdir {options.store} holds {', '.join(map(describe_feature, store.widths))}, and this draft reads "
+            f"{describe_feature(trained.draft.reads)}. Name the store that it was trained on."
+        )
+    return Gate(options, found, trained, checked, encoder(found.manifest), depth, new_tokens)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """believed: along the stored text by the store's features; measured: by the engine's. predicted, engine: behind the
+    stored prompts; as_served: the engine behind the served ones. differs: by part, the positions (from 0)."""
+
+    believed: Counts
+    measured: Counts
+    predicted: Counts
+    engine: Counts
+    as_served: Counts
+    same: tuple[int, int]
+    apart: float
+    differs: dict[str, list[int]]
+    causes: list[Finding]
+    gate: Gate
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.causes and not any(self.differs.values())
+
+    def wrong(self) -> str | None:
+        """What is wrong, None where nothing is."""
+        if self.is_sound:
+            return None
+        named = ", ".join(one.name for one in self.causes) or "no cause was found"
+        if not any(self.differs.values()):
+            return f"The draft is not served as it was trained: {named}."
+        return f"The engine accepts otherwise than training makes expect: {named}."
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {
+            "believed": self.believed, "believed_by_engine_features": self.measured, "predicted": self.predicted,
+            "engine_behind_stored_prompts": self.engine, "engine": self.as_served,
+        }  # fmt: skip
+        return {
+            "is_sound": self.is_sound,
+            "conversations": len(self.gate.held_out.conversations),
+            **{name: dataclasses.asdict(one) | {"rates": one.rates()} for name, one in counts.items()},
+            "differs": self.differs,
+            "features_apart": self.apart,
+            "same_guesses": self.same,
+            "not_tested": self.gate.held_out.unknown or None,
+            "trained_by_itself": self.gate.trained.by_itself,
+            "causes": [dataclasses.asdict(one) for one in self.causes],
+        }
+
+
+def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
+    """watched: what the engine made of `Gate.watched`. dtype: the engine's."""
+    conversations, depth = gate.held_out.conversations, gate.depth
+    count, draft = len(conversations), gate.trained.draft
+    whole, stored, other = watched[:count], watched[count : 2 * count], watched[2 * count :]
+    replaced = iter(other)
+    as_served = [
+        seen if one.served in (None, one.stored) else next(replaced)
+        for one, seen in zip(conversations, stored, strict=True)
+    ]
+    config, weights = gate.checked.config, gate.checked.weights
+    device = next(draft.parameters()).device
+    predictor = Predictor(draft, read_head(weights, config).to(device).float(), depth)
+    believed, measured = [], []
+    for one, seen in zip(conversations, whole, strict=True):
+        record = one.record
+        rows = min(len(record), len(seen.features)) - 1
+        if rows < depth:
+            continue  # past the draft's longest context it is given nothing
+        supervised = supervised_positions(record.loss_mask)[:rows]
+        truth = predictor.target_choice(record.hidden_state[1 : rows + 1], supervised)
+        tokens = record.input_ids[1 : rows + 1].long()
+        believed += predictor.taught(tokens, record.features()[draft.reads][:rows], truth, supervised)
+        if draft.reads == HIDDEN_STATE:  # then the engine's say what the target chooses there
+            truth = predictor.target_choice(seen.features[1 : rows + 1], supervised)
+        measured += predictor.taught(tokens, seen.features[:rows], truth, supervised)
+    same = [predictor.same_guesses(seen) for seen in stored]
+    counts = Counts.of(believed, depth), Counts.of(measured, depth)
+    predicted = Counts.of([length for seen in stored for length in predictor.rounds(seen)], depth)
+    engine, behind_served = (
+        Counts.of([length for seen in seens for length in served(seen, depth)], depth) for seens in (stored, as_served)
+    )
+    differs = {
+        PREFIX: differing(engine, behind_served),
+        FEATURES: differing(*counts),
+        DRAFT: differing(predicted, engine),
+    }
+    named = (gate.held_out.manifest.get("target") or {}).get("fingerprint")
+    tokenizer = gate.encoder.tokenizer
+    norm = load_final_norm(weights, config, torch.float32, torch.device("cpu"))
+    evidence = Evidence(
+        held_out=gate.held_out,
+        whole=whole,
+        reads=draft.reads,
+        norm=norm,
+        dtype=dtype,
+        variables=gate.encoder.variables,
+        template=gate.encoder.template_name,
+        is_target=gate.checked.identity.is_named(named),
+        trained=gate.trained,
+        same=(sum(one for one, _ in same), sum(compared for _, compared in same)),
+        first=counts[0].rates()[0] if counts[0].chains else None,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        differs=frozenset(part for part, positions in differs.items() if positions),
+    )
+    causes = find_causes(evidence)
+    return Verdict(*counts, predicted, engine, behind_served, evidence.same, evidence.apart, differs, causes, gate)
+
+
+def gate_lines(verdict: Verdict) -> list[str]:
+    """For people."""
+    gate, held = verdict.gate, verdict.gate.held_out
+    whose = "held-out" if held.in_split else "(none is held out: training has seen them)"
+    number, engine = len(held.conversations), verdict.as_served
+    lines = [
+        f"gate      {number} {whose} conversations of {gate.options.store}, {gate.new_tokens} tokens each",
+        f"training  {verdict.believed.shown()}   along the stored text ({verdict.believed.chains:,} chains); by the "
+        f"engine's features {verdict.measured.shown()}",
+        f"predicted {verdict.predicted.shown()}   along the target's own replies ({verdict.predicted.chains:,} drafts)",
+        f"engine    {engine.shown()}   ({engine.chains:,} drafts)",
+    ]
+    if engine != verdict.engine:
+        behind = f"behind the stored prompts ({verdict.engine.chains:,} drafts)"
+        lines.append(f"          {verdict.engine.shown()}   {behind}")
+    same, compared = verdict.same
+    wrong = len(gate.trained.differences)
+    lines.append(
+        f"tested    features {verdict.apart:.2%} apart; {same:,} of {compared:,} guesses are the engine's and ours; "
+        f"{wrong or 'no'} difference{'' if wrong == 1 else 's'} in the exported folder"
+    )
+    known = [one for one in held.conversations if one.served is not None]
+    if known:
+        alike = sum(one.served == one.stored for one in known)
+        lines.append(f"          {alike} of {len(known)} served prompts are the stored ones")
+    if held.unknown:
+        lines.append(f"          not the served prompts: {held.unknown}")
+    if gate.trained.by_itself:
+        lines.append("          the exported folder against itself: name what was exported with --trained-path")
+    if verdict.is_sound:
+        return [*lines, "gate      the engine accepts what training makes expect"]
+    parts = [PARTS[part] for part, positions in verdict.differs.items() if positions]
+    if parts:
+        lines.append(f"gate      acceptance differs by more than sampling error, by {' and '.join(parts)}:")
+    else:
+        lines.append("gate      acceptance does not show it here, and this is not as it was trained:")
+    lines += [f"cause     {cause}" for cause in verdict.causes]
+    if not verdict.causes:
+        lines.append("cause     none of those that are tested")
+    return lines

@@ -1,0 +1,280 @@
+"""The train/serve gate without a vLLM: predictions against our own decoding, and the tests of single causes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eagle.decode.drafter import StaticDrafter
+from eagle.decode.fitting_draft import load_fitting_draft
+from eagle.decode.generate import SpeculativeDecoder, generate_alone
+from eagle.decode.sampling import Sampling
+from eagle.decode.target import load_target
+from eagle.decode.tree import chain_paths
+from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.saved import load_draft
+from eagle.errors import RequestError
+from eagle.target.check import check_target
+from eagle.target.features import features_of
+from eagle.vllm import causes
+from eagle.vllm.as_exported import trained_draft
+from eagle.vllm.capture import Watched, assembled
+from eagle.vllm.export import export
+from eagle.vllm.gate import Gate, Verdict, gate_lines, judge
+from eagle.vllm.prediction import Counts, Predictor, differing, served
+from tests.oracle import Shape, random_prompts, write_pair
+from tests.oracle3 import write_oracle
+from tests.vllm.damage import edit_config, edit_tensors
+from tests.vllm.planted import (
+    Pair,
+    altered,
+    damaged,
+    data_file,
+    eagle1_pair,
+    eagle3_pair,
+    gate_of,
+    make_store,
+    write_templates,
+)
+
+CPU, K, NEW = torch.device("cpu"), 3, 40
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_rounds_are_those_of_our_own_decoding(tmp_path: Path, kind: str) -> None:
+    if kind == "eagle1":
+        base, draft = write_pair(tmp_path, Shape(kv_heads=2))
+        tensors = load_file(draft / "model.safetensors")  # shaken, so that it is neither always nor never right
+        noise = torch.randn(tensors["fc.weight"].shape, generator=torch.Generator().manual_seed(0))
+        tensors["fc.weight"] += 0.006 * noise
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+    else:
+        oracle = write_oracle(tmp_path, Shape(kv_heads=2))
+        base, draft = oracle.target, oracle.draft
+    target = load_target(base, torch.float32, CPU)
+    network = load_fitting_draft(draft, base, target)
+    decoder = SpeculativeDecoder(target, network, StaticDrafter(chain_paths(K), CPU, Sampling()), Sampling())
+    predictor = Predictor(network, target.head, K)
+    seen_accepted = set()
+    for prompt in random_prompts(3, 40):
+        reply = decoder.generate(prompt, NEW, [])
+        tokens = torch.tensor([*prompt, *reply.tokens])
+        with torch.inference_mode():
+            features = features_of(target.trunk, (network.reads,), input_ids=tokens[None], use_cache=False)
+        seen = Watched(tokens, len(prompt), features[network.reads][0], torch.empty(0), torch.empty(0, K))
+        lengths, own = predictor.rounds(seen), [step.accepted for step in reply.steps if step.tried]
+        # What both see of the last round is cut by the end of the reply.
+        assert len(lengths) in (len(own), len(own) + 1) and lengths[: len(own) - 1] == own[:-1]
+        seen_accepted |= set(lengths)
+    assert {0, 1} <= seen_accepted
+
+
+def test_counts_that_differ() -> None:
+    one = Counts.of([3, 1, 0, 2] * 50, 3)
+    assert one == Counts(200, (150, 100, 50)) and one.rates() == [0.75, 0.5, 0.25]
+    assert one.error(1) == pytest.approx((0.25 / 200) ** 0.5)
+    assert one.shown() == "0.75 0.50 0.25 (+-0.04)"
+    assert differing(one, one) == []
+    assert differing(one, Counts(200, (140, 92, 50))) == [], "as chance has it"
+    assert differing(one, Counts(200, (150, 60, 10))) == [1, 2]
+    assert differing(Counts(10**6, (500000,)), Counts(10**6, (510000,))) == [], "too little to be of interest"
+    assert differing(one, Counts(0, (0, 0, 0))) == []
+
+
+def test_a_sequence_is_put_together_from_calls() -> None:
+    """A prompt of 4 in two parts; then two rounds, the first with a rejected row, which the second computes again."""
+
+    def call(positions: list[int], last: int, drafted: list[int], scale: float = 1.0) -> dict[str, torch.Tensor]:
+        states = torch.tensor(positions, dtype=torch.float)[:, None] * scale
+        return {
+            "target_positions": torch.tensor(positions),
+            "target_hidden_states": states,
+            "next_token_ids": torch.tensor([0]),
+            "last": torch.tensor([last]),
+            "drafted": torch.tensor([drafted]),
+        }
+
+    calls = [call([0, 1], 1, [9, 9]), call([2, 3], 1, [11, 12]), call([4, 5, 6], 1, [13, 14], 1.0)]
+    calls.append(call([6, 7, 8], 2, [15, 16]))
+    seen = assembled(calls, [1, 2, 3, 4], [10, 11, 70, 13, 14, 15])
+    assert seen.features.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert seen.starts.tolist() == [3, 5, 8] and seen.drafted.tolist() == [[11, 12], [13, 14], [15, 16]]
+    assert served(seen, 2) == [1, 2]
+    nothing = assembled([], [1, 2], [3, 4, 5])
+    assert len(nothing.features) == 0 and served(nothing, 2) == [0, 0]
+
+
+def evidence(stored: list[int], serving: list[int], **more: Any) -> Any:
+    """What the tests of a prompt look at."""
+    given = {"prompts": (stored, serving), "manifest": {}, "variables": None, "template": "t", "decode": str}
+    return SimpleNamespace(**(given | more))
+
+
+QUESTION = [7, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("stored", "serving", "name"),
+    [
+        ([*QUESTION, 1, 2], QUESTION, "generation prompt"),
+        (QUESTION, [*QUESTION, 1, 2], "generation prompt"),
+        (QUESTION, [7, 50, 51, 7, *QUESTION[1:]], "system prompt"),
+        ([50, 51, *QUESTION], QUESTION, "system prompt"),
+        (QUESTION, [60, *QUESTION[1:-1], 61], "chat template"),
+    ],
+)
+def test_what_differs_in_a_prompt(stored: list[int], serving: list[int], name: str) -> None:
+    found = evidence(stored, serving)
+    named = [cause.name for cause in causes.CAUSES if cause.part == causes.PREFIX and cause.find(found)]
+    assert named[0] == name
+
+
+def test_variables_come_first_and_equal_ones_are_no_cause() -> None:
+    told = {"options": {"chat_template_kwargs": '{"enable_thinking": false}'}}
+    (first, *_) = causes.CAUSES
+    other = first.find(evidence([1, 2], [1], manifest=told))
+    assert other and "is told nothing" in other and "false" in other
+    same = evidence([1, 2], [1], manifest=told, variables={"enable_thinking": False})
+    assert first.find(same) is None
+
+
+def found_of(name: str, **seen: Any) -> str | None:
+    (cause,) = [one for one in causes.CAUSES if one.name == name]
+    return cause.find(SimpleNamespace(**seen))
+
+
+def test_what_is_left_when_nothing_else_differs() -> None:
+    assert "shares 3 of the engine's 40 guesses" in (found_of("draft logits", same=(3, 40)) or "")
+    assert found_of("draft logits", same=(39, 40)) is None and found_of("draft logits", same=(0, 0)) is None
+    other = {"dtype": "float16", "store_dtype": "bfloat16"}
+    assert "computed in bfloat16" in (found_of("dtype", differs={causes.FEATURES}, **other) or "")
+    assert found_of("dtype", differs=set(), **other) is None, "it costs nothing"
+    assert "in 1.0%" in (found_of("draft and store", first=0.01, apart=0.0, tolerance=0.1) or "")
+    assert found_of("draft and store", first=0.2, apart=0.0, tolerance=0.1) is None
+    assert found_of("draft and store", first=None, apart=0.0, tolerance=0.1) is None
+
+
+def test_every_cause_has_a_cure_and_a_name_of_its_own() -> None:
+    names = [cause.name for cause in causes.CAUSES]
+    assert len(set(names)) == len(names) >= 10
+    assert all(cause.cure.endswith(".") and cause.part in causes.PARTS for cause in causes.CAUSES)
+    parts = [cause.part for cause in causes.CAUSES]
+    assert parts == sorted(parts, key=list(causes.PARTS).index)
+
+
+# The whole gate, with our own decoding in the engine's place.
+
+
+def engine(gate: Gate, pair: Pair, exported: Path) -> list[Watched]:
+    """What an engine would make of the gate's questions with the draft in that folder."""
+    target = load_target(pair.target, torch.float32, CPU)
+    network = load_draft(exported, target.embedding, target.config, lambda: target.head)
+    predictor, found = Predictor(network.float(), target.head, gate.depth), []
+    for prompt, new in gate.watched():
+        tokens = torch.tensor([*prompt, *generate_alone(target, prompt, new, Sampling()).tokens])
+        with torch.inference_mode():
+            features = features_of(target.trunk, (network.reads,), input_ids=tokens[None], use_cache=False)
+        known = features[network.reads][0, :-1]
+        guesses = predictor.guesses(tokens[1:], known, torch.ones(len(known), dtype=torch.bool))
+        starts = torch.arange(len(prompt) - 1, len(known))
+        drafted = torch.stack([guesses[at, (starts + at).clamp_max(len(known) - 1)] for at in range(gate.depth)], 1)
+        found.append(Watched(tokens, len(prompt), known, starts, drafted))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    pair: Pair
+    data: Path
+    templates: dict[str, Path]
+    store: Path
+
+    def verdict(self, exported: Path | None = None, **gate: Any) -> Verdict:
+        folder = exported or self.pair.exported
+        asked = gate_of(self.pair, gate.pop("store", self.store), gate.pop("template", self.templates["plain"]), folder)
+        return judge(asked, engine(asked, self.pair, folder), "float32")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("gate")
+    pair, data, templates = eagle1_pair(root / "pair"), data_file(root), write_templates(root)
+    return Made(pair, data, templates, make_store(root / "store", pair.target, data, templates["plain"], "eagle1"))
+
+
+def test_what_is_sound_is_said_to_be(made: Made) -> None:
+    verdict = made.verdict()
+    assert verdict.is_sound and verdict.wrong() is None, gate_lines(verdict)
+    assert verdict.predicted == verdict.engine and verdict.believed == verdict.measured
+    assert "accepts what training makes expect" in gate_lines(verdict)[-1]
+    assert "6 of 6 served prompts are the stored ones" in "\n".join(gate_lines(verdict))
+
+
+def test_a_damaged_export(made: Made, tmp_path: Path) -> None:
+    def damage(folder: Path) -> None:
+        edit_config(folder, lambda config: config.update(rope_theta=10000.0, rope_parameters=None))
+
+    verdict = made.verdict(damaged(made.pair, tmp_path / "damaged", damage))
+    assert [one.name for one in verdict.causes] == ["rotary settings"] and verdict.differs["draft"]
+    assert "rope_theta is 10000.0 in the export and should be 500.0" in "\n".join(gate_lines(verdict))
+    assert "otherwise than training makes expect: rotary settings" in (verdict.wrong() or "")
+    written = json.loads(json.dumps(verdict.to_json()))
+    assert written["causes"][0]["cure"] and not written["is_sound"]
+
+
+def test_another_template_and_another_store(made: Made, tmp_path: Path) -> None:
+    verdict = made.verdict(template="llama2")
+    assert [one.name for one in verdict.causes] == ["chat template"] and not verdict.is_sound
+    assert verdict.wrong() is not None
+    shifted = altered(made.store, tmp_path / "shifted", lambda states: states.roll(1, 0))
+    verdict = made.verdict(store=shifted)
+    assert [one.name for one in verdict.causes] == ["features shifted"]
+    assert "are the engine's at the last one" in verdict.causes[0].words
+
+
+def test_conversations_that_are_not_there_are_said_to_be_untested(made: Made) -> None:
+    made.data.rename(made.data.with_name("moved.json"))
+    try:
+        verdict = made.verdict(template="llama2")
+        assert verdict.is_sound
+        assert f"not the served prompts: {made.data} is not there" in "\n".join(gate_lines(verdict))
+        assert verdict.to_json()["not_tested"]
+    finally:
+        made.data.with_name("moved.json").rename(made.data)
+
+
+def test_a_store_without_what_the_draft_reads_is_refused(made: Made, tmp_path: Path) -> None:
+    three = eagle3_pair(tmp_path)
+    with pytest.raises(
+        RequestError, match=r"holds the last hidden states, and this draft reads the inputs of the layers"
+    ):
+        gate_of(three, made.store, made.templates["plain"])
+
+
+def test_exports_of_every_form_are_as_exporting_again_makes_them(made: Made, tmp_path: Path) -> None:
+    three = eagle3_pair(tmp_path)
+    folders = export(three.target, three.draft, tmp_path / "both", "both")
+    assert set(folders) == {"plain", "speculators"}
+    for pair, exported, name in (
+        (made.pair, made.pair.exported, "eagle1"),
+        *((three, folder, "eagle3") for folder in folders.values()),
+    ):
+        checked = check_target(pair.target, "--base-path")
+        asked = (checked.weights, checked.config, DRAFT_FAMILIES[name], CPU)
+        for trained in (pair.draft, None):
+            found = trained_draft(exported, trained, *asked)
+            assert found.differences == [] and found.by_itself == (trained is None)
+    edit_tensors(folders["speculators"], lambda tensors: tensors["d2t"].add_(1))
+    edit_config(folders["speculators"], lambda config: config["transformer_layer_config"].update(rms_norm_eps=0.1))
+    checked = check_target(three.target, "--base-path")
+    found = trained_draft(
+        folders["speculators"], three.draft, checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU
+    )
+    assert [one.name for one in found.differences] == ["rms_norm_eps", "d2t"]
