@@ -136,7 +136,7 @@ def _check_no_quantizing(config: ModelConfig, arguments: Mapping[str, Any]) -> N
     method = arguments.get("quantization")
     if method is not None and config.quantization is None:
         raise RequestError(
-            f"--engine_args: quantization is {method!r}, and the weights of --model_name are not quantized: the "
+            f"--engine_args: quantization is {method!r}, and the weights of the base model are not quantized: the "
             "features would be those of a model that no folder holds. Quantize it first, with llm-compressor for "
             "example, and name the folder that gives; or leave the option out."
         )

@@ -18,8 +18,8 @@ from tests.vllm.engines import run_child
 from tests.vllm.extracted import distance
 from tests.vllm.test_quickstart import MODEL
 
-#: Times the dtype's own noise, which is another in every order of adding up. Another position's or layer's features are
-#: hundreds of times as far off.
+#: Times the dtype's own noise, which is another in every order of adding up. Another model's, position's or layer's
+#: features are more than ten times as far off.
 NOISE = 3.0
 #: Of the largest value, of two sources in float32.
 EXACT = 1e-4
