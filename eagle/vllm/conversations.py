@@ -71,7 +71,8 @@ def held_out(
         replies = record.loss_mask.nonzero().flatten().tolist()
         if replies and replies[0] > 0:
             stored = record.input_ids[: replies[0]].tolist()
-            found.append(Conversation(record, stored, prompt(record.conversation) if prompt else None))
+            serving = prompt(record.conversation) if prompt else None
+            found.append(Conversation(record, stored, serving if serving and len(serving) <= longest else None))
     if not found:
         raise RequestError(f"{where}: none of its {len(chosen)} held-out conversations has a prompt before its reply.")
     if prompt and all(one.served is None for one in found):
