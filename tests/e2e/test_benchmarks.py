@@ -161,3 +161,21 @@ def test_own_and_original_replies(data, llama, tmp_path):
         before = int(one.loss_mask.argmax())
         assert one.input_ids[:before].tolist() == other.input_ids[:before].tolist()
     assert any(one.input_ids.tolist() != other.input_ids.tolist() for one, other in zip(*pairs, strict=True))
+
+
+@pytest.mark.long
+def test_ways_of_training(store, llama, tmp_path):
+    """A row that is there is not trained again; one that asks for more than the store has is refused."""
+    words = ["benchmarks/recipes.py", "--basepath", llama, "--store", store, "--workdir", tmp_path / "work"]
+    few = ["--seeds", 2, "--num_prompts", 1, "--max_new_tokens", 4, "--num_draft_tokens", 2, "--max_len", 128]
+    row = ["--rows", "start/eagle1-*", "--tokens", 200]
+    said = command(*words, *few, *row, "--output", tmp_path / "found.json").out
+    assert "start/eagle1-random" in said and "+-" in said
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]["start/eagle1-random"]
+    assert len(found["tau"]) == 2 and all(len(taus) == 2 and min(taus) >= 1 for taus in found["tau"])
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    command(*words, *few, *row)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == runs
+    answer = command(*words, *few, "--rows", "start/eagle1-*", "--tokens", 10**9, code=2)
+    assert "takes 1,000,000,000 supervised tokens" in answer.error
+    assert "no row is called so" in command(*words, "--rows", "gone/*", code=2).error
