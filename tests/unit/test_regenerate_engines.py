@@ -18,21 +18,22 @@ from eagle.decode.generate import generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import load_target
 from eagle.errors import WorkError
+from eagle.regenerate.address import Address
 from eagle.regenerate.dialogue import FROM_TEXT
 from eagle.regenerate.journal import FILTERED, LENGTH, STOP
 from eagle.regenerate.own import OwnTarget
 from eagle.regenerate.own_server import own_server, vllm_python
 from eagle.regenerate.request import RegenerateRequest
 from eagle.regenerate.served import Question, ServedTarget
-from eagle.regenerate.transport import Address, Failed, Servers
+from eagle.regenerate.transport import Failed, Servers
 from eagle.vllm.engine import EngineError
 from tests.serving import FakeServer, Fault, runs, write_stand_in
 from tests.tiny import make_target
 from tests.unit.test_regenerate_parts import KEEPS, encoder_with
 
 
-def servers(*urls: str, retries: int = 3, timeout: float = 5.0) -> Servers:
-    return Servers([Address(url) for url in urls], timeout, retries, first_wait=0.01)
+def servers(*urls: str, retries: int = 3, timeout: float = 5.0, patience: float = 5.0) -> Servers:
+    return Servers([Address(url) for url in urls], timeout, retries, patience, first_wait=0.01)
 
 
 BODY = {"model": "target", "prompt": [5, 6], "max_tokens": 9}
@@ -53,12 +54,14 @@ def test_retry_after_is_heeded_as_seconds_and_as_a_date():
 def test_a_slow_server_is_asked_again_and_a_dead_one_given_up():
     encoder = encoder_with(KEEPS)
     with FakeServer(encoder, seconds=0.4) as server:
-        asked = servers(server.url, timeout=0.1, retries=1)
+        asked = servers(server.url, timeout=0.1, retries=1, patience=0.05)
         with pytest.raises(WorkError, match=r"no answer within 0.1 s .*\(2 tries"):
             asked.call("/completions", BODY)
         assert asked.retried == {"timeout": 1}
     with pytest.raises(WorkError, match="Connection refused"):
-        servers(server.url, retries=1).call("/models")
+        servers(server.url).call("/models", retries=1)
+    with pytest.raises(WorkError, match=r"Connection refused.*--patience"):
+        servers(server.url, patience=0.05).call("/models")
 
 
 def test_tries_come_ever_later_and_never_at_the_same_moment():
@@ -113,7 +116,7 @@ def test_where_one_of_two_rests_the_other_is_asked():
 )
 def test_what_a_server_says_in_words(message, finish, expected):
     served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 100, Sampling(), [], {})
-    said = served._read({"choices": [{"message": message, "finish_reason": finish}], "usage": None}, [])
+    said = served._read({"choices": [{"message": message, "finish_reason": finish}], "usage": None}, [], 99)
     assert (said.finish, said.text) == expected and said.ids is None
 
 
@@ -134,7 +137,7 @@ def test_an_engine_of_our_own_ends_with_the_job(stand_in, target, tmp_path):
     )
     python = vllm_python(asked)
     assert python == Path(sys.executable).absolute()
-    with pytest.raises(KeyError), own_server(asked, encoder_with(KEEPS), python) as address:
+    with pytest.raises(KeyError), own_server(asked, encoder_with(KEEPS), python, torch.bfloat16) as address:
         assert address.call("/models", None, 5)[0] == 200
         address.check()
         said = stand_in.read_text().split()
@@ -143,8 +146,8 @@ def test_an_engine_of_our_own_ends_with_the_job(stand_in, target, tmp_path):
     assert not runs(int(said[1]))
     wrong = dataclasses.replace(asked, engine_args="--max-model-len 1")
     with pytest.raises(EngineError, match=r"ended by itself.*\n.*ValueError: too short for anything"):
-        own_server(wrong, encoder_with(KEEPS), python).__enter__()
-    with own_server(asked, encoder_with(KEEPS), python) as address:  # one that dies while it is asked
+        own_server(wrong, encoder_with(KEEPS), python, torch.bfloat16).__enter__()
+    with own_server(asked, encoder_with(KEEPS), python, torch.bfloat16) as address:  # one that dies while it is asked
         os.kill(int(stand_in.read_text().split()[1]), signal.SIGKILL)
         with pytest.raises(EngineError, match="exit code -9"):
             Servers([address], 5.0, 8, first_wait=0.05).call("/completions", BODY)

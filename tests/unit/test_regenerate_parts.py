@@ -43,7 +43,7 @@ def test_a_journal_gives_back_what_was_put(tmp_path):
     with Journal(tmp_path / "j", OPTIONS) as again:
         assert len(again) == 2 and KEY in again
         assert again.get(KEY) == ANSWER and again.get(OTHER) == Answer(LENGTH, "x") and again.get(b"0" * 16) is None
-    assert read_header(tmp_path / "j") == OPTIONS
+    assert OPTIONS.items() < read_header(tmp_path / "j").items()
     assert differences(OPTIONS, {"model": "n", "temperature": 0.0}) == ["model was 'm', now 'n'"]
 
 
