@@ -101,8 +101,8 @@ def regenerate(request: RegenerateRequest) -> int:
     if counted[END_FAILED]:
         raise WorkError(
             f"{counted[END_FAILED]:,} of {len(conversations.indices):,} conversations lack replies, because requests "
-            f"failed. {request.output} has what came. The same command asks for these again and nothing else; what came "
-            f"is kept in {journal}."
+            f"failed. {request.output} has what came. The same command asks for these again and for nothing else; what "
+            f"came is kept in {journal}."
         )
     return 0
 
