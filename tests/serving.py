@@ -46,8 +46,8 @@ class FakeServer:
 
     encoder: its tokenizer and template. gives_ids: whether it says which tokens a reply is of. reply: text to a
     prompt's tokens. fault: asked before every reply that is no probe, with its number from 0 and the request; None for
-    a reply. down: what it does instead of anything, probes among them.
-    paths: how often each was asked. headers: of every GET.
+    a reply. down: what it does instead of anything, probes among them. limit: tokens that prompt and reply may have
+    together; refusal: what it says to more. paths: how often each was asked. headers: of every GET.
     asked: how often it was asked with what, by the tokens of the prompt. seconds: that a reply takes.
     """
 
@@ -67,6 +67,8 @@ class FakeServer:
         self.asked: Counter[tuple[int, ...]] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.down: Fault | None = None
+        self.limit = max_model_len or 4096
+        self.refusal = "This model's maximum context length is {} tokens. However, you requested more."
         self.paths: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = self.number = 0
@@ -110,10 +112,8 @@ class FakeServer:
             time.sleep(self.seconds)
             if fault is not None:
                 return (fault.status, fault.said, fault.headers) if fault.status else None
-        limit = self.max_model_len or 4096
-        if len(prompt) + body["max_tokens"] > limit:
-            said = f"This model's maximum context length is {limit} tokens. However, you requested more."
-            return 400, {"error": {"message": said, "code": 400}}, {}
+        if len(prompt) + body["max_tokens"] > self.limit:
+            return 400, {"error": {"message": self.refusal.format(self.limit), "code": 400}}, {}
         return 200, self._reply(path, body, prompt), {}
 
     def _reply(self, path: str, body: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(1000)
 
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(401 if os.environ.get("VLLM_API_KEY") or "--wants-a-key" in options else 200)
         self.end_headers()
         self.wfile.write(b'{"data": [{"id": "m"}]}')
 

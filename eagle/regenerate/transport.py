@@ -149,8 +149,8 @@ class Servers:
     def _judge(self, tries: Tries, address: Address, kind: str, said: str, retries: int | None) -> None:
         """Whether a request that failed once more is tried again. Raises: Failed, WorkError."""
         now = time.monotonic()
-        before, tries.last = tries.last if tries.failures else tries.began, now
-        tries.failures += 1
+        before = tries.last if tries.failures else tries.began
+        tries.failures, tries.last = tries.failures + 1, now
         if tries.failures == 1:
             tries.first = now
         if retries is not None or not self.retries:
@@ -165,6 +165,7 @@ class Servers:
                 tries.own += kind != "429"
             else:
                 tries.own += self._answers_short(address)
+                tries.last = time.monotonic()  # that one is nobody else's
         if tries.own >= self.retries:
             raise Failed(f"{address.url}: {said}")
         silent = now - max(tries.first, self._answered)

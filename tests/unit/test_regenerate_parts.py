@@ -77,6 +77,15 @@ def test_a_damaged_line_is_as_if_it_had_never_come(tmp_path):
 def test_two_jobs_and_other_files_are_refused(tmp_path):
     with Journal(tmp_path / "j", OPTIONS), pytest.raises(RequestError, match="in use by another running job"):
         Journal(tmp_path / "j", OPTIONS)
+    before = (tmp_path / "j").read_bytes()
+    with Journal(tmp_path / "j", OPTIONS), pytest.raises(RequestError, match="in use by another running job"):
+        Journal(tmp_path / "j", {"model": "n"}, overwrite=True)
+    assert (tmp_path / "j").read_bytes() == before
+    with pytest.raises(RequestError, match="asked for otherwise: model was 'm', now 'n'"):
+        Journal(tmp_path / "j", {"model": "n"})
+    with Journal(tmp_path / "j", {"model": "n"}, overwrite=True) as other:
+        assert read_header(tmp_path / "j") == other.options and other.options["model"] == "n"
+        other.remove()
     for content in (b"hello\n", b"hello", b'{"regenerate": 1}\n', b"[1]\n"):
         (tmp_path / "j").write_bytes(content)
         with pytest.raises(RequestError, match="it is no journal of replies"):
