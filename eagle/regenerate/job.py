@@ -184,7 +184,7 @@ def engine_for(
     context = config.max_position_embeddings
 
     def connected(addresses: list[Address], served: str | None) -> ServedTarget:
-        servers = Servers(addresses, request.timeout, request.retries, request.patience, tell=say)
+        servers = Servers(addresses, request.timeout, request.retries, request.max_outage, tell=say)
         engine, notes = connect(
             servers, encoder, dialogues, request.model_name, served, context, request.sampling, stop
         )  # fmt: skip

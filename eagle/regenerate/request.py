@@ -37,7 +37,7 @@ class RegenerateRequest:
     max_new_tokens: int = 1024
     concurrency: int = 100
     retries: int = 8
-    patience: float = 1800.0
+    max_outage: float = 1800.0
     timeout: float = 600.0
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -53,8 +53,8 @@ class RegenerateRequest:
                 raise RequestError(f"--{name} {value}: expected 1 or more.")
         if self.retries < 0:
             raise RequestError(f"--retries {self.retries}: expected 0 or more.")
-        if not 0 <= self.patience < float("inf"):
-            raise RequestError(f"--patience {self.patience:g}: expected a number of seconds, 0 or more.")
+        if not 0 <= self.max_outage < float("inf"):
+            raise RequestError(f"--max_outage {self.max_outage:g}: expected a number of seconds, 0 or more.")
         if not 0 < self.timeout < float("inf"):
             raise RequestError(f"--timeout {self.timeout:g}: expected a number of seconds above 0.")
         if self.engine not in ENGINES:
@@ -98,7 +98,7 @@ def idle_flags(request: RegenerateRequest) -> dict[str, str]:
         idle["served_model"] = "it is what a server calls the model, and --server names none. Leave it out."
     if request.engine == "own" and not request.server:
         why = "it is vLLM's, and --engine own decodes without. Leave one of the two out."
-        idle |= dict.fromkeys(("engine_python", "engine_args", "retries", "patience", "timeout"), why)
+        idle |= dict.fromkeys(("engine_python", "engine_args", "retries", "max_outage", "timeout"), why)
     if request.engine == "vllm" and not request.server:
         idle["device"] = "vLLM takes the device that it was built for. Leave it out."
     if request.temperature == 0:

@@ -67,7 +67,7 @@ class Tries:
 class Servers:
     """Servers of one model. Several threads may call them.
 
-    retries: how often a request is tried again while others are answered. patience: seconds in which nobody is
+    retries: how often a request is tried again while others are answered. max_outage: seconds in which nobody is
     answered until the job ends. retried: how often requests were tried again, by what was wrong. short: path and body
     of a question that was answered, and quickly. tell: shows a line while everybody waits.
     """
@@ -75,7 +75,7 @@ class Servers:
     addresses: list[Address]
     timeout: float
     retries: int
-    patience: float = 1800.0
+    max_outage: float = 1800.0
     first_wait: float = _FIRST_WAIT
     retried: Counter[str] = field(default_factory=Counter)
     short: tuple[str, object] | None = None
@@ -96,7 +96,7 @@ class Servers:
     ) -> dict[str, Any]:
         """What a server answers, as JSON; one that is named, or whichever has least to do.
 
-        retries: no more than so many, and no patience. flaw: what is wrong with an answer that another try may mend.
+        retries: no more than so many, and no outage is waited for. flaw: what is wrong with an answer that another try may mend.
         Raises: Refused; Failed; WorkError where no server answers anybody; Stopped.
         """
         tries = Tries(time.monotonic())
@@ -157,7 +157,7 @@ class Servers:
             if tries.failures > min(retries or 0, self.retries):
                 if retries is None and self._answered >= before:
                     raise Failed(f"{address.url}: {said}")
-                raise self._gone(tries, address, said, "--retries raises how often a request is tried")
+                raise self._gone(tries, address, said)
             return
         if tries.failures > 1:
             if self._answered >= before:
@@ -169,22 +169,22 @@ class Servers:
         if tries.own >= self.retries:
             raise Failed(f"{address.url}: {said}")
         silent = now - max(tries.first, self._answered)
-        if silent >= self.patience:
-            raise self._gone(tries, address, said, "--patience raises for how long that is waited for")
+        if silent >= self.max_outage:
+            raise self._gone(tries, address, said, " --max_outage raises for how long that is waited for.")
         if silent >= _SILENT:
             with self._lock:
                 is_new, self._told = self._told < self._answered, now
             if is_new:
                 self.tell(
                     f"nobody has been answered for {silent:,.0f} s ({address.url}: {said}); trying on for "
-                    f"{self.patience - silent:,.0f} s (--patience)"
+                    f"{self.max_outage - silent:,.0f} s (--max_outage)"
                 )
 
-    def _gone(self, tries: Tries, address: Address, said: str, advice: str) -> WorkError:
+    def _gone(self, tries: Tries, address: Address, said: str, advice: str = "") -> WorkError:
         return WorkError(
             f"{address.url} does not answer: {said} ({tries.failures} tries in {time.monotonic() - tries.began:,.0f} "
             "s). See that the server runs and that this machine reaches it, then run the same command again: the "
-            f"replies that have come are kept. {advice}."
+            f"replies that have come are kept.{advice}"
         )
 
     def _answers_short(self, address: Address) -> bool:

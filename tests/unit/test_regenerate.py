@@ -286,8 +286,8 @@ def test_a_server_that_goes_away_ends_the_job_and_what_came_is_kept(capsys, targ
             return server.down
 
         server.fault = fault
-        said = ask(capsys, server, target, data, "--patience", 0.1, "--concurrency", 1, code=1)
-        assert "does not answer: 502" in said and "run the same command again" in said and "--patience raises" in said
+        said = ask(capsys, server, target, data, "--max_outage", 0.1, "--concurrency", 1, code=1)
+        assert "does not answer: 502" in said and "run the same command again" in said and "--max_outage raises" in said
         assert not data.with_name("own.jsonl").exists()
         server.fault = lambda number, body: None
         server.down = None

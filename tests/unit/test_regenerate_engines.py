@@ -38,8 +38,8 @@ from tests.tiny import make_target
 from tests.unit.test_regenerate_parts import KEEPS, encoder_with
 
 
-def servers(*urls: str, retries: int = 3, timeout: float = 5.0, patience: float = 5.0) -> Servers:
-    return Servers([Address(url) for url in urls], timeout, retries, patience, first_wait=0.01)
+def servers(*urls: str, retries: int = 3, timeout: float = 5.0, max_outage: float = 5.0) -> Servers:
+    return Servers([Address(url) for url in urls], timeout, retries, max_outage, first_wait=0.01)
 
 
 BODY = {"model": "target", "prompt": [5, 6], "max_tokens": 9}
@@ -60,14 +60,14 @@ def test_retry_after_is_heeded_as_seconds_and_as_a_date():
 def test_a_slow_server_is_asked_again_and_a_dead_one_given_up():
     encoder = encoder_with(KEEPS)
     with FakeServer(encoder, seconds=0.4) as server:
-        asked = servers(server.url, timeout=0.1, retries=1, patience=0.05)
+        asked = servers(server.url, timeout=0.1, retries=1, max_outage=0.05)
         with pytest.raises(WorkError, match=r"no answer within 0.1 s .*\(2 tries"):
             asked.call("/completions", BODY)
         assert asked.retried == {"timeout": 1}
     with pytest.raises(WorkError, match="Connection refused"):
         servers(server.url).call("/models", retries=1)
-    with pytest.raises(WorkError, match=r"Connection refused.*--patience"):
-        servers(server.url, patience=0.05).call("/models")
+    with pytest.raises(WorkError, match=r"Connection refused.*--max_outage"):
+        servers(server.url, max_outage=0.05).call("/models")
 
 
 def test_tries_come_ever_later_and_never_at_the_same_moment():
@@ -211,12 +211,12 @@ def test_429s_come_ever_later_and_have_an_end():
 
 def test_everybody_waits_while_nobody_is_answered_and_that_is_said(monkeypatch):
     monkeypatch.setattr(transport, "_SILENT", 0.05)
-    asked, told = servers("http://127.0.0.1:9/v1", patience=0.4), []
+    asked, told = servers("http://127.0.0.1:9/v1", max_outage=0.4), []
     asked.tell = told.append
     with pytest.raises(WorkError, match="Connection refused"):
         asked.call("/completions", BODY)
     (line,) = told
-    assert "nobody has been answered for" in line and "(--patience)" in line
+    assert "nobody has been answered for" in line and "(--max_outage)" in line
 
 
 def test_a_connection_that_does_not_come_about_is_not_waited_for_as_a_reply_is(monkeypatch):

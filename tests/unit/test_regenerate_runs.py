@@ -243,7 +243,7 @@ def test_a_server_without_a_list_of_models(capsys, target, encoder, data):
         (["--engine_args=--api_key=x"], "--engine_args has --api-key"),
         (["--engine_args=--ssl-keyfile x"], "--engine_args has --ssl-keyfile"),
         (["--engine_args=--a 'b"], "expected words as in a shell"),
-        (["--patience", "-1"], "--patience -1: expected a number of seconds"),
+        (["--max_outage", "-1"], "--max_outage -1: expected a number of seconds"),
     ],
 )
 def test_requests_that_are_wrong(target, data, more, told):
