@@ -96,8 +96,8 @@ class Servers:
     ) -> dict[str, Any]:
         """What a server answers, as JSON; one that is named, or whichever has least to do.
 
-        retries: no more than so many, and no outage is waited for. flaw: what is wrong with an answer, where another try
-        may mend that.
+        retries: no more than so many, and no outage is waited for. flaw: what is wrong with an answer that another
+        try may mend.
         Raises: Refused; Failed; WorkError where no server answers anybody; Stopped.
         """
         tries = Tries(time.monotonic())
