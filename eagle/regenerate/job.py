@@ -1,7 +1,7 @@
 """The whole: what is asked for, what is there already, which engine answers, what is written.
 
 OUTPUT               the records, put in place whole at the end
-OUTPUT.journal       every reply as it comes, until then
+OUTPUT.journal       every reply as it comes, until then, and longer where requests failed
 OUTPUT.report.json   what was counted, and what the records are of
 """
 

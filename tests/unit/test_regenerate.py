@@ -58,7 +58,8 @@ def words(target: Path, data: Path, *more: object) -> list[str]:
 
 def ask(capsys: pytest.CaptureFixture[str], server: FakeServer, *given: Any, code: int = 0) -> str:
     """What the command says, on one line."""
-    found = run(lambda: main([*words(*given), "--server", server.url]))
+    # Ten seconds without an answer are a test's own fault.
+    found = run(lambda: main(["--max_outage", "10", *words(*given), "--server", server.url]))
     said = capsys.readouterr()
     assert found == code, said.out + said.err
     return " ".join((said.err if code else said.out).split())

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from eagle.data.prompts import encode_messages
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.regenerate import job
+from eagle.regenerate.address import Address
 from eagle.regenerate.conversations import Conversations
 from eagle.regenerate.journal import Journal, journal_path
 from eagle.regenerate.main import main
@@ -171,13 +172,13 @@ def test_flags_of_the_engine_are_compared(capsys, target, encoder, data, monkeyp
 
         @contextlib.contextmanager
         def own_server(*_: object):
-            yield job.Address(server.url)
+            yield Address(server.url)
 
         monkeypatch.setattr(job, "own_server", own_server)
         given = words(target, data, "--retries", 0, "--concurrency", 1)
         fails_at(server, 5)
         flags = "--engine_args=--quantization fp8 -tp 2"
-        with contextlib.suppress(job.WorkError):
+        with pytest.raises(WorkError, match="does not answer"):
             main([*given, flags])
         fails_at(server, 999)
         with pytest.raises(RequestError, match=r"engine_args was \['--quantization fp8'\], now \[\]"):
