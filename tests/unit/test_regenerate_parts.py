@@ -15,7 +15,7 @@ from eagle.data.prompts import encode_messages
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate import journal as journals
 from eagle.regenerate.dialogue import Dialogue, Walk, is_refusal, read_dialogue, to_record, walk_through
-from eagle.regenerate.journal import LENGTH, STOP, Answer, Journal, differences, read_header
+from eagle.regenerate.journal import LENGTH, STOP, TOO_LONG, Answer, Journal, differences, read_header
 from tests.tiny import byte_level_tokenizer
 
 OPTIONS = {"temperature": 0.0, "model": "m"}
@@ -45,6 +45,13 @@ def test_a_journal_gives_back_what_was_put(tmp_path):
         assert again.get(KEY) == ANSWER and again.get(OTHER) == Answer(LENGTH, "x") and again.get(b"0" * 16) is None
     assert OPTIONS.items() < read_header(tmp_path / "j").items()
     assert differences(OPTIONS, {"model": "n", "temperature": 0.0}) == ["model was 'm', now 'n'"]
+
+
+def test_what_the_context_ended_is_final_for_one_that_is_no_longer():
+    assert Answer(STOP).is_final(9) and Answer(LENGTH).is_final(9)
+    cut = Answer(LENGTH, context=72)
+    assert cut.is_final(71) and cut.is_final(72) and not cut.is_final(73)
+    assert not Answer(TOO_LONG, context=0).is_final(72)  # how long it was, the server did not say
 
 
 def test_a_journal_survives_being_cut_anywhere(tmp_path):
