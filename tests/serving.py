@@ -46,7 +46,8 @@ class FakeServer:
 
     encoder: its tokenizer and template. gives_ids: whether it says which tokens a reply is of. reply: text to a
     prompt's tokens. fault: asked before every reply that is no probe, with its number from 0 and the request; None for
-    a reply.
+    a reply. down: what it does instead of anything, probes among them. limit: tokens that prompt and reply may have
+    together; refusal: what it says to more. paths: how often each was asked. headers: of every GET.
     asked: how often it was asked with what, by the tokens of the prompt. seconds: that a reply takes.
     """
 
@@ -65,6 +66,11 @@ class FakeServer:
         self.reply, self.fault, self.seconds = reply, fault, seconds
         self.asked: Counter[tuple[int, ...]] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.down: Fault | None = None
+        self.limit = max_model_len or 4096
+        self.refusal = "This model's maximum context length is {} tokens. However, you requested more."
+        self.paths: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = self.number = 0
         self.lock = threading.Lock()
         self._server = _Listening(("127.0.0.1", 0), self._handler())
@@ -85,6 +91,9 @@ class FakeServer:
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any, dict[str, str]] | None:
         """Status, content and headers; None to hang up."""
+        self.paths[path] += 1
+        if self.down is not None:
+            return (self.down.status, self.down.said, self.down.headers) if self.down.status else None
         if path == "/v1/models":
             return 200, {"data": [{"id": name, "max_model_len": self.max_model_len} for name in self.models]}, {}
         if body.get("model") not in self.models:
@@ -103,10 +112,8 @@ class FakeServer:
             time.sleep(self.seconds)
             if fault is not None:
                 return (fault.status, fault.said, fault.headers) if fault.status else None
-        limit = self.max_model_len or 4096
-        if len(prompt) + body["max_tokens"] > limit:
-            said = f"This model's maximum context length is {limit} tokens. However, you requested more."
-            return 400, {"error": {"message": said, "code": 400}}, {}
+        if len(prompt) + body["max_tokens"] > self.limit:
+            return 400, {"error": {"message": self.refusal.format(self.limit), "code": 400}}, {}
         return 200, self._reply(path, body, prompt), {}
 
     def _reply(self, path: str, body: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
@@ -135,6 +142,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                fake.headers.append(dict(self.headers))
                 self._say(fake.answer(self.path, {}))
 
             def do_POST(self) -> None:
@@ -185,7 +193,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(1000)
 
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(401 if os.environ.get("VLLM_API_KEY") or "--wants-a-key" in options else 200)
         self.end_headers()
         self.wfile.write(b'{"data": [{"id": "m"}]}')
 

@@ -19,7 +19,7 @@ from eagle.data.loss_mask import Encoder
 from eagle.data.prompts import encode_messages
 from eagle.progress import progress_bar
 from eagle.regenerate.dialogue import SAMPLED, Dialogue, Walk, walk_through
-from eagle.regenerate.journal import FILTERED, LENGTH, REJECTED, STOP, TOO_LONG, Answer, Journal
+from eagle.regenerate.journal import CUT, FILTERED, LENGTH, REJECTED, STOP, TOO_LONG, Answer, Journal
 from eagle.regenerate.served import Engine, Question
 from eagle.regenerate.transport import Failed, Stopped
 
@@ -55,6 +55,7 @@ class Asking:
         heading = encoder.before_reply.strip() if not encoder.has_generation_prompt else ""
         self._heading = heading
         self._asked: dict[bytes, Future[Answer | None]] = {}
+        self._new: set[bytes] = set()
         self._count_lock = threading.Lock()
 
     def run(
@@ -117,7 +118,7 @@ class Asking:
         key = walk.key()
         with self._count_lock:
             found = self.journal.get(key)
-            if found is not None:
+            if found is not None and (key in self._new or found.is_final(self.engine.context)):
                 return found, False
             future = self._asked.get(key)
             is_mine = future is None
@@ -138,6 +139,8 @@ class Asking:
             raise
         future.set_result(answer)
         with self._count_lock:
+            if answer.context is not None:
+                self._new.add(key)
             self._asked.pop(key)
         return answer, True
 
@@ -149,15 +152,18 @@ class Asking:
             return Answer(REJECTED)
         room = min(self._max_new_tokens, self.engine.context - len(prompt))
         if room < 1:
-            return Answer(TOO_LONG)
+            return Answer(TOO_LONG, context=self.engine.context)
         said = self.engine.ask(Question(walk.messages, prompt, room, self._seed_of(walk.key())))
         with self._count_lock:
             self.counts.asked += 1
             self.counts.tokens += said.tokens
-        if said.finish in (TOO_LONG, FILTERED):
-            return Answer(said.finish)
+        context = said.context
+        if said.finish == LENGTH and context is None and self.engine.context - len(prompt) < self._max_new_tokens:
+            context = self.engine.context
+        if said.finish in (TOO_LONG, CUT, FILTERED):
+            return Answer(said.finish, context=context)
         if self.engine.tokens_from != SAMPLED or said.ids is None:
-            return Answer(said.finish, self._without_heading(said.text))
+            return Answer(said.finish, self._without_heading(said.text), context=context)
         spoken = [token for token in said.ids if token not in self._stop]
         with self.lock:
             text = self.encoder.tokenizer.decode(
@@ -166,7 +172,8 @@ class Asking:
         # A reply that has both the last token it may have and an end of turn in it is whole.
         finish = STOP if said.ids and said.ids[-1] in self._stop else said.finish
         behind = walk.behind(prompt)
-        return Answer(finish, self._without_heading(text), said.ids, prompt[behind:], behind)
+        context = context if finish == LENGTH else None
+        return Answer(finish, self._without_heading(text), said.ids, prompt[behind:], behind, context)
 
     def _without_heading(self, text: str) -> str:
         """A reply as a history has it: what the template writes in front of one by itself, the model said here."""

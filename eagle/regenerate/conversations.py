@@ -31,9 +31,15 @@ class Conversations:
         return found
 
     def name(self, index: int, stem: str) -> str | int:
-        """The id that a record brings along, else one that says where it stands."""
+        """The id that a record brings along, where a file of UTF-8 can hold it, else one that says where it stands."""
         name = record_id(self.records[index])
-        return f"{stem}_{index}" if name is None else name
+        if name is None or (isinstance(name, str) and name != _writable(name)):
+            return f"{_writable(stem)}_{index}"
+        return name
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def choose(records: Records, end_num: int | None, seed: int) -> Conversations:

@@ -20,7 +20,7 @@ import numpy as np
 from eagle.data.cleaning import Dropped, Message, Tally, read_turns
 from eagle.data.loss_mask import Encoder, is_supervised
 from eagle.data.rows import aligned_rows
-from eagle.regenerate.journal import FILTERED, LENGTH, REJECTED, STOP, TOO_LONG, Answer
+from eagle.regenerate.journal import CUT, FILTERED, LENGTH, REJECTED, STOP, TOO_LONG, Answer
 
 #: Where the tokens of a record's replies are from, as the record says it.
 SAMPLED, FROM_TEXT = "sampled", "from_text"
@@ -31,14 +31,18 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
+#: No reply, because its request failed.
+FAILED = "failed"
+
 #: Why a dialogue ended before its last question, in the words of the report.
 ENDS = {
     LENGTH: "ended at a reply that --max_new_tokens or the context cut off, which is kept without an end of turn",
     TOO_LONG: "ended where the prompt leaves no room in the context",
+    CUT: "ended where the server counts fewer tokens than the prompt has: it cuts down what its context does not hold",
     FILTERED: "ended at a reply that the server kept back (its filter)",
     REJECTED: "ended where the chat template refuses the replies so far",
     "empty": "ended at an empty reply",
-    "failed": "ended at a request that failed however often it was tried",
+    FAILED: "ended at a request that failed however often it was tried; the same command asks again",
 }
 
 
@@ -156,7 +160,7 @@ def walk_through(dialogue: Dialogue, answers: Callable[[Walk], Answer | None]) -
         walk.messages.append({"role": "user", "content": question})
         answer = answers(walk)
         if answer is None:
-            walk.end = "failed"
+            walk.end = FAILED
             walk.messages.pop()
             break
         if not walk.take(answer):

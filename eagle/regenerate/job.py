@@ -1,7 +1,7 @@
 """The whole: what is asked for, what is there already, which engine answers, what is written.
 
 OUTPUT               the records, put in place whole at the end
-OUTPUT.journal       every reply as it comes, until then
+OUTPUT.journal       every reply as it comes, until then, and longer where requests failed
 OUTPUT.report.json   what was counted, and what the records are of
 """
 
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder, load_encoder
@@ -26,17 +30,19 @@ from eagle.dtypes import DTYPES, parse_dtype
 from eagle.errors import RequestError, WorkError
 from eagle.files import output_folder, read_json, write_json
 from eagle.provenance import provenance
+from eagle.regenerate.address import Address, key_headers, normal_url, proxy_to
 from eagle.regenerate.asking import Asking, Counts
 from eagle.regenerate.conversations import Conversations, choose
-from eagle.regenerate.dialogue import Walk, to_record, walk_through
-from eagle.regenerate.journal import LENGTH, Journal, differences, journal_path, read_header
+from eagle.regenerate.dialogue import FAILED, Walk, to_record, walk_through
+from eagle.regenerate.engine_args import deciding
+from eagle.regenerate.journal import LENGTH, Journal, check_same, differences, journal_path, read_header
 from eagle.regenerate.own import OwnTarget
 from eagle.regenerate.own_server import own_server, vllm_python
 from eagle.regenerate.probing import connect
-from eagle.regenerate.report import chosen_lines, result_lines, to_json
+from eagle.regenerate.report import chosen_lines, missing, result_lines, to_json
 from eagle.regenerate.request import AUTO, RegenerateRequest
 from eagle.regenerate.served import Engine, ServedTarget
-from eagle.regenerate.transport import Address, Servers
+from eagle.regenerate.transport import Servers
 from eagle.target.check import check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.quantization import Use
@@ -45,6 +51,7 @@ from eagle.text import visible
 
 #: Prompts that our own decoding takes at once, at most, and how many wait for each, so that a batch is of like lengths.
 OWN_BATCH, OWN_WAITING = 32, 3
+END_FAILED = f"end_{FAILED}"
 
 
 def regenerate(request: RegenerateRequest) -> int:
@@ -55,10 +62,14 @@ def regenerate(request: RegenerateRequest) -> int:
     date = datetime.date.fromisoformat(begun["date"]) if begun and "date" in begun else None
     encoder = load_encoder(request.model_name, config, request.chat_template, date, request.chat_template_kwargs)
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
-    options = options_of(request, config, encoder, records)
+    kind, python = engine_kind(request)
+    options = options_of(request, config, encoder, records) | {"engine": kind}
+    if kind == "vllm":
+        options["engine_args"] = deciding(request.engine_args)
     if is_complete(request, options, begun):
         journal.unlink(missing_ok=True)
-        print(f"{request.output}: complete already, by the same options; nothing was asked")
+        by = read_json(report, "a report of regenerated replies")["options"].get("model")
+        print(visible(f"{request.output}: complete already, by the same options and {by}; nothing was asked"))
         return 0
     output_folder(request.output.parent, "--output")
     conversations = choose(records, request.end_num, request.seed)
@@ -69,11 +80,10 @@ def regenerate(request: RegenerateRequest) -> int:
     for note in encoder.notes():
         print(visible(f"  note: {note}"))
     stop = stop_tokens(request.model_name, config, encoder)
-    with engine_for(request, config, encoder, conversations, stop) as (engine, name):
+    with engine_for(request, config, encoder, conversations, stop, python) as (engine, name):
         print(visible(f"  {engine.describe()}"))
         options |= {"model": name, "tokens_from": engine.tokens_from}
-        check_journal(request, options, read_header(journal))
-        with Journal(journal, options) as kept:
+        with Journal(journal, options, overwrite=request.overwrite) as kept:
             if len(kept) or kept.damaged:
                 again = f"; {kept.damaged:,} lines of it are damaged and asked again" if kept.damaged else ""
                 print(f"  going on: {len(kept):,} replies are in {journal}{again}")
@@ -83,11 +93,18 @@ def regenerate(request: RegenerateRequest) -> int:
             asking.run(conversations.indices, conversations.dialogue, conversations.questions, threads)
             engine.stop()
             counted = write_output(request, conversations, kept, encoder, asking.counts)
-    lines = [*chosen_lines(conversations), *result_lines(counted, asking.counts)]
-    write_json(report, {"options": options, **to_json(conversations, counted), "made_by": provenance()})
-    journal.unlink()
+            lines = [*chosen_lines(conversations), *result_lines(counted, asking.counts)]
+            write_json(report, {"options": kept.options, **to_json(conversations, counted), "made_by": provenance()})
+            if not counted[END_FAILED]:
+                kept.remove()
     print(f"{request.output}: {counted['records']:,} conversations, {counted['replies']:,} replies")
     print(visible("\n".join(f"  {line}" for line in lines)))
+    if counted[END_FAILED]:
+        raise WorkError(
+            f"{counted[END_FAILED]:,} of {len(conversations.indices):,} conversations lack replies, because requests "
+            f"failed. {request.output} has what came. The same command asks for these again and for nothing else; what "
+            f"came is kept in {journal}."
+        )
     return 0
 
 
@@ -112,46 +129,55 @@ def options_of(request: RegenerateRequest, config: ModelConfig, encoder: Encoder
     }
 
 
-def is_complete(request: RegenerateRequest, options: dict[str, Any], begun: dict[str, Any] | None) -> bool:
-    """Whether the output is there already, and is this job's; one that is not makes way for --overwrite alone.
+def engine_kind(request: RegenerateRequest) -> tuple[str, Path | None]:
+    """What answers: "server", "vllm" (and the interpreter that has it) or "own". Raises: RequestError."""
+    if request.server:
+        return "server", None
+    python = None if request.engine == "own" else vllm_python(request)
+    return ("own" if python is None else "vllm"), python
 
+
+def is_complete(request: RegenerateRequest, options: dict[str, Any], begun: dict[str, Any] | None) -> bool:
+    """Whether the output is there already, whole, and this job's; one that is not makes way for --overwrite alone.
+
+    Where there is a journal, a job has begun that is to be gone on with, whatever output of another one is there.
     Raises: RequestError.
     """
-    report = report_path(request.output)
-    if begun is not None and not request.overwrite:
-        check_journal(request, options, begun)
-    if not request.output.exists():
+    report, is_there = report_path(request.output), request.output.exists()
+    content = read_json(report, "a report of regenerated replies") if is_there and report.is_file() else {}
+    made, lacking = content.get("options"), missing(content.get("counts"))
+    if begun is not None:
+        if not request.overwrite:
+            check_same(journal_path(request.output), begun, options)
+        # One that was ended between its report and the end of its journal.
+        return made == begun and "job" in begun and not lacking and not differences(begun, options)
+    if not is_there:
         return False
-    made = read_json(report, "a report of regenerated replies").get("options") if report.is_file() else None
     # A template that writes the date writes that of the day on which the job began.
     same = {name: value for name, value in options.items() if name != "date"}
-    if isinstance(made, dict) and not differences(made, same):
+    if request.served_model is not None:
+        same["model"] = request.served_model
+    if isinstance(made, dict) and not differences(made, same) and not lacking:
         return not request.overwrite
-    if request.overwrite or begun is not None:
+    if request.overwrite:
         return False
-    why = f" It was made otherwise: {'; '.join(differences(made, same))}." if isinstance(made, dict) else ""
+    changed = differences(made, same) if isinstance(made, dict) else []
+    why = f" It was made otherwise: {'; '.join(changed)}." if changed else ""
+    if lacking:
+        why += f" {lacking:,} of its conversations lack replies, and its journal is gone."
     raise RequestError(f"--output {request.output} exists.{why} Name another file, or pass --overwrite to replace it.")
-
-
-def check_journal(request: RegenerateRequest, options: dict[str, Any], begun: dict[str, Any] | None) -> None:
-    """Raises: RequestError where the journal's replies are of other options; with --overwrite it goes instead."""
-    changed = differences(begun, options) if begun is not None else []
-    if not changed:
-        return
-    path = journal_path(request.output)
-    if not request.overwrite:
-        raise RequestError(
-            f"{path} holds replies that were asked for otherwise: {'; '.join(changed)}. Repeat that command to go on "
-            "with it, name another --output, or pass --overwrite to begin anew."
-        )
-    path.unlink()
 
 
 @contextlib.contextmanager
 def engine_for(
-    request: RegenerateRequest, config: ModelConfig, encoder: Encoder, conversations: Conversations, stop: list[int]
+    request: RegenerateRequest,
+    config: ModelConfig,
+    encoder: Encoder,
+    conversations: Conversations,
+    stop: list[int],
+    python: Path | None,
 ) -> Iterator[tuple[Engine, str]]:
-    """What answers, and what it calls the target: the servers that are named, else a vLLM that is installed, else we.
+    """What answers, and what it calls the target: the servers that are named, else the vLLM that python has, else we.
 
     Raises: RequestError, WorkError.
     """
@@ -159,7 +185,7 @@ def engine_for(
     context = config.max_position_embeddings
 
     def connected(addresses: list[Address], served: str | None) -> ServedTarget:
-        servers = Servers(addresses, request.timeout, request.retries)
+        servers = Servers(addresses, request.timeout, request.retries, request.max_outage, tell=say)
         engine, notes = connect(
             servers, encoder, dialogues, request.model_name, served, context, request.sampling, stop
         )  # fmt: skip
@@ -168,27 +194,38 @@ def engine_for(
         return engine
 
     if request.server:
-        engine = connected([Address(url.rstrip("/")) for url in request.server], request.served_model)
+        headers, urls = key_headers(), map(normal_url, request.server)
+        addresses = [Address(url, headers=headers, proxy=proxy_to(url)) for url in urls]
+        engine = connected(addresses, request.served_model)
         yield engine, engine.model
         return
-    python = None if request.engine == "own" else vllm_python(request)
     target = check_target(request.model_name, "--model_name", use=Use.SERVED if python else Use.REPLIES)
+    dtype = engine_dtype(request, config)
     if python is not None:
         print(f"  starting vLLM with {python}", flush=True)
-        with own_server(request, encoder, python) as address:
+        with own_server(request, encoder, python, dtype) as address:
             yield connected([address], None), target.identity.current
         return
-    named = DTYPES.get(config.dtype or "")
-    if request.dtype != AUTO:
-        dtype = parse_dtype(request.dtype)
-    else:
-        weights = Weights(request.model_name, flag="--model_name")
-        dtype = named if named is not None else read_embedding(weights, config).dtype
     device = torch_device(choose_kind(request.device))
     own = OwnTarget(
         request.model_name, dtype, device, min(request.concurrency, OWN_BATCH), context, request.sampling, stop
     )  # fmt: skip
     yield own, target.identity.current
+
+
+def engine_dtype(request: RegenerateRequest, config: ModelConfig) -> torch.dtype:
+    """What an engine that is started here computes in; by itself what the base model is saved in."""
+    if request.dtype != AUTO:
+        return parse_dtype(request.dtype)
+    named = DTYPES.get(config.dtype or "")
+    return (
+        named if named is not None else read_embedding(Weights(request.model_name, flag="--model_name"), config).dtype
+    )
+
+
+def say(line: str) -> None:
+    """A line above the progress view."""
+    tqdm.write(visible(f"  note: {line}"), file=sys.stderr)
 
 
 def write_output(

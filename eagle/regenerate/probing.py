@@ -7,7 +7,9 @@ do; of another one it is compared how many there are. Whose weights it has, nobo
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,24 @@ from eagle.data.cleaning import Dropped, Message
 from eagle.data.loss_mask import Encoder
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError
+from eagle.regenerate.address import Address
 from eagle.regenerate.dialogue import FROM_TEXT, SAMPLED, Dialogue
-from eagle.regenerate.served import ServedTarget, chat, cure
-from eagle.regenerate.transport import Address, Refused, Servers
+from eagle.regenerate.served import Counted, ServedTarget, chat, cure, is_too_long
+from eagle.regenerate.transport import Refused, Servers
 
-#: Conversations whose prompts are compared.
-PROBED = 4
+#: Prompts that are compared; and of how many these are taken, where a server finds some too long.
+PROBED, _CANDIDATES = 8, 64
 #: How often a first request is tried again: who names a wrong port does not want to wait for minutes.
 _FIRST_CONTACT = 3
+
+
+@dataclass(slots=True)
+class Compared:
+    """What a server makes of prompts. counted: how many tokens it finds in each, and how many there are here."""
+
+    tokens_from: str
+    counted: list[tuple[int, int]]
+    notes: list[str]
 
 
 def connect(
@@ -42,17 +54,18 @@ def connect(
     try:
         models = [_model(servers, address, model_name, served_model) for address in servers.addresses]
         context = min([context, *(longest for _, longest in models if longest)])
-        prompts = list(_probes(dialogues, encoder, context))
+        prompts = list(itertools.islice(_probes(dialogues, encoder, context), _CANDIDATES))
         if not prompts:
             raise RequestError(
                 f"No first question fits into the context of {context:,} tokens, or the chat template "
                 f"{encoder.template_name} refuses them all. See the data with eagle.data.viewer."
             )
-        found, notes = [], []
+        found, notes, counted = [], list[str](), list[tuple[int, int]]()
         for address, (model, _) in zip(servers.addresses, models, strict=True):
-            tokens_from, more = _compare(servers, address, model, encoder, prompts)
-            found.append((model, tokens_from))
-            notes += more + _named_otherwise(address.url, model, model_name)
+            compared = _compare(servers, address, model, encoder, prompts)
+            found.append((model, compared.tokens_from))
+            counted += compared.counted
+            notes += compared.notes + _named_otherwise(address.url, model, model_name)
     except Refused as refused:
         raise RequestError(f"{refused} {cure(refused)}") from None
     if len(set(found)) > 1:
@@ -61,12 +74,28 @@ def connect(
             for address, (model, tokens_from) in zip(servers.addresses, found, strict=True)
         )
         raise RequestError(f"--server: the servers differ ({listed}). Name those that serve the same.")
-    return ServedTarget(servers, *found[0], context, sampling, stop, encoder.variables), notes
+    says_context = all(longest is not None for _, longest in models)
+    engine = ServedTarget(
+        servers,
+        *found[0],
+        context,
+        sampling,
+        stop,
+        encoder.variables,
+        Counted(tuple(counted)),
+        says_context=says_context,
+    )
+    return engine, notes
 
 
 def _model(servers: Servers, address: Address, name: Path, served: str | None) -> tuple[str, int | None]:
     """What the server calls the model, and its context where it says that."""
-    listed = servers.call("/models", address=address, retries=_FIRST_CONTACT).get("data") or []
+    try:
+        listed = servers.call("/models", address=address, retries=_FIRST_CONTACT).get("data") or []
+    except Refused as refused:
+        if served is None or refused.status < 400:
+            raise
+        listed = []  # not every server has a list, or shows it to every key
     cards = {str(card["id"]): card for card in listed if isinstance(card, dict) and "id" in card}
     if served is None:
         same = [
@@ -98,10 +127,8 @@ def _probes(dialogues: Iterable[Dialogue], encoder: Encoder, context: int) -> It
 
     A template that writes the date writes today's, as the server does; a job that goes on keeps to the day it began.
     """
-    count, today = 0, datetime.datetime.combine(datetime.date.today(), datetime.time())
+    today = datetime.datetime.combine(datetime.date.today(), datetime.time())
     for dialogue in dialogues:
-        if count == PROBED:
-            return
         messages = dialogue.begin()
         for question in dialogue.questions[:2]:
             messages = [*messages, {"role": "user", "content": question}]
@@ -113,48 +140,63 @@ def _probes(dialogues: Iterable[Dialogue], encoder: Encoder, context: int) -> It
             if len(tokens) >= context:
                 break
             yield messages, tokens
-            count += len(messages) == len(dialogue.begin()) + 1
             messages = [*messages, {"role": "assistant", "content": "Yes."}]
 
 
 def _compare(
     servers: Servers, address: Address, model: str, encoder: Encoder, prompts: list[tuple[list[Message], list[int]]]
-) -> tuple[str, list[str]]:
-    """Where the tokens of this server's replies will be from, its prompts being those made here; and notes.
+) -> Compared:
+    """Where the tokens of this server's replies will be from, its prompts being those made here.
 
-    Raises: RequestError where they are not; Refused.
+    A prompt that is too long for it is passed over. Raises: RequestError where they are not; Refused.
     """
-    gives_ids, counts = True, []
+    gives_ids, counted, taken, too_long = True, list[tuple[int, int]](), list[list[int]](), None
     for messages, ours in prompts:
+        if len(taken) == PROBED:
+            break
         body = {"model": model, **chat(messages, encoder.variables), "max_tokens": 1, "temperature": 0.0}
-        answer = _probe(servers, address, "/chat/completions", body, gives_ids)
+        try:
+            answer = _probe(servers, address, "/chat/completions", body, gives_ids)
+        except Refused as refused:
+            if not is_too_long(refused):
+                raise
+            too_long = refused
+            continue
+        taken.append(ours)
+        if servers.short is None or len(ours) == min(map(len, taken)):
+            servers.short = "/chat/completions", body
         theirs = answer.get("prompt_token_ids")
         if isinstance(theirs, list):
             if theirs != ours:
                 raise RequestError(_difference(address.url, model, encoder, ours, theirs))
             continue
         gives_ids = False
-        counted = (answer.get("usage") or {}).get("prompt_tokens")
-        if isinstance(counted, int) and counted != len(ours):
-            counts.append((counted, len(ours)))
+        count = (answer.get("usage") or {}).get("prompt_tokens")
+        if isinstance(count, int) and count > 0:
+            counted.append((count, len(ours)))
+    if not taken:
+        raise RequestError(
+            f"{address.url} finds each of the first {len(prompts)} prompts too long: {too_long}. Start it with a "
+            "longer context."
+        )
     if gives_ids:
-        ours = prompts[0][1]
+        ours = taken[0]
         body = {"model": model, "prompt": ours, "max_tokens": 1, "temperature": 0.0}
         choice = (_probe(servers, address, "/completions", body, True).get("choices") or [{}])[0]
         theirs = choice.get("prompt_token_ids")
         if isinstance(theirs, list) and theirs != ours:
             raise RequestError(_difference(address.url, model, encoder, ours, theirs))
         if isinstance(choice.get("token_ids"), list):
-            return SAMPLED, []
+            return Compared(SAMPLED, [], [])
     notes = [f"{address.url} gives no token ids: replies are taken as text and tokenised again, which may differ from "
              "what was sampled"]  # fmt: skip
-    if counts:
+    if other := [(theirs, ours) for theirs, ours in counted if theirs != ours]:
         notes.append(
-            f"{address.url} counts {counts[0][0]} tokens in a prompt that has {counts[0][1]} here: another tokenizer "
-            "or chat template than --model_name's, or one that counts otherwise. See that the two are the same; a "
-            "draft trained behind other prompts than those that are served accepts less"
+            f"{address.url} counts {other[0][0]} tokens in a prompt that has {other[0][1]} here: another tokenizer "
+            "or chat template than --model_name's, or one that counts otherwise, or one that cuts prompts down. See "
+            "that the two are the same; a draft trained behind other prompts than those that are served accepts less"
         )
-    return FROM_TEXT, notes
+    return Compared(FROM_TEXT, counted, notes)
 
 
 def _probe(servers: Servers, address: Address, path: str, body: dict[str, Any], ask_ids: bool) -> dict[str, Any]:

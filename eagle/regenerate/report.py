@@ -7,7 +7,7 @@ from typing import Any
 
 from eagle.regenerate.asking import Counts
 from eagle.regenerate.conversations import Conversations
-from eagle.regenerate.dialogue import ENDS
+from eagle.regenerate.dialogue import ENDS, FAILED
 
 
 def chosen_lines(conversations: Conversations) -> list[str]:
@@ -45,3 +45,9 @@ def result_lines(counted: Counter[str], counts: Counts) -> list[str]:
 def to_json(conversations: Conversations, counted: Counter[str]) -> dict[str, Any]:
     content = {"silent": conversations.silent, "duplicates": conversations.duplicates, **conversations.tally.to_json()}
     return {"counts": dict(sorted((key, value) for key, value in counted.items() if value)), **content}
+
+
+def missing(counts: Any) -> int:
+    """Of a report's counts, the conversations that lack replies whose requests failed."""
+    found = counts.get(f"end_{FAILED}") if isinstance(counts, dict) else None
+    return found if isinstance(found, int) else 0

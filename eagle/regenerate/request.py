@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from eagle.decode.sampling import Sampling
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError
 from eagle.files import existing_path
+from eagle.regenerate.address import check_url, normal_url
+from eagle.regenerate.engine_args import check_engine_args
 
 ENGINES = ("auto", "vllm", "own")
 AUTO = "auto"
@@ -37,6 +37,7 @@ class RegenerateRequest:
     max_new_tokens: int = 1024
     concurrency: int = 100
     retries: int = 8
+    max_outage: float = 1800.0
     timeout: float = 600.0
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -52,6 +53,8 @@ class RegenerateRequest:
                 raise RequestError(f"--{name} {value}: expected 1 or more.")
         if self.retries < 0:
             raise RequestError(f"--retries {self.retries}: expected 0 or more.")
+        if not 0 <= self.max_outage < float("inf"):
+            raise RequestError(f"--max_outage {self.max_outage:g}: expected a number of seconds, 0 or more.")
         if not 0 < self.timeout < float("inf"):
             raise RequestError(f"--timeout {self.timeout:g}: expected a number of seconds above 0.")
         if self.engine not in ENGINES:
@@ -62,12 +65,9 @@ class RegenerateRequest:
         self.check_paths()
         for url in self.server:
             check_url(url)
-        if len(set(self.server)) < len(self.server):
+        if len(set(map(normal_url, self.server))) < len(self.server):
             raise RequestError("--server names one address twice; expected each once. Leave one out.")
-        try:
-            shlex.split(self.engine_args or "")
-        except ValueError as error:
-            raise RequestError(f"--engine_args {self.engine_args!r}: {error}; expected words as in a shell.") from error
+        check_engine_args(self.engine_args)
 
     def check_paths(self) -> None:
         """Raises: FileNotFoundError, RequestError."""
@@ -88,20 +88,6 @@ class RegenerateRequest:
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
-def check_url(url: str) -> None:
-    """Raises: RequestError."""
-    expected = "expected an address such as http://localhost:8000/v1"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise RequestError(f"--server {url}: {error}; {expected}.") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise RequestError(f"--server {url}: {expected}.")
-    if parts.path.rstrip("/").endswith(("/completions", "/models")):
-        raise RequestError(f"--server {url}: {expected}, without what comes behind the /v1.")
-
-
 def idle_flags(request: RegenerateRequest) -> dict[str, str]:
     """Flags that do nothing beside the others, by name: why, and what to do instead."""
     idle: dict[str, str] = {}
@@ -112,7 +98,7 @@ def idle_flags(request: RegenerateRequest) -> dict[str, str]:
         idle["served_model"] = "it is what a server calls the model, and --server names none. Leave it out."
     if request.engine == "own" and not request.server:
         why = "it is vLLM's, and --engine own decodes without. Leave one of the two out."
-        idle |= dict.fromkeys(("engine_python", "engine_args", "retries", "timeout"), why)
+        idle |= dict.fromkeys(("engine_python", "engine_args", "retries", "max_outage", "timeout"), why)
     if request.engine == "vllm" and not request.server:
         idle["device"] = "vLLM takes the device that it was built for. Leave it out."
     if request.temperature == 0:

@@ -8,6 +8,8 @@ tokens as they are made here, and says which tokens it sampled: what is trained 
 from __future__ import annotations
 
 import re
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,14 +17,34 @@ from typing import Any, Protocol
 from eagle.data.cleaning import Message, first_of
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError, WorkError
+from eagle.regenerate.address import KEY_VARIABLE
 from eagle.regenerate.dialogue import SAMPLED
-from eagle.regenerate.journal import FILTERED, LENGTH, STOP, TOO_LONG
-from eagle.regenerate.transport import Failed, Refused, Servers
+from eagle.regenerate.journal import CUT, FILTERED, LENGTH, STOP, TOO_LONG
+from eagle.regenerate.transport import Refused, Servers
 
-_TOO_LONG_WORDS = re.compile(
-    r"context.?length|maximum (model|context)|max_model_len|too long|longer than|exceeds?.*(token|length)",
+#: How servers say that a prompt, or it and its reply, are longer than they take. There is no common code for that.
+_OF_CONTEXT = re.compile(r"context.?(length|window|size|limit)|max_model_len|maximum model length", re.IGNORECASE)
+_OF_PROMPT = re.compile(
+    r"\b(prompt|inputs?|messages?|request|conversation)\b[^.]{0,60}\b(too (long|large)|longer than|exceed)|"
+    r"\bexceeds?\b[^.]{0,40}\b(prompt|input)|`?inputs`? (must have less than|tokens \+)|reduce the length|"
+    r"maximum (input|prompt|sequence) length",
     re.IGNORECASE,
 )
+#: How they say that a reply may not be so long, whatever the prompt.
+_OF_REPLY = re.compile(r"(output|completion) (tokens|length)", re.IGNORECASE)
+#: The context, where a server says it with that.
+_CONTEXT = re.compile(
+    r"context.?(?:length|window|size)(?: is| of|:| =)? ?\(?(\d[\d,]*)|tokens \+ .max_new_tokens. must be <= (\d+)",
+    re.IGNORECASE,
+)
+
+#: How a reply ended, in the words of servers. A word that is not here is no end of turn.
+_FINISHES = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn", None), STOP),
+    "content_filter": FILTERED,
+}
+#: Replies that a server broke off itself, as one does that shuts down or is short of memory.
+_BROKEN_OFF = ("abort", "error", "insufficient_system_resource")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +59,33 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A reply. ids: as sampled, None where only `text` is known. tokens: how many it is. finish: of the journal's."""
+    """A reply. ids: as sampled, None where only `text` is known. tokens: how many it is. finish: of the journal's.
+
+    context: as an `Answer` has it.
+    """
 
     finish: str
     ids: list[int] | None = None
     text: str = ""
     tokens: int = 0
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """How many tokens servers count in prompts, and how many there are here."""
+
+    prompts: tuple[tuple[int, int], ...] = ()
+
+    def least(self, tokens: int) -> int:
+        """What a server counts at least in a prompt that it takes whole, of `tokens` here; 0 where that is unknown."""
+        if not self.prompts:
+            return 0
+        # Mostly always the same number more, or as many. Some of these may have been cut down themselves.
+        (offset, times), *_ = Counter(theirs - ours for theirs, ours in self.prompts).most_common(1)
+        if 2 * times > len(self.prompts):
+            return tokens + offset
+        return int(0.8 * tokens * statistics.median(theirs / ours for theirs, ours in self.prompts))
 
 
 class Engine(Protocol):
@@ -74,9 +117,13 @@ class ServedTarget:
         sampling: Sampling,
         stop: list[int],
         variables: Mapping[str, Any],
+        counted: Counted = Counted(),
+        *,
+        says_context: bool = True,
     ) -> None:
         self.servers, self.model, self.tokens_from, self.context = servers, model, tokens_from, context
-        self._sampling, self._stop, self._variables = sampling, stop, variables
+        self._sampling, self._stop, self._variables, self._counted = sampling, stop, variables, counted
+        self._says_context = says_context
 
     def describe(self) -> str:
         listed = ", ".join(address.url for address in self.servers.addresses)
@@ -95,7 +142,6 @@ class ServedTarget:
         sampling = self._sampling
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": question.room,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": question.seed,
@@ -106,32 +152,53 @@ class ServedTarget:
             # Of what generation_config.json says nothing is left to the server: the flags say how it is sampled.
             body |= {"prompt": question.prompt, "return_token_ids": True, "stop_token_ids": self._stop}
             body |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+            body |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
             path = "/completions"
         else:
             body |= chat(question.messages, self._variables)
             path = "/chat/completions"
-        for _ in range(self.servers.retries + 1):
+        room = question.room
+        while True:
             try:
-                answer = self.servers.call(path, body)
+                answer = self.servers.call(path, {**body, "max_tokens": room}, flaw=_broken_off)
             except Refused as refused:
-                if is_too_long(refused):
-                    return Said(TOO_LONG)
-                raise RequestError(f"{refused} {cure(refused)}") from None
-            if not _is_broken_off(answer):
-                return self._read(answer, question.prompt)
-            self.servers.stop.wait(self.servers.first_wait)
-        raise Failed(f"{self.servers.addresses[0].url}: the reply was broken off by the server every time")
+                if not is_too_long(refused):
+                    raise RequestError(f"{refused} {cure(refused)}") from None
+                fits = self._learn_context(refused) - max(
+                    len(question.prompt), self._counted.least(len(question.prompt))
+                )
+                if not 0 < fits < room:
+                    return Said(TOO_LONG, context=self.context if self._says_context else 0)
+                room = fits  # a shorter reply fits
+            else:
+                return self._read(answer, question.prompt, room)
 
-    def _read(self, answer: dict[str, Any], prompt: list[int]) -> Said:
+    def _learn_context(self, refused: Refused) -> int:
+        """The context, which some servers say only where they refuse a prompt for its length."""
+        found = _CONTEXT.search(refused.said)
+        said = int((found[1] or found[2]).replace(",", "")) if found else 0
+        if 0 < said < self.context:
+            self.context, self._says_context = said, True
+        return self.context
+
+    def _read(self, answer: dict[str, Any], prompt: list[int], room: int) -> Said:
         try:
             choice = answer["choices"][0]
-            finish = {"length": LENGTH, "content_filter": FILTERED}.get(choice.get("finish_reason"), STOP)
-            counted = int((answer.get("usage") or {}).get("completion_tokens") or 0)
+            reason = choice.get("finish_reason")
+            finish = _FINISHES.get(reason, LENGTH)
+            usage = answer.get("usage") or {}
+            counted = int(usage.get("completion_tokens") or 0)
+            # Shorter than it might have been: the server's context is, of which it has not told.
+            context = 0 if reason == "length" and 0 < counted < room else None
             if self.tokens_from == SAMPLED:
                 ids = choice["token_ids"]
                 if choice.get("prompt_token_ids") not in (None, prompt):
                     raise ValueError("it is behind another prompt than the one that was sent")
-                return Said(finish, [int(token) for token in ids], "", len(ids))
+                return Said(finish, [int(token) for token in ids], "", len(ids), context)
+            if 0 < int(usage.get("prompt_tokens") or 0) < self._counted.least(len(prompt)):
+                return Said(CUT, tokens=counted, context=0)
+            if finish == STOP and counted >= room:
+                finish = LENGTH
             message = choice["message"]
             if message.get("refusal"):
                 finish = FILTERED
@@ -139,7 +206,7 @@ class ServedTarget:
             reasoning = first_of(message, "reasoning_content", "reasoning")
             if isinstance(reasoning, str) and reasoning.strip() and "</think>" not in text:
                 text = f"<think>\n{_whole_characters(reasoning).strip()}\n</think>\n\n{text.lstrip()}"
-            return Said(finish, None, text, counted)
+            return Said(finish, None, text, counted, context)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise WorkError(
                 f"{self.servers.addresses[0].url} gave an answer of another form than OpenAI's "
@@ -155,25 +222,35 @@ def chat(messages: Sequence[Message], variables: Mapping[str, Any]) -> dict[str,
 
 
 def is_too_long(refused: Refused) -> bool:
-    """Whether a server refused a prompt for its length, in its own words: there is no common code for that."""
-    about_length = refused.code == "context_length_exceeded" or bool(_TOO_LONG_WORDS.search(refused.said))
-    return refused.status in (400, 413, 422) and about_length
+    """Whether a server refused a request for the length of its prompt, or of that and the reply."""
+    if refused.status not in (400, 413, 422):
+        return False
+    is_of_context = _OF_CONTEXT.search(refused.said) or any("context" in code for code in refused.codes)
+    if refused.status == 413 or is_of_context:
+        return True
+    return not _OF_REPLY.search(refused.said) and bool(_OF_PROMPT.search(refused.said))
 
 
 def cure(refused: Refused) -> str:
     cures = {
-        401: "It wants a key: set OPENAI_API_KEY.",
-        403: "It wants a key that may do this: set OPENAI_API_KEY.",
+        401: f"It wants a key: set {KEY_VARIABLE}.",
+        403: f"It wants a key that may do this: set {KEY_VARIABLE}.",
         404: "See that --server ends where the API begins (mostly /v1) and that --served_model is a model it has.",
+        429: "Its account is used up, which no waiting changes; when that is settled, run the same command again. What "
+        "has come is kept.",
     }
+    if refused.status < 400:
+        return "Redirections are not followed: name the address behind it as --server."
+    if _OF_REPLY.search(refused.said):
+        return "Lower --max_new_tokens."
     return cures.get(refused.status, "Nothing that was asked again would change that. What has come is kept.")
 
 
-def _is_broken_off(answer: dict[str, Any]) -> bool:
-    """Whether a server ended a reply in the middle, as one does that shuts down."""
+def _broken_off(answer: dict[str, Any]) -> str | None:
     choices = answer.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
-    return isinstance(first, dict) and first.get("finish_reason") in ("abort", "error")
+    reason = first.get("finish_reason") if isinstance(first, dict) else None
+    return f"the server broke the reply off ({reason})" if reason in _BROKEN_OFF else None
 
 
 def _whole_characters(text: str) -> str:

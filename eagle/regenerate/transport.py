@@ -1,7 +1,12 @@
 """Requests to OpenAI-compatible servers: dealt out to several, tried again where that helps, stopped where it does not.
 
 Tried again, ever later and not all at the same moment: what does not connect, breaks off or takes too long, and the
-statuses 408, 425, 429 and 5xx; a Retry-After is heeded. Any other 4xx is an answer that no second try would change.
+statuses 408, 425, 429 and 5xx; a Retry-After is heeded. Any other status than 2xx is an answer that no second try would
+change, and so is a 429 that says that the account is used up.
+
+Whose fault it is, the others tell. A request fails by itself only by tries during which a server answers others; where
+nobody else asks, a short question that was answered before is asked again. While nobody is answered, which is a server
+that starts anew, everybody waits.
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ import contextlib
 import email.utils
 import http.client
 import json
-import os
 import random
 import threading
 import time
@@ -18,24 +22,26 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from eagle.errors import WorkError
+from eagle.regenerate.address import Address
 
-#: Where clients of such servers look for their key.
-KEY_VARIABLE = "OPENAI_API_KEY"
 _AGAIN = (408, 425, 429)
+#: What a 429 says that no waiting changes.
+USED_UP = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 #: Seconds before the second try, and at most before any that no Retry-After asks for; the longest that one may ask for.
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 1.0, 60.0, 600.0
+#: Seconds in which nobody is answered until that is said; in which a short question is answered by a server that lives.
+_SILENT, _ALIVE_WITHIN = 20.0, 60.0
 _SHOWN = 600
 
 
 class Refused(Exception):
-    """A server answered that the request is wrong. said: its own words."""
+    """A server answered that the request is wrong. said: its own words. codes: its names for what is wrong."""
 
-    def __init__(self, url: str, status: int, said: str, code: str = "") -> None:
+    def __init__(self, url: str, status: int, said: str, codes: frozenset[str] = frozenset()) -> None:
         super().__init__(f"{url} answered {status}: {said}")
-        self.status, self.said, self.code = status, said, code
+        self.status, self.said, self.codes = status, said, codes
 
 
 class Failed(Exception):
@@ -47,105 +53,92 @@ class Stopped(Exception):
 
 
 @dataclass(slots=True)
-class Address:
-    """One server. busy: requests it has now. rests_until: nothing is asked of it before, where another is there.
+class Tries:
+    """What became of one request so far. first, last: when it failed. own: failures that were not everybody's."""
 
-    check: called when it does not answer; raises what is wrong where that is known.
-    """
-
-    url: str
-    check: Callable[[], None] = lambda: None
-    busy: int = 0
-    rests_until: float = 0.0
-
-    def call(self, path: str, body: object | None, timeout: float) -> tuple[int, Any, bytes]:
-        """Status, headers and content. Raises: OSError, http.client.HTTPException."""
-        parts = urlsplit(self.url)
-        assert parts.hostname
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        # A connection for each request: a reply takes seconds, and one that was kept may be closed by now.
-        connection = kind(parts.hostname, parts.port, timeout=timeout)
-        headers = {"Connection": "close", "Accept": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        with contextlib.closing(connection):
-            if body is None:
-                connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
-            else:
-                headers["Content-Type"] = "application/json"
-                connection.request("POST", parts.path.rstrip("/") + path, json.dumps(body).encode(), headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
+    began: float
+    failures: int = 0
+    own: int = 0
+    first: float = 0.0
+    last: float = 0.0
 
 
 @dataclass(slots=True)
 class Servers:
     """Servers of one model. Several threads may call them.
 
-    retries: how often a request is tried again. retried: how often that was, by what was wrong.
+    retries: how often a request is tried again while others are answered. max_outage: seconds in which nobody is
+    answered until the job ends. retried: how often requests were tried again, by what was wrong. short: path and body
+    of a question that was answered, and quickly. tell: shows a line while everybody waits.
     """
 
     addresses: list[Address]
     timeout: float
     retries: int
+    max_outage: float = 1800.0
     first_wait: float = _FIRST_WAIT
     retried: Counter[str] = field(default_factory=Counter)
+    short: tuple[str, object] | None = None
+    tell: Callable[[str], None] = lambda line: None
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: Any = field(default_factory=threading.Lock)
+    _asks_short: Any = field(default_factory=threading.Lock)
     _answered: float = -1.0
+    _told: float = -2.0
 
     def call(
-        self, path: str, body: object | None = None, address: Address | None = None, retries: int | None = None
+        self,
+        path: str,
+        body: object | None = None,
+        address: Address | None = None,
+        retries: int | None = None,
+        flaw: Callable[[dict[str, Any]], str | None] = lambda answer: None,
     ) -> dict[str, Any]:
         """What a server answers, as JSON; one that is named, or whichever has least to do.
 
+        retries: no more than so many, and no outage is waited for. flaw: what is wrong with an answer that another
+        try may mend.
         Raises: Refused; Failed; WorkError where no server answers anybody; Stopped.
         """
-        began, tries = time.monotonic(), 0
-        retries = self.retries if retries is None else min(retries, self.retries)
+        tries = Tries(time.monotonic())
         while True:
             if self.stop.is_set():
                 raise Stopped
             chosen = self._choose(address)
-            kind, said, asked = "", "", None
+            asked = None
             try:
                 status, headers, content = chosen.call(path, body, self.timeout)
-                if status < 300:
+                if 200 <= status < 300:
                     answer = json.loads(content)
                     if not isinstance(answer, dict):
                         raise ValueError("no JSON object")
-                    self._answered = time.monotonic()
-                    return answer
-                said, code = _said(content)
-                if 400 <= status < 500 and status not in _AGAIN:
-                    raise Refused(chosen.url, status, said, code)
-                kind, asked = str(status), _retry_after(headers.get("Retry-After"))
-                said = f"{status}: {said}"
+                    found = flaw(answer)
+                    if found is None:
+                        self._answered = time.monotonic()
+                        return answer
+                    kind, said = "broken off", found
+                else:
+                    said, codes = _said(content)
+                    if status < 400:
+                        said = f"it leads to {headers.get('Location') or 'somewhere else'}"
+                    if (status < 500 and status not in _AGAIN) or (status == 429 and codes & USED_UP):
+                        raise Refused(chosen.url, status, said, codes)
+                    kind, asked = str(status), _retry_after(headers.get("Retry-After"))
+                    said = f"{status}: {said}"
             except TimeoutError:
                 kind = "timeout"
                 said = f"no answer within {self.timeout:g} s (--timeout; fewer at once, --concurrency, are faster each)"
             except (OSError, http.client.HTTPException) as error:
                 kind = "connection"
-                said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                said = (getattr(error, "strerror", None) or str(error) or type(error).__name__) + chosen.way
             except ValueError as error:
                 kind, said = "not JSON", f"an answer that is not JSON ({error})"
             finally:
                 with self._lock:
                     chosen.busy -= 1
             chosen.check()
-            others_answer = self._answered >= began
-            # A server that asks for patience lives; only where it has none for anybody, an end comes to that.
-            if kind != "429" or not others_answer:
-                tries += 1
-            if tries > retries:
-                if others_answer:
-                    raise Failed(f"{chosen.url}: {said}")
-                raise WorkError(
-                    f"{chosen.url} does not answer: {said} ({tries} tries in {time.monotonic() - began:,.0f} s). See "
-                    "that the server runs and that this machine reaches it, then run the same command again: the "
-                    "replies that have come are kept. --retries raises how often a request is tried."
-                )
-            self._wait(chosen, kind, tries, asked, is_named=address is not None)
+            self._judge(tries, chosen, kind, said, retries)
+            self._wait(chosen, kind, tries.failures, asked, is_named=address is not None)
 
     def _choose(self, address: Address | None) -> Address:
         with self._lock:
@@ -154,8 +147,63 @@ class Servers:
             chosen.busy += 1
             return chosen
 
-    def _wait(self, address: Address, kind: str, tries: int, asked: float | None, *, is_named: bool) -> None:
-        longest = min(self.first_wait * 2 ** max(0, tries - 1), _LONGEST_WAIT)
+    def _judge(self, tries: Tries, address: Address, kind: str, said: str, retries: int | None) -> None:
+        """Whether a request that failed once more is tried again. Raises: Failed, WorkError."""
+        now = time.monotonic()
+        before = tries.last if tries.failures else tries.began
+        tries.failures, tries.last = tries.failures + 1, now
+        if tries.failures == 1:
+            tries.first = now
+        if retries is not None or not self.retries:
+            if tries.failures > min(retries or 0, self.retries):
+                if retries is None and self._answered >= before:
+                    raise Failed(f"{address.url}: {said}")
+                raise self._gone(tries, address, said)
+            return
+        if tries.failures > 1:
+            if self._answered >= before:
+                # A server that asks for patience while it answers others lives, and has told how to live with it.
+                tries.own += kind != "429"
+            else:
+                tries.own += self._answers_short(address)
+                tries.last = time.monotonic()  # that one is nobody else's
+        if tries.own >= self.retries:
+            raise Failed(f"{address.url}: {said}")
+        silent = now - max(tries.first, self._answered)
+        if silent >= self.max_outage:
+            raise self._gone(tries, address, said, " --max_outage raises for how long that is waited for.")
+        if silent >= _SILENT:
+            with self._lock:
+                is_new, self._told = self._told < self._answered, now
+            if is_new:
+                self.tell(
+                    f"nobody has been answered for {silent:,.0f} s ({address.url}: {said}); trying on for "
+                    f"{self.max_outage - silent:,.0f} s (--max_outage)"
+                )
+
+    def _gone(self, tries: Tries, address: Address, said: str, advice: str = "") -> WorkError:
+        return WorkError(
+            f"{address.url} does not answer: {said} ({tries.failures} tries in {time.monotonic() - tries.began:,.0f} "
+            "s). See that the server runs and that this machine reaches it, then run the same command again: the "
+            f"replies that have come are kept.{advice}"
+        )
+
+    def _answers_short(self, address: Address) -> bool:
+        """Whether a server answers what it has answered before; asked by one at a time."""
+        if self.short is None or not self._asks_short.acquire(blocking=False):
+            return False
+        try:
+            path, body = self.short
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if 200 <= address.call(path, body, min(self.timeout, _ALIVE_WITHIN))[0] < 300:
+                    self._answered = time.monotonic()
+                    return True
+            return False
+        finally:
+            self._asks_short.release()
+
+    def _wait(self, address: Address, kind: str, failures: int, asked: float | None, *, is_named: bool) -> None:
+        longest = min(self.first_wait * 2.0 ** min(max(0, failures - 1), 16), _LONGEST_WAIT)
         seconds = asked + random.uniform(0, self.first_wait) if asked is not None else longest * random.uniform(0.5, 1)
         with self._lock:
             self.retried[kind] += 1
@@ -165,10 +213,10 @@ class Servers:
         self.stop.wait(random.uniform(0, self.first_wait) if is_another_free else seconds)
 
 
-def _said(content: bytes) -> tuple[str, str]:
-    """A server's own words for what is wrong, in one line, and its code for that."""
+def _said(content: bytes) -> tuple[str, frozenset[str]]:
+    """A server's own words for what is wrong, in one line, and its names for that."""
     text = content.decode("utf-8", "replace")
-    code = ""
+    codes: set[str] = set()
     with contextlib.suppress(ValueError):
         fields = json.loads(text)
         if isinstance(fields, str):
@@ -178,9 +226,9 @@ def _said(content: bytes) -> tuple[str, str]:
             fields = inner if isinstance(inner, dict) else fields
             message = fields.get("message") or fields.get("detail") or inner
             text = message if isinstance(message, str) else json.dumps(message or fields)
-            code = str(fields.get("code") or "")
+            codes = {str(fields[name]).lower() for name in ("code", "type", "error_type") if fields.get(name)}
     text = " ".join(text.split())
-    return (text[:_SHOWN] + " ..." if len(text) > _SHOWN else text) or "nothing", code
+    return (text[:_SHOWN] + " ..." if len(text) > _SHOWN else text) or "nothing", frozenset(codes)
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -193,7 +193,7 @@ def test_a_job_says_what_it_is_of(awq, monkeypatch):
 def test_a_plain_target_is_not_quantized_on_the_way(plain, monkeypatch):
     monkeypatch.setattr(jobs, "vllm_of", lambda *_: "0.32.0")
     asked = request(plain, engine_args={"quantization": "fp8"})
-    with pytest.raises(RequestError, match="quantization is 'fp8', and the weights of --model_name are not"):
+    with pytest.raises(RequestError, match="quantization is 'fp8', and the weights of the base model are not"):
         jobs.resolve(asked)
 
 

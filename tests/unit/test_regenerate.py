@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def words(target: Path, data: Path, *more: object) -> list[str]:
 
 def ask(capsys: pytest.CaptureFixture[str], server: FakeServer, *given: Any, code: int = 0) -> str:
     """What the command says, on one line."""
-    found = run(lambda: main([*words(*given), "--server", server.url]))
+    # Ten seconds without an answer are a test's own fault.
+    found = run(lambda: main(["--max_outage", "10", *words(*given), "--server", server.url]))
     said = capsys.readouterr()
     assert found == code, said.out + said.err
     return " ".join((said.err if code else said.out).split())
@@ -110,14 +112,22 @@ def test_replies_become_history_and_step_3_takes_what_was_sampled(capsys, target
 def test_a_hundred_at_once_and_no_prompt_twice(capsys, target, encoder, tmp_path):
     """Of two conversations that begin alike the second question alone is another one; the same one twice is one."""
     both = {"from": "human", "value": "hello"}, {"from": "gpt", "value": "x"}
-    records = [{"id": name, "conversations": [*both, {"from": "human", "value": name}]} for name in ("a", "b", "a")]
-    records += [{"id": n, "conversations": [{"from": "human", "value": f"question {n}"}]} for n in range(40)]
+    records = [{"id": n, "conversations": [{"from": "human", "value": f"question {n}"}]} for n in range(118)]
+    records += [{"id": name, "conversations": [*both, {"from": "human", "value": name}]} for name in ("a", "b", "a")]
     data = write_sharegpt(tmp_path / "data.json", records)
-    with FakeServer(encoder, seconds=0.3) as server:
+    full = threading.Event()
+
+    def fault(number: int, body: dict[str, Any]) -> None:
+        """Nobody is answered before a hundred have asked."""
+        if number == 99:
+            full.set()
+        assert full.wait(5)
+
+    with FakeServer(encoder, fault=fault) as server:
         said = ask(capsys, server, target, data)
-    assert set(server.asked.values()) == {1} and 20 < server.most_at_once <= 100
+    assert set(server.asked.values()) == {1} and len(server.asked) == 121 and server.most_at_once == 100
     assert "dropped 1 the same questions as another conversation's" in said
-    assert [record["id"] for record in output(data)][:3] == ["a", "b", 0]
+    assert [record["id"] for record in output(data)] == [*range(118), "a", "b"]
 
 
 def test_system_prompts_are_kept_and_questions_alone_are_enough(capsys, target, encoder, tmp_path):
@@ -233,18 +243,55 @@ def test_a_request_that_always_fails_costs_its_conversation_alone(capsys, target
     def fault(number: int, body: dict[str, Any]) -> Fault | None:
         return Fault(500, {"error": "it crashed"}) if poison in encoder.tokenizer.decode(body["prompt"]) else None
 
-    with FakeServer(encoder, fault=fault, seconds=0.02) as server:
-        said = ask(capsys, server, target, data, "--retries", 2, "--concurrency", 2)
-    assert "c2" not in [record["id"] for record in output(data)]
-    assert "ended at a request that failed however often it was tried" in said and "500: it crashed" in said
+    ids = [record["id"] for record in json.loads(data.read_text())]
+    with FakeServer(encoder, fault=fault) as server:
+        # By itself, too: nobody else asks, and a short question shows that the server lives.
+        for at_once in (2, 1):
+            server.number = 0
+            said = ask(capsys, server, target, data, "--retries", 2, "--concurrency", at_once, code=1)
+            assert (
+                f"1 of {COUNT} conversations lack replies" in said and "The same command asks for these again" in said
+            )
+            assert [record["id"] for record in output(data)] == [name for name in ids if name != ids[2]]
+            assert server.number == (2 * COUNT - 2 + 3 if at_once == 2 else 3)
+        report = json.loads(data.with_name("own.jsonl.report.json").read_text())
+        assert report["counts"]["end_failed"] == 1 and journal_path(data.with_name("own.jsonl")).exists()
+        server.fault = lambda number, body: None
+        server.number = 0
+        assert "going on" in ask(capsys, server, target, data) and server.number == 2
+        assert [record["id"] for record in output(data)] == ids
+        assert "complete already" in ask(capsys, server, target, data) and server.number == 2
+
+
+def test_a_server_that_starts_anew_costs_nothing(capsys, target, encoder, data):
+    """Those that were under way when it went, and had seen others answered before, are no more to blame than others."""
+    with FakeServer(encoder) as server:
+
+        def fault(number: int, body: dict[str, Any]) -> Fault | None:
+            if number == 6:
+                server.down = Fault(502, "bad gateway")
+                threading.Timer(0.6, lambda: setattr(server, "down", None)).start()
+            return server.down
+
+        server.fault = fault
+        ask(capsys, server, target, data, "--retries", 2, "--concurrency", 4)
+        assert server.paths["/v1/completions"] > 2 * COUNT + 8
+    assert len(output(data)) == COUNT and all(len(record["conversations"]) == 4 for record in output(data))
 
 
 def test_a_server_that_goes_away_ends_the_job_and_what_came_is_kept(capsys, target, encoder, data):
-    with FakeServer(encoder, fault=lambda number, body: Fault(502, "bad gateway") if number >= 5 else None) as server:
-        said = ask(capsys, server, target, data, "--retries", 2, "--concurrency", 1, code=1)
-        assert "does not answer: 502" in said and "run the same command again" in said
+    with FakeServer(encoder) as server:
+
+        def fault(number: int, body: dict[str, Any]) -> Fault | None:
+            server.down = Fault(502, "bad gateway") if number >= 5 else None
+            return server.down
+
+        server.fault = fault
+        said = ask(capsys, server, target, data, "--max_outage", 0.1, "--concurrency", 1, code=1)
+        assert "does not answer: 502" in said and "run the same command again" in said and "--max_outage raises" in said
         assert not data.with_name("own.jsonl").exists()
         server.fault = lambda number, body: None
+        server.down = None
         before = dict(server.asked)
         said = ask(capsys, server, target, data)
     assert "going on: 5 replies" in said
@@ -255,7 +302,7 @@ def test_a_server_that_goes_away_ends_the_job_and_what_came_is_kept(capsys, targ
 def test_of_two_servers_the_one_that_lives_does_it_all(capsys, target, encoder, data):
     with FakeServer(encoder) as one, FakeServer(encoder) as two:
         two.fault = lambda number, body: Fault()
-        ask(capsys, one, target, data, "--server", two.url, "--concurrency", 4)
+        ask(capsys, one, target, data, "--server", two.url, "--concurrency", 4)  # not once is one of them to blame
         assert len(output(data)) == COUNT and sum(one.asked.values()) >= 2 * COUNT
 
 

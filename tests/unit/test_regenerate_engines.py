@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
 from email.utils import formatdate
@@ -17,22 +20,26 @@ import torch
 from eagle.decode.generate import generate_alone
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import load_target
-from eagle.errors import WorkError
+from eagle.errors import RequestError, WorkError
+from eagle.regenerate import own_server as own_servers
+from eagle.regenerate import transport
+from eagle.regenerate.address import Address, proxy_to
 from eagle.regenerate.dialogue import FROM_TEXT
+from eagle.regenerate.engine_args import deciding
 from eagle.regenerate.journal import FILTERED, LENGTH, STOP
 from eagle.regenerate.own import OwnTarget
 from eagle.regenerate.own_server import own_server, vllm_python
 from eagle.regenerate.request import RegenerateRequest
-from eagle.regenerate.served import Question, ServedTarget
-from eagle.regenerate.transport import Address, Failed, Servers
+from eagle.regenerate.served import Counted, Question, ServedTarget, cure, is_too_long
+from eagle.regenerate.transport import Failed, Refused, Servers, _said
 from eagle.vllm.engine import EngineError
 from tests.serving import FakeServer, Fault, runs, write_stand_in
 from tests.tiny import make_target
 from tests.unit.test_regenerate_parts import KEEPS, encoder_with
 
 
-def servers(*urls: str, retries: int = 3, timeout: float = 5.0) -> Servers:
-    return Servers([Address(url) for url in urls], timeout, retries, first_wait=0.01)
+def servers(*urls: str, retries: int = 3, timeout: float = 5.0, max_outage: float = 5.0) -> Servers:
+    return Servers([Address(url) for url in urls], timeout, retries, max_outage, first_wait=0.01)
 
 
 BODY = {"model": "target", "prompt": [5, 6], "max_tokens": 9}
@@ -53,12 +60,14 @@ def test_retry_after_is_heeded_as_seconds_and_as_a_date():
 def test_a_slow_server_is_asked_again_and_a_dead_one_given_up():
     encoder = encoder_with(KEEPS)
     with FakeServer(encoder, seconds=0.4) as server:
-        asked = servers(server.url, timeout=0.1, retries=1)
+        asked = servers(server.url, timeout=0.1, retries=1, max_outage=0.05)
         with pytest.raises(WorkError, match=r"no answer within 0.1 s .*\(2 tries"):
             asked.call("/completions", BODY)
         assert asked.retried == {"timeout": 1}
     with pytest.raises(WorkError, match="Connection refused"):
-        servers(server.url, retries=1).call("/models")
+        servers(server.url).call("/models", retries=1)
+    with pytest.raises(WorkError, match=r"Connection refused.*--max_outage"):
+        servers(server.url, max_outage=0.05).call("/models")
 
 
 def test_tries_come_ever_later_and_never_at_the_same_moment():
@@ -108,13 +117,152 @@ def test_where_one_of_two_rests_the_other_is_asked():
         ({"content": "ye"}, "length", (LENGTH, "ye")),
         ({"content": "half \ud83d"}, "stop", (STOP, "half \ufffd")),
         ({"content": "no"}, "content_filter", (FILTERED, "no")),
+        ({"content": "y"}, None, (STOP, "y")),
+        ({"content": "y"}, "eos_token", (STOP, "y")),
+        ({"content": "no no no"}, "repetition", (LENGTH, "no no no")),
         ({"content": "", "refusal": "I will not"}, "stop", (FILTERED, "")),
     ],
 )
 def test_what_a_server_says_in_words(message, finish, expected):
     served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 100, Sampling(), [], {})
-    said = served._read({"choices": [{"message": message, "finish_reason": finish}], "usage": None}, [])
-    assert (said.finish, said.text) == expected and said.ids is None
+    answer = {"choices": [{"message": message, "finish_reason": finish}], "usage": None}
+    said = served._read(answer, [], 99)
+    assert (said.finish, said.text) == expected and said.ids is None and said.context is None
+    # As long as it may be is cut off, whatever the server calls that; shorter than that for no reason, by its context.
+    said = served._read({**answer, "usage": {"completion_tokens": 99}}, [], 99)
+    assert said.finish == (FILTERED if expected[0] == FILTERED else LENGTH)
+    said = served._read({**answer, "usage": {"completion_tokens": 9}}, [], 99)
+    assert (said.finish, said.context) == (expected[0], 0 if finish == "length" else None)
+
+
+TGI = "Input validation error: `inputs`"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"error": f"{TGI} must have less than 1024 tokens. Given: 2000", "error_type": "validation"}, True),
+        ({"error": f"{TGI} tokens + `max_new_tokens` must be <= 2048. Given: 1500 `inputs` tokens and 1024"}, True),
+        ({"error": {"message": "the request exceeds the available context size, try increasing it"}}, True),
+        ({"error": {"message": "no", "type": "exceed_context_size_error"}}, True),
+        ({"error": {"message": "Your messages exceed context window", "code": "x"}}, True),
+        ({"message": "'max_tokens' is too large: 5000. This model's maximum context length is 4096 tokens"}, True),
+        ({"message": "The input (5000 tokens) is longer than the model's context length (4096 tokens)."}, True),
+        ({"error": {"message": "prompt is too long: 5000 tokens > 4096 maximum"}}, True),
+        ({"error": {"message": "max_tokens: value 1024 exceeds the maximum output tokens"}}, False),
+        ({"error": {"message": "max_tokens is too large: 9. This model supports at most 8 completion tokens"}}, False),
+        ({"error": {"message": "Invalid request: 1024 exceeds the limit of output tokens"}}, False),
+        ({"error": {"message": "top_p exceeds 1"}}, False),
+    ],
+)
+def test_a_prompt_is_too_long_in_the_words_of_many_servers(content, expected):
+    said, codes = _said(json.dumps(content).encode())
+    refused = Refused("http://h/v1", 422, said, codes)
+    assert is_too_long(refused) == expected
+    assert is_too_long(Refused("http://h/v1", 500, said, codes)) is False
+    assert ("Lower --max_new_tokens" in cure(refused)) == ("output" in said or "completion" in said)
+
+
+@pytest.mark.parametrize(
+    ("said", "context"),
+    [
+        ("This model's maximum context length is 4,096 tokens.", 4096),
+        ("the model's context length (4096 tokens)", 4096),
+        (f"{TGI} tokens + `max_new_tokens` must be <= 2048. Given: 1500", 2048),
+        ("exceeds the context window by 120 tokens", 9999),
+        (f"{TGI} must have less than 1024 tokens. Given: 2000", 9999),
+    ],
+)
+def test_the_context_that_a_refusal_tells(said, context):
+    served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 9999, Sampling(), [], {}, says_context=False)
+    assert served._learn_context(Refused("u", 400, said)) == served.context == context
+
+
+def test_how_many_tokens_a_server_counts_in_a_prompt():
+    assert Counted().least(50) == 0
+    assert Counted(((11, 10), (21, 20), (64, 200))).least(100) == 101  # the last one was cut down
+    assert 60 < Counted(((9, 10), (18, 20), (80, 100))).least(100) < 85  # another tokenizer
+
+
+def test_429s_come_ever_later_and_have_an_end():
+    """While others are answered they cost nothing; where a short question is answered and this one is not, they do."""
+    encoder = encoder_with(KEEPS)
+    slow = Fault(429, {"error": {"message": "Request too large for tokens per minute", "type": "tokens"}})
+    waits: list[int] = []
+
+    class AnswersOthers(Servers):
+        def _wait(self, address, kind, failures, asked, *, is_named) -> None:
+            waits.append(failures)
+            if len(waits) < 12:
+                self._answered = time.monotonic()
+
+    with FakeServer(encoder, fault=lambda number, body: slow) as server:
+        asked = AnswersOthers([Address(server.url)], 5.0, 3)
+        asked.short = "/completions", {**BODY, "max_tokens": 1}
+        with pytest.raises(Failed, match="429: Request too large"):
+            asked.call("/completions", BODY)
+        assert waits == list(range(1, len(waits) + 1)) and len(waits) == 11 + asked.retries
+        used_up = Fault(429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}})
+        server.fault = lambda number, body: used_up
+        with pytest.raises(Refused) as refused:
+            asked.call("/completions", BODY)
+        assert "account is used up" in cure(refused.value)
+
+
+def test_everybody_waits_while_nobody_is_answered_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(transport, "_SILENT", 0.05)
+    asked, told = servers("http://127.0.0.1:9/v1", max_outage=0.4), []
+    asked.tell = told.append
+    with pytest.raises(WorkError, match="Connection refused"):
+        asked.call("/completions", BODY)
+    (line,) = told
+    assert "nobody has been answered for" in line and "(--max_outage)" in line
+
+
+def test_a_connection_that_does_not_come_about_is_not_waited_for_as_a_reply_is(monkeypatch):
+    timeouts = []
+
+    def create(address, timeout, *more):
+        timeouts.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", create)
+    with pytest.raises(WorkError, match="no connection within 10 s"):
+        servers("http://h/v1", timeout=600, retries=0).call("/completions", BODY)
+    assert timeouts == [10]
+
+
+def test_a_redirection_is_no_answer():
+    moved = Fault(307, "", {"Location": "https://h/v1/completions"})
+    with FakeServer(encoder_with(KEEPS), fault=lambda number, body: moved) as server:
+        with pytest.raises(Refused, match="answered 307: it leads to https://h/v1/completions") as refused:
+            servers(server.url).call("/completions", BODY)
+        assert "name the address behind it" in cure(refused.value)
+
+
+def test_proxies_are_those_of_the_environment(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert proxy_to("http://far.example/v1") is None
+    with FakeServer(encoder_with(KEEPS)) as server:
+        monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1").replace("//", "//me:s%40id@"))
+        monkeypatch.setenv("no_proxy", "near.example")
+        for url in ("http://near.example/v1", "http://127.0.0.1:8000/v1", "http://localhost/v1", "https://far.example"):
+            assert proxy_to(url) is None
+        far = Address("http://far.example:8000/v1", proxy=proxy_to("http://far.example:8000/v1"))
+        assert far.call("/models", None, 5)[0] == 404
+        assert set(server.paths) == {"http://far.example:8000/v1/models"}
+        assert server.headers[0]["Proxy-Authorization"] == "Basic bWU6c0BpZA=="
+        assert server.headers[0]["Host"] == "far.example:8000" and "s%40id" not in repr(far) + far.way
+    monkeypatch.setenv("https_proxy", "socks5://me:secret@h:1")
+    with pytest.raises(RequestError, match=r"names h:1 as the proxy .* add far.example to no_proxy"):
+        proxy_to("https://far.example/v1")
+
+
+def test_flags_of_vllm_that_decide_replies_are_compared():
+    given = "--quantization=fp8 --gpu_memory_utilization 0.9 -tp 2 --no-enable-prefix-caching --compilation-config.x 1"
+    assert deciding(given) == ["--quantization fp8"] == deciding("--max-model-len 9 --quantization fp8")
+    assert deciding("--seed -1 --enable-lora") == ["--enable-lora", "--seed -1"] and deciding(None) == []
 
 
 @pytest.fixture
@@ -126,25 +274,32 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
-def test_an_engine_of_our_own_ends_with_the_job(stand_in, target, tmp_path):
+def test_an_engine_of_our_own_ends_with_the_job(stand_in, target, tmp_path, monkeypatch):
     (tmp_path / "d.json").write_text("[]")
-    given = {"engine_python": Path(sys.executable), "dtype": "bf16", "concurrency": 7}
+    given = {"engine_python": Path(sys.executable), "concurrency": 7}
+    monkeypatch.setenv("VLLM_API_KEY", "secret")  # which it would want, did it know of it
+    monkeypatch.setattr(own_servers, "_STARTS_WITHIN", 30)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     asked = RegenerateRequest(
         target, tmp_path / "d.json", tmp_path / "o.json", engine_args="--seed 3 --x '4 5'", **given
     )
     python = vllm_python(asked)
     assert python == Path(sys.executable).absolute()
-    with pytest.raises(KeyError), own_server(asked, encoder_with(KEEPS), python) as address:
+    with pytest.raises(KeyError), own_server(asked, encoder_with(KEEPS), python, torch.bfloat16) as address:
         assert address.call("/models", None, 5)[0] == 200
         address.check()
+        assert not list(tmp_path.glob("eagle-vllm-*"))
         said = stand_in.read_text().split()
         assert said[-6:] == ["bfloat16", "--seed", "3", "--x", "4", "5"] and "7" in said and runs(int(said[1]))
         raise KeyError
     assert not runs(int(said[1]))
     wrong = dataclasses.replace(asked, engine_args="--max-model-len 1")
     with pytest.raises(EngineError, match=r"ended by itself.*\n.*ValueError: too short for anything"):
-        own_server(wrong, encoder_with(KEEPS), python).__enter__()
-    with own_server(asked, encoder_with(KEEPS), python) as address:  # one that dies while it is asked
+        own_server(wrong, encoder_with(KEEPS), python, torch.bfloat16).__enter__()
+    wants = dataclasses.replace(asked, engine_args="--wants-a-key 1")
+    with pytest.raises(EngineError, match="answers 401 where it is asked"):
+        own_server(wants, encoder_with(KEEPS), python, torch.bfloat16).__enter__()
+    with own_server(asked, encoder_with(KEEPS), python, torch.bfloat16) as address:  # one that dies while it is asked
         os.kill(int(stand_in.read_text().split()[1]), signal.SIGKILL)
         with pytest.raises(EngineError, match="exit code -9"):
             Servers([address], 5.0, 8, first_wait=0.05).call("/completions", BODY)

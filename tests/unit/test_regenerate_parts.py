@@ -15,7 +15,7 @@ from eagle.data.prompts import encode_messages
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate import journal as journals
 from eagle.regenerate.dialogue import Dialogue, Walk, is_refusal, read_dialogue, to_record, walk_through
-from eagle.regenerate.journal import LENGTH, STOP, Answer, Journal, differences, read_header
+from eagle.regenerate.journal import LENGTH, STOP, TOO_LONG, Answer, Journal, differences, read_header
 from tests.tiny import byte_level_tokenizer
 
 OPTIONS = {"temperature": 0.0, "model": "m"}
@@ -43,8 +43,15 @@ def test_a_journal_gives_back_what_was_put(tmp_path):
     with Journal(tmp_path / "j", OPTIONS) as again:
         assert len(again) == 2 and KEY in again
         assert again.get(KEY) == ANSWER and again.get(OTHER) == Answer(LENGTH, "x") and again.get(b"0" * 16) is None
-    assert read_header(tmp_path / "j") == OPTIONS
+    assert OPTIONS.items() < read_header(tmp_path / "j").items()
     assert differences(OPTIONS, {"model": "n", "temperature": 0.0}) == ["model was 'm', now 'n'"]
+
+
+def test_what_the_context_ended_is_final_for_one_that_is_no_longer():
+    assert Answer(STOP).is_final(9) and Answer(LENGTH).is_final(9)
+    cut = Answer(LENGTH, context=72)
+    assert cut.is_final(71) and cut.is_final(72) and not cut.is_final(73)
+    assert not Answer(TOO_LONG, context=0).is_final(72)  # how long it was, the server did not say
 
 
 def test_a_journal_survives_being_cut_anywhere(tmp_path):
@@ -77,6 +84,15 @@ def test_a_damaged_line_is_as_if_it_had_never_come(tmp_path):
 def test_two_jobs_and_other_files_are_refused(tmp_path):
     with Journal(tmp_path / "j", OPTIONS), pytest.raises(RequestError, match="in use by another running job"):
         Journal(tmp_path / "j", OPTIONS)
+    before = (tmp_path / "j").read_bytes()
+    with Journal(tmp_path / "j", OPTIONS), pytest.raises(RequestError, match="in use by another running job"):
+        Journal(tmp_path / "j", {"model": "n"}, overwrite=True)
+    assert (tmp_path / "j").read_bytes() == before
+    with pytest.raises(RequestError, match="asked for otherwise: model was 'm', now 'n'"):
+        Journal(tmp_path / "j", {"model": "n"})
+    with Journal(tmp_path / "j", {"model": "n"}, overwrite=True) as other:
+        assert read_header(tmp_path / "j") == other.options and other.options["model"] == "n"
+        other.remove()
     for content in (b"hello\n", b"hello", b'{"regenerate": 1}\n', b"[1]\n"):
         (tmp_path / "j").write_bytes(content)
         with pytest.raises(RequestError, match="it is no journal of replies"):

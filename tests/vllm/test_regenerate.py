@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(target: Path, data: Path) -> Iterator[str]:
     encoder = load_encoder(target, load_config(target))
     request = RegenerateRequest(target, data, data.with_name("x.jsonl"), dtype="float32", engine_args=ENGINE)
-    with own_server(request, encoder, Path(sys.executable)) as address:
+    with own_server(request, encoder, Path(sys.executable), torch.float32) as address:
         yield address.url
 
 
