@@ -80,8 +80,10 @@ class Judge:
                 words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
                 call(words, exported.with_suffix(".log"))
             words = [self.engine_python, "-m", "eagle.vllm.verify", "--base-path", self.basepath]
-            words += ["--draft-path", exported, "--num_speculative_tokens", k, "--output", found]
+            written = found.with_suffix(".tmp")  # verify writes one of a failure too
+            words += ["--draft-path", exported, "--num_speculative_tokens", k, "--output", written]
             call([*words, *self._prompts()], found.with_suffix(".log"))
+            written.replace(found)
         return read_json(found, "the report")
 
     def _named(self, k: int) -> str:

@@ -41,6 +41,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: A little more than the share of the conversations that training holds out.
+HELD_OUT = 0.06
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One way of training. flags: beside the family's. tokens: supervised ones, of --tokens. original: the replies."""
@@ -130,11 +134,12 @@ def flags_of(row: Row) -> list[str]:
 def steps_of(row: Row, args: argparse.Namespace, store: FeatureStore) -> int:
     """Steps in which the row sees its tokens. Raises: RequestError where the store has fewer."""
     supervised = store.supervised(args.max_len)
-    wanted, held = int(args.tokens * row.tokens), int(supervised.sum())
+    supervised = supervised[supervised > 0]
+    wanted, held = int(args.tokens * row.tokens), int(supervised.sum() * (1 - HELD_OUT))
     if wanted > held:
         raise RequestError(
-            f"--tokens {args.tokens:,}: {row.name} takes {wanted:,} supervised tokens, and the store has {held:,} at "
-            f"--max_len {args.max_len}. Use a larger store, fewer tokens, or --rows without it."
+            f"--tokens {args.tokens:,}: {row.name} takes {wanted:,} supervised tokens, and the store has {held:,} to "
+            f"train on at --max_len {args.max_len}. Use a larger store, fewer tokens, or --rows without it."
         )
     flags = flags_of(row)
     bs = int(flags[len(flags) - flags[::-1].index("--bs")]) if "--bs" in flags else args.bs

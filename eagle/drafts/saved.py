@@ -195,29 +195,33 @@ def warm_start(
 
 
 def read_saved(
-    path: Path, weight_name: str | None, target: ModelConfig, head: Callable[[], torch.Tensor]
+    path: Path,
+    weight_name: str | None,
+    target: ModelConfig,
+    head: Callable[[], torch.Tensor],
+    flag: str = "--draft-path",
 ) -> SavedDraft:
     """Read a draft from a checkpoint of ours, a run's folder, or a public EAGLE folder, for export.
 
-    target, head: its config; gives its ``lm_head``.
+    target, head: its config; gives its ``lm_head``. flag: by which the path was named.
 
     Raises: FileNotFoundError, RequestError (wrong keys or shapes for this target).
     """
-    existing_path(path, "--draft-path", "path")
+    existing_path(path, flag, "path")
     folder = resolve_pointer(path)
-    check_is_draft(folder, "--draft-path", weight_name)
-    state = read_draft_state(Weights(folder, weight_name, flag="--draft-path"))
+    check_is_draft(folder, flag, weight_name)
+    state = read_draft_state(Weights(folder, weight_name, flag=flag))
     family = family_of(state)
     brought = {name: state.pop(name, None) for name in family.targets_own}
     for name, tensor in brought.items():  # the layouts that want them take them from the target
         expected = (target.vocab_size, target.hidden_size)
         if tensor is not None and tuple(tensor.shape) != expected:
             raise RequestError(
-                f"--draft-path {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
+                f"{flag} {folder}: {name} is {list(tensor.shape)}, the base model's is {list(expected)}. This "
                 "draft was trained for another model."
             )
     saved = load_draft_config(folder, family)
-    with said_of(f"--draft-path {folder}"):
+    with said_of(f"{flag} {folder}"):
         config = family.config_of(target, saved, state)
         state = family.filled(config, state, head)
     optional = family.optional(state)
@@ -225,7 +229,7 @@ def read_saved(
     problems = shape_problems(without_values(family, config), kept)
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise RequestError(f"--draft-path {folder} does not hold a draft of --base-path's model: {shown}.")
+        raise RequestError(f"{flag} {folder} does not hold a draft of --base-path's model: {shown}.")
     said = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
     measured, trained_for = said.get("metrics", {}), said.get("run", {}).get("target")
     return SavedDraft(family.name, config, state, folder, measured, trained_for, embedding=brought.get(EMBEDDING))

@@ -127,7 +127,7 @@ def _positions(config: ModelConfig) -> int:
     if rope.get("rope_type") in ("linear", "dynamic"):
         return int(most * rope["factor"])
     if rope.get("rope_type") == "yarn":
-        return max(most, int(rope.get("original_max_position_embeddings", 0) * rope["factor"]))
+        return int(rope.get("original_max_position_embeddings", most) * rope["factor"])
     return most
 
 

@@ -151,6 +151,10 @@ class FeatureStore:
         groups[order] = number_of[order[begins]][np.cumsum(begins) - 1]
         return groups
 
+    def data_of(self, index: int) -> str:
+        """The digest of the data that a record is of; "" where it is not known."""
+        return self._digests[self._numbers[index]]
+
     def place(self, index: int) -> tuple[str, int]:
         """The file of a record, relative to the folder, and its position in it."""
         path, position = self.sources[self._numbers[index]].place(int(self._positions[index]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -50,6 +50,7 @@ def check_engine(options: TrainOptions, target: ModelConfig, where: torch.device
             '--engine_cards "4,5,6,7" where training has four processes on cards 0 to 3.'
         )
     else:
+        _check_shown(kind, cards)
         device.check_indices(kind, cards, "--engine_cards")
         own = _card_of(where)
         if own in map(str, cards) and _SHARE not in options.engine.arguments:
@@ -58,6 +59,18 @@ def check_engine(options: TrainOptions, target: ModelConfig, where: torch.device
                 f"""how much of it the engine may take: --engine_args '{{"{_SHARE}": 0.4}}'."""
             )
     return vllm_of(_python(options), options.engine, kind)
+
+
+def _check_shown(kind: str, cards: Sequence[device.Card]) -> None:
+    """Raises: RequestError for cards that only this process does not see: others than those it trains on are wanted."""
+    variable = device.VISIBILITY_VARIABLE[kind]
+    shown = [entry.strip() for entry in os.environ.get(variable, "").split(",") if entry.strip()]
+    if hidden := [str(card) for card in cards if shown and str(card) not in shown]:
+        raise RequestError(
+            f"--engine_cards {','.join(map(str, cards))}: {variable}={','.join(shown)} hides {','.join(hidden)}. Show "
+            "training the engine's cards too (without --gpu_ids, for example): --num_processes says how many it uses, "
+            "the first ones."
+        )
 
 
 def _python(options: TrainOptions) -> Path:

@@ -93,7 +93,8 @@ class LiveFeatures:
         self.dtype = parse_dtype(source.dtype)
         self.source: FeatureSource | None = None
         if source.feature_source not in ENGINES:
-            self.source = open_source(SourceOptions(basepath, self.dtype, device, tuple(widths)))
+            asked = SourceOptions(basepath, self.dtype, device, tuple(widths))
+            self.source = open_source(asked, source.feature_source)
 
     @property
     def tokens(self) -> int:

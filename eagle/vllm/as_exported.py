@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.saved import WEIGHTS_FILE, load_trained_state, read_saved
 from eagle.drafts.vllm_layout import Layout, SavedDraft
+from eagle.errors import RequestError
 from eagle.files import read_json
 from eagle.target.config import ModelConfig
 from eagle.target.weights import Weights, read_embedding, read_head
@@ -59,7 +61,13 @@ def trained_draft(
 
     Raises: FileNotFoundError, RequestError for what is no draft of this target.
     """
-    saved = read_saved(trained or exported, None, target, lambda: read_head(base, target))
+    flag = "--draft-path" if trained is None else "--trained-path"
+    saved = read_saved(trained or exported, None, target, lambda: read_head(base, target), flag)
+    if saved.family != family.name:
+        raise RequestError(
+            f"{flag} {trained} is {DRAFT_FAMILIES[saved.family].describes}, and --draft-path {exported} is "
+            f"{family.describes}. Name the run that was exported."
+        )
     draft = family.build(saved.config, read_embedding(base, target).float(), saved.tensors)
     load_trained_state(draft, saved.tensors, str(saved.source))
     found = differences(exported, saved, base, target, family)

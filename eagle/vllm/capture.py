@@ -18,6 +18,9 @@ import torch
 
 from eagle.errors import WorkError
 
+#: What a proposer is told of the rows that are sampled from, and what older releases call it.
+_LAST, _LAST_OF_OLDER = "token_indices_to_sample", "last_token_indices"
+
 
 @dataclass(frozen=True, slots=True)
 class Watched:
@@ -61,7 +64,7 @@ def _recorded(propose: Any, seen: list[dict[str, torch.Tensor]]) -> Any:
     def recorded(*args: Any, **given: Any) -> Any:
         # Copied before the call: the engine reuses its buffers.
         call = {name: given[name].clone() for name in ("target_positions", "target_hidden_states", "next_token_ids")}
-        last = given["token_indices_to_sample"]
+        last = given["token_indices_to_sample"] if _LAST in given else given[_LAST_OF_OLDER]
         rows = given["target_positions"].shape[-1]
         call["last"] = torch.tensor([rows - 1]) if last is None else last.clone()
         drafted = propose(*args, **given)

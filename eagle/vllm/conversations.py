@@ -31,8 +31,9 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """manifest: of the store, empty for classic dumps. unknown: why the served prompts are not known, "" where they
-    are. in_split: whether the conversations are those that training held out; else training has seen them."""
+    """manifest: of the store (of several the first one's), empty for classic dumps. unknown: why the served prompts are
+    not known, "" where they are. in_split: whether the conversations are those that training held out; else training
+    has seen them."""
 
     conversations: list[Conversation]
     manifest: dict[str, Any]
@@ -56,28 +57,34 @@ def held_out(
     encoder: the served one, from the store's manifest, which knows the day that a dated template was told. longest:
     tokens that the engine takes. data_path: where the conversations are, if not where the manifest says.
 
-    Raises: RequestError where no record is of use.
+    Raises: RequestError where no record is of use, or --data_path is not what the store was made from.
     """
     where = f"--tmpdir {store.folder}"
     usable, _ = usable_records(store, max_len, where)
     train, validation = split_store(store, val_ratio, seed, usable)
     chosen = validation if len(validation) else train
     chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int))]
-    manifest = next(iter(store.manifests.values()), {})
-    prompt, unknown = _served_prompts(manifest, data_path, encoder)
+    # Stores of several data files may lie side by side.
+    manifests = {(one.get("data") or {}).get("digest", ""): one for one in reversed(store.manifests.values())}
+    served = {digest: _served_prompts(one, data_path, encoder) for digest, one in manifests.items()}
+    prompts = {digest: prompt for digest, (prompt, _) in served.items() if prompt is not None}
+    unknown = next((why for prompt, why in served.values() if prompt is None), "")
+    if data_path is not None and not prompts:
+        raise RequestError(f"--data_path {data_path}: {unknown or 'the store does not say what it was made from'}.")
     found = []
     for index in chosen.tolist():
         record = store[index].cut(min(max_len, longest))
         replies = record.loss_mask.nonzero().flatten().tolist()
         if replies and replies[0] > 0:
             stored = record.input_ids[: replies[0]].tolist()
+            prompt = prompts.get(store.data_of(index))
             serving = prompt(record.conversation) if prompt else None
             found.append(Conversation(record, stored, serving if serving and len(serving) <= longest else None))
     if not found:
         raise RequestError(f"{where}: none of its {len(chosen)} held-out conversations has a prompt before its reply.")
-    if prompt and all(one.served is None for one in found):
-        unknown = "none of these conversations is one of messages"
-    return HeldOut(found, manifest, unknown, bool(len(validation)))
+    if all(one.served is None for one in found):
+        unknown = unknown or "none of these conversations is one of messages"
+    return HeldOut(found, next(iter(store.manifests.values()), {}), unknown, bool(len(validation)))
 
 
 def _served_prompts(

@@ -74,7 +74,8 @@ class EngineResult:
     """What one engine did.
 
     outputs: the token ids of every reply. seconds: generation only, without start and warm-up. drafts: how many chains
-    were proposed; accepted_per_position: how many of them had their first, second, ... token accepted.
+    were proposed; accepted_per_position: how many of them had their first, second, ... token accepted. unwatched: why
+    what the draft is given could not be seen, where that was asked for.
     """
 
     outputs: list[list[int]]
@@ -87,6 +88,7 @@ class EngineResult:
     device: str
     vllm: str
     torch: str
+    unwatched: str = ""
 
     def tokens(self) -> int:
         return sum(len(output) for output in self.outputs)
@@ -108,8 +110,8 @@ def run_engine(request: EngineRequest) -> EngineResult:
 
     Raises: EngineError with the engine's last words.
     """
-    # Of vLLM's two model runners the one whose proposer can be watched.
-    watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if request.watched else {}
+    # Of vLLM's two model runners the one whose proposer can be watched; for the engine that is compared with it too.
+    watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if request.watch_file else {}
     environment = {**ENVIRONMENT, **watching, **child_environment()}
     with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
@@ -178,11 +180,14 @@ def serve(request: EngineRequest) -> EngineResult:
     seconds = time.perf_counter() - start
     counted = {name: value - before.get(name, 0) for name, value in read_counters(engine).items()}
     positions = range(request.num_speculative_tokens if request.draft is not None else 0)
+    unwatched = ""
     if request.watched:
         file = Path(str(request.watch_file))
         seen = file.with_name(f"{file.name}.seen")
-        save_watched([watch(engine, sampling_of(new), tokens, seen) for tokens, new in request.watched], file)
-        seen.unlink()
+        try:
+            save_watched([watch(engine, sampling_of(new), tokens, seen) for tokens, new in request.watched], file)
+        except Exception as error:  # another release's insides; what was counted until then is right
+            unwatched = f"{type(error).__name__}: {error}"
     return EngineResult(
         outputs=[list(reply.outputs[0].token_ids) for reply in replies],
         seconds=seconds,
@@ -194,6 +199,7 @@ def serve(request: EngineRequest) -> EngineResult:
         device=current_platform.device_name or current_platform.device_type,
         vllm=vllm.__version__,
         torch=torch.__version__,
+        unwatched=unwatched,
     )
 
 

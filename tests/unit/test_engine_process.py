@@ -171,6 +171,7 @@ def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
         ({"engine_cards": (4, 5)}, "4,5,6", "card 4 is one that trains here"),
         ({"engine_cards": (0,), "engine_args": {"gpu_memory_utilization": 0.4}}, "", None),
         ({"engine_cards": (5, 6)}, "4,5,6", None),
+        ({"engine_cards": (6, 7)}, "4,5,6", "=4,5,6 hides 7"),
     ],
 )
 def test_cards_of_the_engine(given, shown, says, tmp_path, monkeypatch):

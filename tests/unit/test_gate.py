@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from eagle.decode.tree import chain_paths
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import load_draft
 from eagle.errors import RequestError
+from eagle.files import ROOT
 from eagle.target.check import check_target
 from eagle.target.features import features_of
 from eagle.vllm import causes
@@ -31,6 +33,7 @@ from eagle.vllm.gate import Gate, Verdict, gate_lines, judge
 from eagle.vllm.prediction import Counts, Predictor, differing, served
 from tests.oracle import Shape, random_prompts, write_pair
 from tests.oracle3 import write_oracle
+from tests.tiny import conversations, write_sharegpt
 from tests.vllm.damage import edit_config, edit_tensors
 from tests.vllm.planted import (
     Pair,
@@ -248,6 +251,34 @@ def test_conversations_that_are_not_there_are_said_to_be_untested(made: Made) ->
         assert verdict.to_json()["not_tested"]
     finally:
         made.data.with_name("moved.json").rename(made.data)
+
+
+def test_stores_of_several_data_files(made: Made, tmp_path: Path) -> None:
+    """Every conversation is looked for in the file that it is of."""
+    data = write_sharegpt(tmp_path / "other.json", conversations(24, turns=1, seed=6))
+    both = tmp_path / "both"
+    shutil.copytree(made.store, both / "a")
+    make_store(both / "b", made.pair.target, data, made.templates["plain"], "eagle1")
+    gate = gate_of(made.pair, both, made.templates["plain"], conversations=40)
+    found = gate.held_out.conversations
+    assert len(found) > 12 and not gate.held_out.unknown
+    assert all(one.served == one.stored for one in found)
+
+
+def test_what_is_named_wrongly_is_refused(made: Made, tmp_path: Path) -> None:
+    plain = made.templates["plain"]
+    for named, says in ((tmp_path / "gone.json", "is not there"), (ROOT / "README.md", "expected a JSON array")):
+        with pytest.raises((RequestError, FileNotFoundError), match=says):
+            gate_of(made.pair, made.store, plain, data_path=named)
+    other = write_sharegpt(tmp_path / "other.json", conversations(24, turns=1, seed=6))
+    with pytest.raises(RequestError, match=r"--data_path .* is not the file that the store was made from"):
+        gate_of(made.pair, made.store, plain, data_path=other)
+    checked = check_target(made.pair.target, "--base-path")
+    asked = (checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU)
+    with pytest.raises(RequestError, match=r"--trained-path .* is an EAGLE-1 draft.*Name the run that was exported"):
+        trained_draft(made.pair.exported, made.pair.draft, *asked)
+    with pytest.raises(FileNotFoundError, match="--trained-path"):
+        gate_of(made.pair, made.store, plain, trained=tmp_path / "gone")
 
 
 def test_a_store_without_what_the_draft_reads_is_refused(made: Made, tmp_path: Path) -> None:

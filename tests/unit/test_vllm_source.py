@@ -129,6 +129,7 @@ def test_this_environment_has_no_engine():
         (None, 64),
         ({"rope_type": "linear", "factor": 2.0}, 128),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, 32),
     ],
 )
 def test_no_record_is_longer_than_the_table_of_angles(model, rope, most):

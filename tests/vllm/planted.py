@@ -133,7 +133,7 @@ def damaged(pair: Pair, folder: Path, damage: Callable[[Path], object]) -> Path:
 
 def gate_of(
     pair: Pair, store: Path, template: Path | str, exported: Path | None = None, *, told: dict[str, Any] | None = None,
-    trained: bool = True,
+    **options: Any,
 ) -> Gate:  # fmt: skip
     checked = check_target(pair.target, "--base-path")
     family = next(family for family in DRAFT_FAMILIES.values() if family.method == pair.method)
@@ -141,8 +141,8 @@ def gate_of(
     def encoder(manifest: dict[str, Any]) -> Encoder:
         return load_encoder(pair.target, checked.config, str(template), chat_template_kwargs=told)
 
-    options = GateOptions(store, pair.draft if trained else None, val_ratio=0.5, conversations=6)
-    return open_gate(options, checked, exported or pair.exported, family, encoder, pair.depth, NEW)
+    given = {"trained": pair.draft, "val_ratio": 0.5, "conversations": 6} | options
+    return open_gate(GateOptions(store, **given), checked, exported or pair.exported, family, encoder, pair.depth, NEW)
 
 
 def verdicts(asked: dict[str, tuple[Pair, Path, Gate]], folder: Path) -> dict[str, Verdict]:

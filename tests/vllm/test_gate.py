@@ -124,7 +124,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
     plain = template["plain"]
     asked: dict[str, tuple[Pair, Path, Gate]] = {
         "EAGLE-1": (one, one.exported, gate_of(one, store, plain)),
-        "EAGLE-1 by itself": (one, one.exported, gate_of(one, store, plain, trained=False)),
+        "EAGLE-1 by itself": (one, one.exported, gate_of(one, store, plain, trained=None)),
         "EAGLE-1 that thinks": (
             one, one.exported, gate_of(one, told, template["thinks"], told={"enable_thinking": False}),
         ),
@@ -143,7 +143,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
             asked[name] = (pair, folder, gate_of(pair, of, plain, folder))
     # Damaged ones first: what is left as it was in memory must not be right by chance.
     wrong = asked["theta 10000 for 500"][1]
-    asked["rope_theta, by itself"] = (one, wrong, gate_of(one, store, plain, wrong, trained=False))
+    asked["rope_theta, by itself"] = (one, wrong, gate_of(one, store, plain, wrong, trained=None))
     mixed = dataclasses.replace(other, target=one.target)
     asked["another checkpoint"] = (mixed, other.exported, gate_of(mixed, theirs, plain))
     order = sorted(asked, key=lambda name: name not in EAGLE1 and name not in EAGLE3)
