@@ -143,7 +143,7 @@ def test_training_without_a_store_is_of_them_too(model: Path, data: Path, monkey
         read_options([*argv, "x"])
     with pytest.raises(RequestError, match=r"--chat_template_kwargs .* would do nothing: it is for --data_path"):
         read_options(["--basepath", str(model), "--cpdir", "c", "--tmpdir", "s", *argv[-1:], json.dumps(OFF)])
-    monkeypatch.setattr("eagle.train.live_features.open_source", lambda options: None)
+    monkeypatch.setattr("eagle.train.live_features.open_source", lambda *_: None)
     source = LiveSource(data, None, 42, 2048, None, False, "float32")
     live = [
         LiveFeatures(one, model, "cpu", {"hidden_state": 32})  # type: ignore[arg-type]
