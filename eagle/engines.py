@@ -14,6 +14,29 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
+#: Options of memory, cards and speed, which leave what an engine computes what it is but for rounding.
+INDIFFERENT = frozenset(
+    {
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "disable_custom_all_reduce",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_expert_parallel",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "load_format",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "swap_space",
+    }
+)
+
 # "(EngineCore pid=12) ERROR 01-02 03:04:05 [core.py:67] ValueError: why"
 _LOG_PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:(INFO|WARNING|ERROR|DEBUG) \S+ \S+ \[[^\]]*\]\s?)?")
 _LONGEST_LINE = 240

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eagle.engines import INDIFFERENT
 from eagle.entry import child_environment
 from eagle.errors import RequestError
 from eagle.generate.source_options import EngineOptions
@@ -32,26 +33,7 @@ FIXED = {
 #: Those that would have it compute with other weights or code than the target's folder holds.
 _OTHERS = {"hf_config_path", "model_impl", "config_format", "runner", "convert"}
 #: Those that decide where and how fast features are computed; all others may change them.
-_FREE = {
-    "enforce_eager",
-    "compilation_config",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "swap_space",
-    "cpu_offload_gb",
-    "block_size",
-    "num_gpu_blocks_override",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enable_chunked_prefill",
-    "distributed_executor_backend",
-    "disable_custom_all_reduce",
-    "enable_expert_parallel",
-    "load_format",
-    "download_dir",
-    "disable_log_stats",
-    "max_parallel_loading_workers",
-}
+_FREE = INDIFFERENT | {"num_gpu_blocks_override"}
 #: vLLM's method, by which auxiliary layers are read in a target.
 _READS = "eagle3"
 #: What the engine's python is asked: its vLLM's release, and whether that hands hidden states over.

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import shlex
 
+from eagle.engines import INDIFFERENT
 from eagle.errors import RequestError
 
 #: Flags that would make the server another one than is asked: where it listens, what it is called, whom it lets in.
 _OURS = ("api-key", "headless", "host", "model", "port", "served-model-name", "uds")
 _OURS_BEGIN = "ssl-"
-#: Flags of memory, cards and speed, which leave the replies what they are but for rounding. (How long the context is,
-#: every reply knows that it ended.)
-_INDIFFERENT = frozenset(
-    """
-    tensor-parallel-size tp pipeline-parallel-size pp data-parallel-size dp enable-expert-parallel load-format
-    gpu-memory-utilization kv-cache-memory-bytes cpu-offload-gb swap-space block-size max-model-len max-num-seqs
-    max-num-batched-tokens enforce-eager compilation-config enable-prefix-caching enable-chunked-prefill
-    async-scheduling distributed-executor-backend disable-custom-all-reduce max-parallel-loading-workers download-dir
-    disable-log-stats disable-log-requests enable-log-requests uvicorn-log-level disable-uvicorn-access-log
-    """.split()  # noqa: SIM905
-)
+#: Flags that leave the replies what they are but for rounding: beside those of every engine a server's own, and those
+#: that step 3 decides itself. (How long the context is, every reply knows that it ended.)
+_INDIFFERENT = {name.replace("_", "-") for name in INDIFFERENT} | {
+    "async-scheduling", "data-parallel-size", "disable-log-requests", "disable-uvicorn-access-log", "dp",
+    "enable-log-requests", "enable-prefix-caching", "max-model-len", "pipeline-parallel-size", "pp",
+    "tensor-parallel-size", "tp", "uvicorn-log-level",
+}  # fmt: skip
 
 
 def check_engine_args(engine_args: str | None) -> None:
