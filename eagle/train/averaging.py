@@ -36,6 +36,9 @@ def update(optimizer: Any, step: int, decay: float) -> None:
 @contextmanager
 def averaged(optimizer: Any, model: torch.nn.Module | None = None) -> Iterator[None]:
     """The draft has the averages as its weights, where there are any. model: what is run meanwhile."""
+    if not any(AVERAGE in state for state in optimizer.state.values()):
+        yield
+        return
     swap(optimizer)
     try:
         yield
