@@ -25,6 +25,7 @@ from typing import BinaryIO
 import torch
 
 from eagle.data.loss_mask import Encoder
+from eagle.device import choose_kind
 from eagle.dtypes import dtype_name
 from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
@@ -112,6 +113,9 @@ def server_command(
     words += ["--chat-template", str(template), "--generation-config", "vllm", "--seed", "0"]
     words += ["--max-num-seqs", str(request.concurrency)]
     words += ["--dtype", dtype_name(dtype)]  # by itself it takes 16 bits for what is saved in 32
+    if request.temperature and choose_kind(request.device) == "cpu":
+        # Behind a part of a prompt it winds a request's generator back, which torch's for the CPU cannot.
+        words += ["--no-enable-chunked-prefill"]
     return words + shlex.split(request.engine_args or "")
 
 

@@ -271,3 +271,16 @@ def test_an_engine_computes_in_the_dtype_of_the_base_model(tmp_path):
         assert dtype == getattr(torch, expected)
         command = server_command(request, Path("python"), Path("t"), 1, dtype)
         assert command[command.index("--dtype") + 1] == expected
+
+
+def test_on_a_cpu_prompts_that_are_sampled_from_are_not_cut_into_chunks(tmp_path):
+    """vLLM's engine dies where a request with a seed has a part of its prompt computed: its generator is wound back."""
+    folder = make_target(tmp_path / "m", "llama", hidden=16, layers=1)
+    data = write_sharegpt(tmp_path / "d.json", conversations(1))
+
+    def told(temperature: float) -> list[str]:
+        request = RegenerateRequest(folder, data, tmp_path / "o.json", temperature=temperature)
+        return server_command(request, Path("python"), Path("t"), 1, torch.bfloat16)
+
+    assert "--no-enable-chunked-prefill" in told(0.8)
+    assert "--no-enable-chunked-prefill" not in told(0.0)

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# From nothing to a measured speed-up in stock vLLM, on a machine with only a CPU; an hour on two idle cores:
+#
+#   bash runs/speedrun.sh
+#
+# A real chat model and real conversations come from PyPI; an EAGLE-3 draft is trained on the model's features of
+# them, and a stock vLLM answers questions that nothing was trained on, with the draft and without it. The table and a
+# picture are in speedrun/speedup. Run again after an interruption, it goes on where it stopped. Nothing else should run
+# on the machine meanwhile, or the speeds are not its own.
+#
+#   CONVERSATIONS=1000 bash runs/speedrun.sh       another number of conversations, in a folder of its own
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+conversations="${CONVERSATIONS:-3700}"
+work=speedrun
+run=$work/$conversations
+length=512
+step() { printf '\n=== %s  (%d s so far)\n' "$1" "$SECONDS"; }
+
+step "vLLM"
+bash runs/vllm_environment.sh .venv-vllm
+engine="$root/.venv-vllm/bin/python"
+
+step "Model, conversations, and questions that nothing is trained on"
+"$PYTHON" tools/get_quickstart_data.py --output-path $work
+mkdir -p "$run"
+if [ ! -f "$run/held-out.jsonl" ]; then
+    "$PYTHON" tools/held_out_prompts.py --data_path $work/sharegpt.json --allow_truncated --end_num "$conversations" \
+        --output "$run/held-out.jsonl"
+fi
+
+step "Step 3: conversations -> features of the base model"
+"$PYTHON" allocation.py --outdir "$run/features" --draft eagle3 --end_num "$conversations" --npu_indices "0" \
+    --used_npus 1 --model_type llama --model_name $work/model --data_path $work/sharegpt.json \
+    --seed 42 --max_length $length --dtype bfloat16 --allow_truncated
+
+threads="${OMP_NUM_THREADS:-$("$PYTHON" -c 'from eagle.device import cores; print(cores())')}"
+step "Step 4: features -> draft"
+"$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no \
+    --num_cpu_threads_per_process "$threads" \
+    -m --mixed_precision=bf16 eagle.train.main --tmpdir "$run/features" --cpdir "$run/checkpoints" --draft eagle3 \
+    --draft_vocab_size 8192 --ttt_steps 3 --lr 2e-3 --basepath $work/model --bs 2 --num_epochs 1 --max_len $length
+
+step "Step 5: draft -> vLLM"
+if [ ! -f "$run/draft-vllm/plain/config.json" ]; then
+    "$PYTHON" convert_eagle_ckpt_to_vllm_compatible.py --base-path $work/model --draft-path "$run/checkpoints" \
+        --output-path "$run/draft-vllm" --layout both
+fi
+
+step "Proof: stock vLLM with the draft and without it"
+"$PYTHON" benchmarks/speedup.py --base-path $work/model --draft-path "$run/draft-vllm/plain" --engine_python "$engine" \
+    --prompts "$run/held-out.jsonl" --num_speculative_tokens 3 --max_new_tokens 96 --workdir "$run/speedup"
+step "Done: $run/speedup/speedup.json, $run/speedup/speedup.svg"

@@ -1,0 +1,73 @@
+"""tools/held_out_prompts.py: nothing that step 3 takes is among its prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eagle.data import mixture
+from eagle.data.prompts import load_prompts
+from eagle.errors import RequestError
+from tools.held_out_prompts import main
+
+COUNT = 60
+
+
+def question(number: int) -> str:
+    return f"What is the meaning of the number {number}?"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    records = [
+        {
+            "id": f"w{number // 2}_{number % 2}",
+            "conversations": [{"from": "human", "value": question(number)}, {"from": "gpt", "value": "Much."}],
+        }
+        for number in range(COUNT)
+    ]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def chosen(data: Path, *more: str) -> list[str]:
+    output = data.with_name("held.jsonl")
+    output.unlink(missing_ok=True)
+    assert main(["--data_path", str(data), "--output", str(output), *more]) == 0
+    return [prompt.turns[0] for prompt in load_prompts(output)]
+
+
+def test_nothing_that_step_3_takes_nor_another_part_of_it(data):
+    taken = mixture.choose(42, [COUNT], 20).tolist()
+    found = chosen(data, "--end_num", "20", "--num_prompts", "12")
+    numbers = [next(number for number in range(COUNT) if question(number) == text) for text in found]
+    assert len(set(numbers)) == 12
+    assert not {number // 2 for number in numbers} & {number // 2 for number in taken}
+    # What more conversations leave over is held out by fewer too: the prompts can be compared.
+    more = chosen(data, "--end_num", "24", "--num_prompts", "12")
+    assert len(set(found) & set(more)) >= 8
+
+
+def test_a_question_that_a_taken_conversation_asks_too_is_left_out(data):
+    records = json.loads(data.read_text())
+    order = mixture.choose(42, [COUNT], COUNT).tolist()
+    for record in records:
+        record["id"] = None
+    last, first = records[order[-1]], records[order[0]]
+    first["conversations"][0]["value"] = f" {last['conversations'][0]['value']}"
+    data.write_text(json.dumps(records))
+    assert last["conversations"][0]["value"] not in chosen(data, "--end_num", "20", "--num_prompts", "30")
+    assert last["conversations"][0]["value"] in chosen(data, "--end_num", "20", "--num_prompts", "30", "--seed", "7")
+
+
+def test_too_few_are_refused_and_nothing_is_overwritten(data):
+    output = data.with_name("held.jsonl")
+    words = ["--data_path", str(data), "--output", str(output), "--end_num", "58"]
+    with pytest.raises(RequestError, match="leaves 2 of 60 conversations over"):
+        main(words)
+    assert not output.exists()
+    output.write_text("mine")
+    with pytest.raises(RequestError, match="is there already"):
+        main(words)
+    assert output.read_text() == "mine"
