@@ -75,7 +75,7 @@ ROWS: tuple[Row, ...] = (
     *(
         row
         for name in ("eagle1", "eagle3")
-        for row in _each("token-loss", name, "--token_loss", ("soft_cross_entropy", "top_k", "lk"))
+        for row in _each("token-loss", name, "--token_loss", ("soft_cross_entropy", "top_k", "lk", "lk_hybrid"))
     ),
     *_each("feature-loss", "eagle1", "--vloss_weight", (0, 0.1, 0.3)),
     *(

@@ -102,8 +102,8 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("ploss_weight", float, "weight of the token loss")
     add(
         "token_loss", str,
-        "soft_cross_entropy (over all tokens), top_k (over the base model's ten likeliest) or lk (maximises the "
-        "acceptance rate)",
+        "soft_cross_entropy (over all tokens), top_k (over the base model's ten likeliest), lk (maximises the "
+        "acceptance rate) or lk_hybrid (begins as a cross-entropy and turns to the acceptance rate as that grows)",
         choices=tuple(TOKEN_LOSSES),
     )  # fmt: skip
     add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")
