@@ -75,7 +75,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
     add("draft", str, "the kind of draft", choices=tuple(DRAFT_FAMILIES))
-    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: those that "
+    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: all that "
         "--tmpdir holds, else vLLM's)")  # fmt: skip
     add("draft_vocab_size", int, "with --draft eagle3: how many tokens the draft chooses among, the most frequent ones "
         "of the replies (default: 32000, or all)")  # fmt: skip
