@@ -187,7 +187,7 @@ def test_ways_of_training_that_take_more_than_a_flag(data, tmp_path):
     target, store, work = make_target(tmp_path / "target", layers=16), tmp_path / "store", tmp_path / "work"
     words = ["--outdir", store, "--model_name", target, "--data_path", data, "--dtype", "float32"]
     command("allocation.py", *words, "--draft", "eagle3", "--aux_layers", "2,8,12,13")
-    words = ["benchmarks/recipes.py", "--basepath", target, "--store", store, "--workdir", work, "--tokens", 200]
+    words = ["benchmarks/recipes.py", "--basepath", target, "--store", store, "--workdir", work, "--tokens", 800]
     words += ["--seeds", 1, "--num_prompts", 1, "--max_new_tokens", 4, "--num_draft_tokens", 2, "--max_len", 128]
     assert "--draft eagle3 --aux_layers 2,4,8,12,13" in command(*words, "--rows", "layers/*-early", code=2).error
     assert not list(work.glob("*"))
