@@ -4,11 +4,12 @@
     python benchmarks/recipes.py ... --engine_python .venv-vllm/bin/python       judged and timed in vLLM
     python benchmarks/recipes.py --list
 
-A row changes one thing against the defaults of its family and trains on as many supervised tokens as all others of its
-group, every seed its own draft. It is judged by the chain's τ on prompts that nothing was trained on. What was trained
-or judged is kept in --workdir and not done again; an interrupted training is gone on with. --store is a store of
-`allocation.py --draft eagle3`, which EAGLE-1 drafts are trained from as well; --original is one of the same questions
-with the replies of the file, for the rows that compare them.
+A row (see `benchmarks.recipe_rows`) changes one thing against the defaults of its family and trains on as many
+supervised tokens as all others of its group, every seed its own draft. It is judged by the chain's τ on prompts that
+nothing was trained on. What was trained or judged is kept in --workdir and not done again, whatever row it was for; an
+interrupted training is gone on with. --store is a store of `allocation.py --draft eagle3`, which EAGLE-1 drafts are
+trained from as well; where it holds more layers than the default ones (--aux_layers), the rows that name no layers read
+the default ones. --original is one of the same questions with the replies of the file, for the rows that compare them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -26,77 +28,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import train_command
 from benchmarks.judging import Judge, call, taus
+from benchmarks.recipe_rows import ROWS, NotHere, Row
+from benchmarks.recipe_stores import Source
 from eagle.device import choose_kind, describe, torch_device
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
-from eagle.store.reader import FeatureStore
-
-#: What all rows of a family begin with. classic: EAGLE-1 as it was published.
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "classic": ("--draft", "eagle1", "--recipe", "eagle1", "--init", "random"),
-    "eagle1": ("--draft", "eagle1"),
-    "eagle3": ("--draft", "eagle3", "--draft_vocab_size", "8192"),
-}
-
-
-#: A little more than the share of the conversations that training holds out.
-HELD_OUT = 0.06
+from eagle.target.config import load_config
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One way of training. flags: beside the family's. tokens: supervised ones, of --tokens. original: the replies."""
+class Plan:
+    """How a row is trained here. flags: what training is told, but for its data, place and seed; the last of a flag
+    counts. config: the draft's config.json, where its sizes are its own. layers: that an EAGLE-3 draft reads, None for
+    all that the store holds. wanted: supervised tokens, each seen as often as the row has epochs."""
 
-    name: str
-    family: str
-    flags: tuple[str, ...] = ()
-    tokens: float = 1.0
-    original: bool = False
-
-
-def _each(group: str, family: str, flag: str, values: Sequence[object], *more: str) -> list[Row]:
-    named = flag.removeprefix("--")
-    return [Row(f"{group}/{family}-{named}-{value}", family, (flag, str(value), *more)) for value in values]
-
-
-ROWS: tuple[Row, ...] = (
-    *(Row(f"family/{name}", name) for name in FAMILIES),
-    *(
-        Row(f"data/{name}-{share:g}", name, tokens=share)
-        for name in ("eagle1", "eagle3")
-        for share in (0.25, 0.5, 1, 2, 4)
-    ),
-    *(Row(f"replies/{name}-original", name, original=True) for name in ("eagle1", "eagle3")),
-    *_each("steps", "eagle1", "--ttt_steps", (2, 3, 5)),
-    *_each("steps", "eagle3", "--ttt_steps", (1, 2, 4, 5)),
-    *_each("weights", "eagle3", "--ttt_decay", (0.6, 1.0)),
-    *(
-        row
-        for name in ("eagle1", "eagle3")
-        for row in _each("token-loss", name, "--token_loss", ("soft_cross_entropy", "top_k", "lk"))
-    ),
-    *_each("feature-loss", "eagle1", "--vloss_weight", (0, 0.1, 0.3)),
-    *(
-        row
-        for name in ("eagle1", "eagle3")
-        for group, flag, values in (
-            ("rate", "--lr", (2.5e-4, 1e-3, 2e-3)),
-            ("rate", "--warmup_ratio", (0.02, 0.3)),
-            ("batch", "--bs", (2, 8, 16)),
-            ("average", "--ema", (0.99, 0.999)),
-        )
-        for row in _each(group, name, flag, values)
-    ),
-    *_each("noise", "eagle1", "--noise", (0, 0.2)),
-    *(
-        Row(f"vocabulary/eagle3-{size}", "eagle3", ("--draft_vocab_size", str(size)))
-        for size in (2048, 4096, 16384, 32768)
-    ),
-    Row("head/eagle3-frozen", "eagle3", ("--freeze_head",)),
-    *(Row(f"start/{name}-random", name, ("--init", "random")) for name in ("eagle1", "eagle3")),
-)
+    row: Row
+    source: Source
+    flags: list[str]
+    config: dict | None
+    layers: tuple[int, ...] | None
+    wanted: int
+    steps: int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,50 +80,79 @@ def chosen(patterns: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)]
 
 
-def flags_of(row: Row) -> list[str]:
-    """What the row's training is told, but for its data, place and seed: the last of a flag counts."""
-    return [*FAMILIES[row.family], *row.flags]
-
-
-def steps_of(row: Row, args: argparse.Namespace, store: FeatureStore) -> int:
-    """Steps in which the row sees its tokens. Raises: RequestError where the store has fewer."""
-    supervised = store.supervised(args.max_len)
-    supervised = supervised[supervised > 0]
-    wanted, held = int(args.tokens * row.tokens), int(supervised.sum() * (1 - HELD_OUT))
-    if wanted > held:
-        raise RequestError(
-            f"--tokens {args.tokens:,}: {row.name} takes {wanted:,} supervised tokens, and the store has {held:,} to "
-            f"train on at --max_len {args.max_len}. Use a larger store, fewer tokens, or --rows without it."
-        )
-    flags = flags_of(row)
+def plan(row: Row, args: argparse.Namespace, sources: dict[str, Source]) -> Plan:
+    """Raises: NotHere where there is no such row for the base model; RequestError where the store has too little."""
+    flag = "--original" if row.original else "--store"
+    if flag not in sources:
+        raise RequestError(f"{row.name} needs {flag}.")
+    source, target = sources[flag], load_config(args.basepath)
+    layers = None
+    if row.family == "eagle3":
+        layers = row.aux_layers(target) or source.usual_layers(target)
+        if layers == source.layers:
+            layers = None
+    flags = row.flags_for(target)
+    if layers is not None:
+        flags += ["--aux_layers", ",".join(map(str, layers))]
+    wanted = int(args.tokens * row.tokens)
+    source.check_tokens(wanted, row.name, args.tokens)
     bs = int(flags[len(flags) - flags[::-1].index("--bs")]) if "--bs" in flags else args.bs
-    return max(1, round(wanted / (supervised.mean() * bs)))
+    return Plan(row, source, flags, row.draft_config(target), layers, wanted, source.steps(wanted * row.epochs, bs))
 
 
-def train(row: Row, seed: int, args: argparse.Namespace, store: Path, steps: int) -> Path:
+def plans_of(rows: Sequence[Row], args: argparse.Namespace, sources: dict[str, Source]) -> list[Plan]:
+    """Of all rows, before the first is trained. Those that there are not for this base model are named and left out.
+
+    Raises: RequestError.
+    """
+    found = []
+    for row in rows:
+        try:
+            found.append(plan(row, args, sources))
+        except NotHere as error:
+            print(f"left out: {error}", flush=True)
+    for flag, source in sources.items():
+        own = [one for one in found if one.source is source]
+        source.check_layers({one.row.name: one.layers for one in own if one.layers}, args.basepath)
+        usual = next((one.layers for one in own if one.layers and one.row.layers is None), None)
+        if usual:
+            print(f"{flag} holds more layers; rows that name none read {','.join(map(str, usual))}", flush=True)
+    return found
+
+
+def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
     """The run's folder; its name holds what decides it, so that a row that was changed is trained anew."""
-    flags = flags_of(row)
-    key = hashlib.sha256(repr((flags, store.resolve(), steps, args.bs, args.max_len)).encode()).hexdigest()[:8]
+    row, store, decides = one.row, one.source.folder, [*one.flags]
+    if row.epochs > 1:
+        layers = (one.layers or one.source.layers) if row.family == "eagle3" else ()
+        part = hashlib.sha256(repr((store, one.wanted, layers, args.max_len)).encode()).hexdigest()[:8]
+        store = one.source.write_part(one.wanted, layers, args.workdir / f"part-{part}")
+    if one.config:
+        decides += ["--configpath", json.dumps(one.config, sort_keys=True)]
+    key = hashlib.sha256(repr((decides, store, one.steps, args.bs, args.max_len)).encode()).hexdigest()[:8]
+    if trained := sorted(args.workdir.glob(f"*-{key}-{seed}/trained")):
+        return trained[0].parent
     cpdir = args.workdir / f"{row.name.replace('/', '-')}-{key}-{seed}"
-    more: list[object] = ["--max_steps", steps, "--seed", seed, "--keep", 1, *flags]
-    if "random" not in flags:  # the other start looks at no more than training does
-        more += ["--init_positions", int(args.tokens * row.tokens)]
-    if not (cpdir / "trained").is_file():
-        command = train_command(args.basepath, store, cpdir, args.bs, args.max_len, 1, *more)
-        call(command, args.workdir / f"{cpdir.name}.log")
-        (cpdir / "trained").touch()
+    more: list[object] = ["--max_steps", one.steps, "--seed", seed, "--keep", 1, *one.flags]
+    if one.config:
+        config = args.workdir / f"config-{key}.json"
+        write_json(config, one.config)
+        more += ["--configpath", config]
+    if "random" not in one.flags:  # the other start looks at no more than training does
+        more += ["--init_positions", one.wanted]
+    # Of several epochs the steps say when it is enough, a little before or behind the end of the last.
+    epochs = row.epochs + 1 if row.epochs > 1 else 1
+    command = train_command(args.basepath, store, cpdir, args.bs, args.max_len, epochs, *more)
+    call(command, args.workdir / f"{cpdir.name}.log")
+    (cpdir / "trained").touch()
     return cpdir
 
 
-def measure(row: Row, args: argparse.Namespace, judge: Judge) -> dict:
+def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
     """τ by K of every seed, and with an engine tokens/s against none by K."""
-    store = args.original if row.original else args.store
-    if store is None:
-        raise RequestError(f"{row.name} needs {'--original' if row.original else '--store'}.")
-    steps = steps_of(row, args, FeatureStore(store))
-    found: dict = {"steps": steps, "tau": [], "speed": []}
+    found: dict = {"steps": one.steps, "flags": one.flags, "tau": [], "speed": []}
     for seed in range(args.seeds):
-        cpdir = train(row, seed, args, store, steps)
+        cpdir = train(one, seed, args)
         report = args.workdir / f"{cpdir.name}-report"
         found["tau"].append(taus(judge.accepted(cpdir, report)))
         if judge.engine_python is not None:
@@ -201,10 +184,13 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None:
             setattr(args, name, (path if name == "workdir" else existing_path(path, f"--{name}", "folder")).resolve())
     judge, results = Judge.of(args), {}
+    given = {"--store": args.store, "--original": args.original}
+    sources = {flag: Source(path, flag, args.max_len) for flag, path in given.items() if path is not None}
+    plans = plans_of(rows, args, sources)
     print(f"{'row':34}{'steps':>7}  τ at K = 1 to {args.num_draft_tokens}", flush=True)
-    for row in rows:
-        results[row.name] = measure(row, args, judge)
-        print(line(row, results[row.name]), flush=True)
+    for one in plans:
+        results[one.row.name] = measure(one, args, judge)
+        print(line(one.row, results[one.row.name]), flush=True)
         if args.output:
             hardware = describe(torch_device(choose_kind()))
             write_json(args.output, {"rows": results, "hardware": hardware, "made_by": provenance()})

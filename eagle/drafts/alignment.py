@@ -184,10 +184,13 @@ def supervised_positions(loss_mask: torch.Tensor) -> torch.Tensor:
 
 
 def shift(record: Record, reads: str) -> Example:
-    """The alignment of EAGLE (arXiv 2401.15077, section 4.1), for one record. reads: the features the draft reads."""
+    """The alignment of EAGLE (arXiv 2401.15077, section 4.1), for one record.
+
+    reads: the features the draft reads, which may be of fewer layers than the record holds.
+    """
     return Example(
         tokens=record.input_ids[1:].long(),
-        features=record.features()[reads][:-1],
+        features=record.feature(reads)[:-1],
         targets=record.hidden_state[1:],
         supervised=supervised_positions(record.loss_mask),
         conversation=record.conversation,
@@ -195,22 +198,31 @@ def shift(record: Record, reads: str) -> Example:
 
 
 def collate(records: Sequence[StoredRecord], reads: str, seeds: Sequence[int] = (), noise: float = 0.0) -> StoredBatch:
-    """Pad on the right, where causal attention never looks. seeds, noise: see `StoredBatch`."""
+    """Pad on the right, where causal attention never looks. reads: as in `shift`. seeds, noise: see `StoredBatch`."""
     lengths = tuple(len(record) - 1 for record in records)
-    longest = max(lengths)
+
+    def room(like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(len(records), max(lengths), *like.shape[1:])
+
+    def put(part: torch.Tensor, padded: torch.Tensor, row: int) -> None:
+        padded[row, : len(part)] = part
+        padded[row, len(part) :].view(torch.uint8).zero_()  # not every torch fills float8
 
     def pad(parts: list[torch.Tensor]) -> torch.Tensor:
-        padded = parts[0].new_empty(len(parts), longest, *parts[0].shape[1:])
+        padded = room(parts[0])
         for row, part in enumerate(parts):
-            padded[row, : len(part)] = part
-            padded[row, len(part) :].view(torch.uint8).zero_()  # not every torch fills float8
+            put(part, padded, row)
         return padded
 
     def pad_features(name: str) -> Packed:
-        parts = [record.features[name] for record in records]
-        values = pad([part.values[:length] for part, length in zip(parts, lengths, strict=True)])
-        scales = [part.scale[:length] for part, length in zip(parts, lengths, strict=True) if part.scale is not None]
-        return Packed(values, pad(scales) if scales else None, parts[0].dtype)
+        """Record by record: where a record holds more layers, these are a copy, which is not to live on."""
+        first = records[0].feature(name)
+        padded = Packed(room(first.values), None if first.scale is None else room(first.scale), first.dtype)
+        for row, (record, length) in enumerate(zip(records, lengths, strict=True)):
+            own = first if row == 0 else record.feature(name)
+            for part, whole in zip(own.tensors(), padded.tensors(), strict=True):
+                put(part[:length], whole, row)
+        return padded
 
     supervised = pad([supervised_positions(record.loss_mask) for record in records])
     return StoredBatch(

@@ -259,6 +259,7 @@ class _Pass:
             chosen = own.rows[chosen]
             counts = chosen >= 0
             wide = among
+        once = CLOSED_FORMS[self.options.loss].once(wide, probabilities) if self.needs_slopes else ()
         for step, narrow in enumerate(drafted):
             wide.copy_(narrow)
             self.agrees[step, rows] = likeliest(wide) == chosen
@@ -266,21 +267,18 @@ class _Pass:
                 ahead = (wide > wide.gather(-1, chosen.clamp_min(0)[:, None])).sum(-1)
                 self.in_top_3[step, rows] = ahead < 3 if counts is None else (ahead < 3) & counts
             if step < self.options.loss_steps:
-                values = self._loss(wide, probabilities, slope)
+                values = self._loss(wide, probabilities, slope, once)
                 valid = self.valid[step, rows] if counts is None else self.valid[step, rows] & counts
                 self.token_loss[step] += (values * valid).sum()
                 if self.needs_slopes:
                     narrow.copy_(slope if counts is None else slope * counts[:, None])
 
-    def _loss(self, logits: torch.Tensor, target: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-        """Values ``[n]``; where gradients are wanted the slope with respect to the logits goes into `slope`."""
+    def _loss(
+        self, logits: torch.Tensor, target: torch.Tensor, slope: torch.Tensor, once: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Values ``[n]``; where gradients are wanted the slope with respect to the logits goes into `slope`, and the
+        logits are used up."""
         loss = self.options.loss
         if not self.needs_slopes:
             return loss(logits, target)
-        if loss in CLOSED_FORMS:
-            return CLOSED_FORMS[loss](logits, target, slope)
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            values = loss(leaf, target)
-            slope.copy_(torch.autograd.grad(values.sum(), leaf)[0])
-        return values.detach()
+        return CLOSED_FORMS[loss].slope(logits, target, slope, *once)

@@ -53,6 +53,17 @@ class Packed:
         """The first `end` tokens."""
         return Packed(self.values[:end], None if self.scale is None else self.scale[:end], self.dtype)
 
+    def of_states(self, places: list[int], states: int) -> Packed:
+        """Those of so many layers side by side that stand at these places, in the order of the places: a copy.
+
+        The bytes and scales are those that `pack` gives for these layers alone.
+        """
+        # As bytes: not every torch can index float8.
+        rows = self.values.view(torch.uint8).unflatten(-1, (states, -1))
+        values = rows[..., places, :].flatten(-2).view(self.values.dtype)
+        scale = None if self.scale is None else self.scale[..., places]
+        return Packed(values, scale.squeeze(-1) if scale is not None and len(places) == 1 else scale, self.dtype)
+
     def tensors(self) -> list[torch.Tensor]:
         return [self.values] if self.scale is None else [self.values, self.scale]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eagle.store.dtypes import SAME, Packed, pack
-from eagle.target.features import HIDDEN_STATE, states_in
+from eagle.target.features import HIDDEN_STATE, holder_of, states_among, states_in
 
 #: What a file of records calls its other tensors (see `eagle.store.shard`).
 RESERVED = (HIDDEN_STATE, "scale", "input_ids", "loss_mask", "offsets", "conversation", "crc32")
@@ -46,6 +46,10 @@ class Record:
     def features(self) -> dict[str, torch.Tensor]:
         """All features by name, ``[T, W]`` each, always in the same order."""
         return {HIDDEN_STATE: self.hidden_state, **dict(sorted(self.more.items()))}
+
+    def feature(self, name: str) -> torch.Tensor:
+        """The features of that name ``[T, W]``, which may be the inputs of some of the layers it holds."""
+        return _found(name, {own: Packed(tensor, None, tensor.dtype) for own, tensor in self.features().items()}).values
 
     def cut(self, end: int) -> Record:
         """The first `end` tokens."""
@@ -86,6 +90,10 @@ class StoredRecord:
     def feature_bytes(self) -> int:
         return sum(packed.nbytes for packed in self.features.values())
 
+    def feature(self, name: str) -> Packed:
+        """The features of that name, which may be the inputs of some of the layers it holds."""
+        return _found(name, self.features)
+
     def cut(self, end: int) -> StoredRecord:
         """The first `end` tokens."""
         if end >= len(self):
@@ -99,10 +107,19 @@ class StoredRecord:
         tensors = (self.input_ids, self.loss_mask, *packed)
         return checksum(*(tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors))
 
-    def read(self) -> Record:
-        """The record with its features in the dtype the target computed them in."""
-        features = {name: packed.unpack() for name, packed in self.features.items()}
+    def read(self, names: Iterable[str] | None = None) -> Record:
+        """The record with its features in the dtype the target computed them in. names: of these and the last hidden
+        states only, as in `feature`; default: all it holds."""
+        chosen = self.features if names is None else dict.fromkeys((HIDDEN_STATE, *names))
+        features = {name: self.feature(name).unpack() for name in chosen}
         return Record(self.conversation, self.input_ids, self.loss_mask, features.pop(HIDDEN_STATE), features)
+
+
+def _found(name: str, features: dict[str, Packed]) -> Packed:
+    holder = holder_of(name, features)
+    assert holder is not None, f"a record of {', '.join(features)} has no {name}"
+    found = features[holder]
+    return found if holder == name else found.of_states(states_among(name, holder), states_in(holder))
 
 
 def supervised_counts(loss_mask: np.ndarray, offsets: np.ndarray, max_len: int | None = None) -> np.ndarray:

@@ -41,6 +41,20 @@ def states_in(name: str) -> int:
     return len(aux_layers(name) or (0,))
 
 
+def holder_of(name: str, held: Iterable[str]) -> str | None:
+    """Which of these features have all that those of a name are: these themselves, or the inputs of more layers."""
+    held, wanted = list(held), aux_layers(name)
+    if name in held or wanted is None:
+        return name if name in held else None
+    return next((other for other in held if set(wanted) <= set(aux_layers(other) or ())), None)
+
+
+def states_among(name: str, holder: str) -> list[int]:
+    """Where the states of the features of a name stand among those of their holder, counted from 0."""
+    there = aux_layers(holder) or ()
+    return [there.index(layer) for layer in aux_layers(name) or ()]
+
+
 def describe_feature(name: str) -> str:
     """For messages: 'the inputs of layers 2, 16, 29 (--aux_layers 2,16,29)'."""
     layers = aux_layers(name)

@@ -75,7 +75,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
     add("draft", str, "the kind of draft", choices=tuple(DRAFT_FAMILIES))
-    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: those that "
+    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: all that "
         "--tmpdir holds, else vLLM's)")  # fmt: skip
     add("draft_vocab_size", int, "with --draft eagle3: how many tokens the draft chooses among, the most frequent ones "
         "of the replies (default: 32000, or all)")  # fmt: skip
@@ -102,8 +102,8 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("ploss_weight", float, "weight of the token loss")
     add(
         "token_loss", str,
-        "soft_cross_entropy (over all tokens), top_k (over the base model's ten likeliest) or lk (maximises the "
-        "acceptance rate)",
+        "soft_cross_entropy (over all tokens), top_k (over the base model's ten likeliest), lk (maximises the "
+        "acceptance rate) or lk_hybrid (begins as a cross-entropy and turns to the acceptance rate as that grows)",
         choices=tuple(TOKEN_LOSSES),
     )  # fmt: skip
     add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")

@@ -41,8 +41,9 @@ class RecordStore(Protocol):
 class FeatureDataset:
     """Examples by index, which counts within `indices` of the store, and batches of them.
 
-    reads: the features that the draft reads. noise: half-width of the uniform noise added to them, in their own units.
-    It depends on seed, epoch and record alone, so it is the same whatever process loads it.
+    reads: the features that the draft reads, perhaps of fewer layers than the records hold. noise: half-width of the
+    uniform noise added to them, in their own units. It depends on seed, epoch and record alone, so it is the same
+    whatever process loads it.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class FeatureDataset:
 
     def example(self, index: int) -> Example:
         """One record as the draft sees it, without noise."""
-        return shift(self.store[int(self.indices[index])].cut(self.max_len), self.reads)
+        (record,) = self.store.stored([int(self.indices[index])])
+        return shift(record.cut(self.max_len).read([self.reads]), self.reads)
 
     def batch(self, epoch: int, indices: Sequence[int]) -> StoredBatch:
         """These records as one micro-batch of that epoch."""

@@ -11,7 +11,7 @@ from eagle.drafts.families import DRAFT_FAMILIES, check_served
 from eagle.drafts.saved import start_folder
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
-from eagle.target.features import describe_feature
+from eagle.target.features import aux_layers, describe_feature, holder_of, states_in
 from eagle.train.options import TrainOptions
 
 
@@ -53,20 +53,33 @@ def config_file(options: TrainOptions) -> Path | None:
 
 
 def check_widths(found: Mapping[str, int], expected: Mapping[str, int], options: TrainOptions) -> None:
-    """Raises: RequestError where a store holds other features than the draft is trained on."""
+    """Raises: RequestError where a store has not the features that the draft is trained on."""
     for name, width in expected.items():
-        if name not in found:
-            held = " and ".join(map(describe_feature, found))
+        holder = holder_of(name, found)
+        if holder is None:
+            raise RequestError(_lacking(name, found, options))
+        held = found[holder] // states_in(holder) * states_in(name)
+        if held != width:
             raise RequestError(
-                f"--tmpdir {options.tmpdir} holds {held}, and {options.family.describes} is to read "
-                f"{describe_feature(name)}. Train one that reads what is there, or make another store with "
-                "allocation.py."
-            )
-        if found[name] != width:
-            raise RequestError(
-                f"--tmpdir {options.tmpdir} holds {name} of size {found[name]}, but a draft of --basepath "
+                f"--tmpdir {options.tmpdir} holds {name} of size {held}, but a draft of --basepath "
                 f"{options.basepath} needs {width}. They are of different models."
             )
+
+
+def _lacking(name: str, found: Mapping[str, int], options: TrainOptions) -> str:
+    """What to say of a store without the features of that name."""
+    said = (
+        f"--tmpdir {options.tmpdir} holds {' and '.join(map(describe_feature, found))}, and "
+        f"{options.family.describes} is to read {describe_feature(name)}."
+    )
+    wanted, held = set(aux_layers(name) or ()), {layer for other in found for layer in aux_layers(other) or ()}
+    if not held:
+        return f"{said} Train one that reads what is there, or make another store with allocation.py."
+    missing, every = (",".join(map(str, sorted(layers))) for layers in (wanted - held, held | wanted))
+    return (
+        f"{said} A draft may read some of a store's layers, and this one has no {missing}. Name others, or make a "
+        f"store of all of them with allocation.py --draft {options.draft} --aux_layers {every}."
+    )
 
 
 def warn_of_coverage(found: Coverage, options: TrainOptions) -> None:

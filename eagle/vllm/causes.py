@@ -82,7 +82,7 @@ class Evidence:
 
     def stored(self, at: int) -> torch.Tensor:
         """The store's features of a record ``[T, W]``."""
-        return self.held_out.conversations[at].record.features()[self.reads].float()
+        return self.held_out.conversations[at].record.feature(self.reads).float()
 
     def distance(self, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> float:
         """How far the store's features are from the engine's, the median over tokens; both after `change`."""

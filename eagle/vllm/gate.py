@@ -32,7 +32,7 @@ from eagle.drafts.interface import DraftFamily
 from eagle.errors import RequestError
 from eagle.store.reader import FeatureStore
 from eagle.target.check import CheckedTarget
-from eagle.target.features import HIDDEN_STATE, describe_feature
+from eagle.target.features import HIDDEN_STATE, describe_feature, holder_of
 from eagle.target.trunk import load_final_norm
 from eagle.target.weights import read_head
 from eagle.vllm.as_exported import Trained, trained_draft
@@ -104,7 +104,7 @@ def open_gate(
     )
     device = torch_device(choose_kind())
     trained = trained_draft(exported, options.trained, checked.weights, checked.config, family, device)
-    if trained.draft.reads not in store.widths:
+    if holder_of(trained.draft.reads, store.widths) is None:
         raise RequestError(
             f"--tmpdir {options.store} holds {', '.join(map(describe_feature, store.widths))}, and this draft reads "
             f"{describe_feature(trained.draft.reads)}. Name the store that it was trained on."
@@ -181,7 +181,7 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         supervised = supervised_positions(record.loss_mask)[:rows]
         truth = predictor.target_choice(record.hidden_state[1 : rows + 1], supervised)
         tokens = record.input_ids[1 : rows + 1].long()
-        believed += predictor.taught(tokens, record.features()[draft.reads][:rows], truth, supervised)
+        believed += predictor.taught(tokens, record.feature(draft.reads)[:rows], truth, supervised)
         if draft.reads == HIDDEN_STATE:  # then the engine's say what the target chooses there
             truth = predictor.target_choice(seen.features[1 : rows + 1], supervised)
         measured += predictor.taught(tokens, seen.features[:rows], truth, supervised)

@@ -179,3 +179,31 @@ def test_ways_of_training(store, llama, tmp_path):
     answer = command(*words, *few, "--rows", "start/eagle1-*", "--tokens", 10**9, code=2)
     assert "takes 1,000,000,000 supervised tokens" in answer.error
     assert "no row is called so" in command(*words, "--rows", "gone/*", code=2).error
+
+
+@pytest.mark.long
+def test_ways_of_training_that_take_more_than_a_flag(data, tmp_path):
+    """Some of a store's layers, a draft of another size, a part of the store twice; the same run is one."""
+    target, store, work = make_target(tmp_path / "target", layers=16), tmp_path / "store", tmp_path / "work"
+    words = ["--outdir", store, "--model_name", target, "--data_path", data, "--dtype", "float32"]
+    command("allocation.py", *words, "--draft", "eagle3", "--aux_layers", "2,8,12,13")
+    words = ["benchmarks/recipes.py", "--basepath", target, "--store", store, "--workdir", work, "--tokens", 800]
+    words += ["--seeds", 1, "--num_prompts", 1, "--max_new_tokens", 4, "--num_draft_tokens", 2, "--max_len", 128]
+    assert "--draft eagle3 --aux_layers 2,4,8,12,13" in command(*words, "--rows", "layers/*-early", code=2).error
+    assert not list(work.glob("*"))
+    read = {"family/eagle3": [2, 8, 13], "layers/eagle3-default": [2, 8, 13], "layers/eagle3-two": [8, 13],
+            "sizes/eagle3-mlp-half": [2, 8, 13], "epochs/eagle3-2-of-0.5": [2, 8, 13]}  # fmt: skip
+    found = command(*words, "--rows", *read, "--output", tmp_path / "found.json")
+    assert "rows that name none read 2,8,13" in found.out and "layers/eagle3-default" not in str(list(work.iterdir()))
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert list(rows) == [name for name in rows if name in read] and len(rows) == len(read)
+    assert rows["family/eagle3"]["tau"] == rows["layers/eagle3-default"]["tau"]
+    base = json.loads((target / "config.json").read_text())
+    for name, layers in read.items():
+        for run in work.glob(f"{name.replace('/', '-')}-*-0/best/config.json"):
+            config = json.loads(run.read_text())
+            assert config["eagle_aux_hidden_state_layer_ids"] == layers
+            halved = 2 if "half" in name else 1
+            assert config["intermediate_size"] == base["intermediate_size"] // halved
+    twice = (next(work.glob("epochs-*-0")) / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["epoch"] for line in twice if "loss" in json.loads(line)} >= {0, 1}

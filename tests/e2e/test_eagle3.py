@@ -296,6 +296,36 @@ def test_one_byte_stores(
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_some_of_the_layers_that_a_store_holds(
+    stores: dict[str, Path],
+    targets: dict[str, Path],
+    data: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained from, they make the draft that a store of these layers alone makes, to the bit; the run is the same."""
+    wider, cpdir = tmp_path / "store", tmp_path / "run"
+    words = generate(wider, targets["llama"], data, "--dtype", "float32", "--shard_mb", 1)
+    words[words.index(LAYERS)] = "0,1,2,3"
+    done(allocation.main, *words)
+    asked = options(targets["llama"], cpdir, "--tmpdir", wider)
+    done(train.main, *asked, "--aux_layers", LAYERS)
+    assert same(cpdir, runs["llama"]) and metrics(cpdir) == metrics(runs["llama"])
+    assert f"{FeatureStore(wider).widths}" == "{'hidden_state': 32, 'aux_0_1_2_3': 128}"
+    said = [
+        done(train.main, *options(targets["llama"], cpdir, "--tmpdir", store, "--aux_layers", LAYERS, "--dry_run"))
+        for store in (wider, stores["llama"])
+    ]
+    batches = [[line for line in lines.splitlines() if line.split()[:1] == ["batch"]] for lines in said]
+    assert batches[0] == batches[1] and batches[0], "no more of a record is held"
+    done(converter.main, "--base-path", targets["llama"], "--draft-path", cpdir, "--output-path", tmp_path / "vllm")
+    config = json.loads((tmp_path / "vllm" / "plain" / "config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
+    assert "done: " in done(train.main, *options(targets["llama"], cpdir, "--tmpdir", stores["llama"])), "the same run"
+    check(ask(train.main, capsys, *asked), ["eagle_aux_hidden_state_layer_ids", "[0, 1, 3]", "[0, 1, 2, 3]"])
+
+
 def test_a_store_for_eagle3_trains_eagle1_as_well(
     stores: dict[str, Path], targets: dict[str, Path], plain: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -518,7 +548,11 @@ REFUSED = [
     (train, [*NEW3, "--aux_layers", "0,1,4"], ["--aux_layers 0,1,4", "there is no 4"]),
     (train, [*NEW3, "--aux_layers", "3,1"], ["--aux_layers 3,1", "in ascending order", "1,3"]),
     (train, [*NEW3, "--aux_layers", "first"], ['--aux_layers "first"', "is no layer number", "e.g. 2,16,29"]),
-    (train, [*NEW3, "--aux_layers", "0,1,2"], ["@store holds", "(--aux_layers 0,1,3)", "(--aux_layers 0,1,2)"]),
+    (
+        train,
+        [*NEW3, "--aux_layers", "0,1,2"],
+        ["@store holds", "(--aux_layers 0,1,3)", "(--aux_layers 0,1,2)", "has no 2.", "eagle3 --aux_layers 0,1,2,3"],
+    ),
     (train, [*NEW3, "--tmpdir", "@plain_store"], ["last hidden states alone", "allocation.py --draft eagle3"]),
     (train, [*NEW3, "--draft_vocab_size", "0"], ["--draft_vocab_size 0: expected 1 to 424"]),
     (train, [*NEW3, "--draft_vocab_size", "-1"], ["--draft_vocab_size -1: expected 1 to 424"]),

@@ -1,9 +1,22 @@
 """The head applied in blocks equals the plain formula, value and gradient."""
 
+import weakref
+
 import pytest
 import torch
+import torch.utils._python_dispatch
 
-from eagle.drafts.losses import TOKEN_LOSSES, acceptance, smooth_l1, soft_cross_entropy, top_k_distillation
+from eagle.drafts.losses import (
+    CLOSED_FORMS,
+    LOSS_PARTS,
+    TOKEN_LOSSES,
+    acceptance,
+    acceptance_mixture,
+    acceptance_rate,
+    smooth_l1,
+    soft_cross_entropy,
+    top_k_distillation,
+)
 from eagle.drafts.token_loss import OwnHead, TokenLossHead, likeliest
 
 STEPS, N, H, V = 3, 13, 6, 50
@@ -86,13 +99,100 @@ def test_a_frozen_head_of_its_own(tensors):
         TokenLossHead(head, own_head(head.clone().requires_grad_(), list(range(V)))).loss(draft, target, valid)
 
 
-@pytest.mark.parametrize("name", TOKEN_LOSSES)
+@pytest.mark.parametrize("name", [name for name in TOKEN_LOSSES if name != "lk_hybrid"])
 def test_gradcheck(tensors, name):
+    """But of the mixture, whose λ is not differentiated."""
     draft, target, head, valid = tensors
     loss = TOKEN_LOSSES[name]
     assert torch.autograd.gradcheck(
         lambda d: TokenLossHead(head).loss(d, target, valid, loss=loss, block=5, part=2).token_loss, (draft,)
     )
+
+
+def one_hot(count: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.arange(count) % V, V).double()
+
+
+#: Draft and target logits, ``[N, V]`` each, of random ones.
+EXTREMES = {
+    "random": lambda logits, other: (logits, other),
+    "equal": lambda logits, other: (logits, logits.clone()),
+    "one-hot": lambda logits, other: (logits, 1e4 * one_hot(len(logits))),
+    "one-hot and met": lambda logits, other: (1e4 * one_hot(len(logits)), 1e4 * one_hot(len(logits))),
+    "hardly an overlap": lambda logits, other: (40 * one_hot(len(logits)).flip(-1), 1e4 * one_hot(len(logits))),
+    "no overlap": lambda logits, other: (1e4 * one_hot(len(logits)).flip(-1), 1e4 * one_hot(len(logits))),
+    "large logits": lambda logits, other: (30 * logits, 30 * other),
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_slopes_are_those_of_automatic_differentiation(name, case):
+    """In float64; in float32 to its rounding, and finite everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    drafted, aimed = EXTREMES[case](*torch.randn(2, N, V, generator=generator, dtype=torch.float64))
+    loss, closed = TOKEN_LOSSES[name], CLOSED_FORMS[TOKEN_LOSSES[name]]
+    leaf = drafted.clone().requires_grad_()
+    expected = loss(leaf, aimed.softmax(-1))
+    (slope,) = torch.autograd.grad(expected.sum(), leaf)
+    assert slope.isfinite().all() and expected.isfinite().all()
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        logits, target = drafted.to(dtype, copy=True), aimed.to(dtype).softmax(-1)
+        out, before = torch.full_like(logits, torch.nan), target.clone()
+        values = closed.slope(logits, target, out, *closed.once(aimed.to(dtype), target))
+        torch.testing.assert_close(values.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(out.double(), slope, rtol=tolerance, atol=tolerance)
+        assert torch.equal(target, before), "the next draft step needs it"
+
+
+class Alive(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of the tensors of at least `size` bytes that are made and alive, at most."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.most, self._seen = size, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = {id(arg) for arg in [*args, *(kwargs or {}).values()] if isinstance(arg, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        for tensor in outputs:
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in inputs and tensor._base is None:
+                self._seen[id(tensor)] = weakref.ref(tensor), tensor.nbytes
+        alive = [size for tensor, size in self._seen.values() if tensor() is not None and size >= self.size]
+        self.most = max(self.most, sum(alive))
+        return result
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_what_a_slope_makes_is_what_the_plan_counts(name):
+    logits, target = torch.randn(2, 20, 1000, generator=torch.Generator().manual_seed(4)).unbind()
+    closed, out = CLOSED_FORMS[TOKEN_LOSSES[name]], torch.empty(20, 1000)
+    aimed, target = target, target.softmax(-1)
+    with torch.no_grad(), Alive(logits.nbytes // 2) as mode:
+        closed.slope(logits, target, out, *closed.once(aimed, target))
+    assert mode.most == LOSS_PARTS[name] * logits.nbytes
+    with torch.no_grad(), Alive(logits.nbytes // 2) as mode:
+        acceptance_rate(logits, target)
+    assert mode.most == 2 * logits.nbytes, "it does see what is made"
+
+
+def test_the_mixture_turns_from_kl_to_the_acceptance_rate():
+    """λ is exp(-3 α) of the position itself, and is not differentiated."""
+    generator = torch.Generator().manual_seed(5)
+    logits, target = torch.randn(2, 5, V, generator=generator, dtype=torch.float64).unbind()
+    logits, target = (3 * logits).requires_grad_(), target.softmax(-1)
+    rate = acceptance_rate(logits, target)
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1)
+    weight = (-3 * rate).exp().detach()
+    expected = weight * divergence + (1 - weight) * (1 - rate)
+    torch.testing.assert_close(acceptance_mixture(logits, target), expected)
+    (slope,) = torch.autograd.grad(acceptance_mixture(logits, target).sum(), logits)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), logits)[0])
+    apart = acceptance_mixture(1e4 * one_hot(5).flip(-1), one_hot(5))
+    torch.testing.assert_close(apart, torch.full((5,), 1e4, dtype=torch.float64))  # KL alone
+    equal = acceptance_mixture(logits.detach(), logits.detach().softmax(-1))
+    torch.testing.assert_close(equal, torch.zeros(5, dtype=torch.float64))
 
 
 def test_losses_of_the_first_steps_only(tensors):

@@ -199,6 +199,8 @@ def test_the_workspace_depends_on_the_block_alone():
     assert large < 1.1 * small
     deep = workspace(setting_of(config(vocab=50_000), bs=1, max_len=2048), 5)
     assert deep == pytest.approx(sizes[1], rel=0.1)
+    less = workspace(setting_of(config(vocab=50_000), bs=1, max_len=2048, token_loss="top_k"), 1)
+    assert less == sizes[1] - TokenLossHead(torch.empty(50_000, 1)).part_positions() * 50_000 * 4, "it makes no product"
     rows = TokenLossHead(torch.empty(50_000, 1).expand(50_000, 64)).block_positions(1)
     assert sizes[1] >= 2 * rows * 50_000 * 4
 
@@ -241,7 +243,6 @@ def test_a_head_of_the_drafts_own_counts():
         ({"max_len": 512}, ["activations, draft step 1", "batch"], ["draft weights", "head-loss workspace"]),
         ({"ttt_steps": 3}, ["activations, draft step 3"], ["batch", "AdamW state"]),
         ({"accumulation": 4}, ["batch", "gradients"], ["activations, draft step 1", "AdamW state"]),
-        ({"token_loss": "lk"}, ["head-loss workspace"], ["activations, draft step 1", "batch"]),
         ({"processes": 2}, ["DDP gradient buckets"], ["draft weights", "AdamW state"]),
         ({"compute": 2}, ["weights in the dtype computed in"], ["draft weights", "AdamW state"]),
         ({"fused": False}, ["activations, draft step 1"], ["batch", "head-loss workspace"]),

@@ -1,0 +1,180 @@
+"""The search behind the defaults: what its rows come to for a base model and a store."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import recipes
+from benchmarks.recipe_rows import FAMILIES, LAYERS, ROWS, NotHere, Row
+from benchmarks.recipe_stores import HELD_OUT, Source
+from eagle.drafts.choices import DraftChoices
+from eagle.drafts.eagle3.draft_config import draft_config_for
+from eagle.errors import RequestError
+from eagle.files import write_json
+from eagle.store.manifest import MANIFEST
+from eagle.store.reader import FeatureStore
+from eagle.store.record import Record
+from eagle.store.writer import ShardWriter
+from eagle.target.config import load_config
+from eagle.target.features import aux_name
+from tests.tiny import make_target
+
+WIDTH, DEPTH, RECORDS = 32, 16, 40
+EVERY = (2, 4, 8, 12, 13, 15)
+#: As the tiny base model has fewer tokens than the family takes.
+EAGLE3 = ["--draft", "eagle3", "--draft_vocab_size", "424"]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"), layers=DEPTH)
+
+
+def store(folder: Path, layers: tuple[int, ...], store_dtype: str = "same") -> Path:
+    writer = ShardWriter(folder / "0", store_dtype=store_dtype)
+    for number in range(RECORDS):
+        generator = torch.Generator().manual_seed(number)
+        hidden = torch.randn(12, WIDTH, generator=generator)
+        states = {layer: torch.randn(12, WIDTH, generator=generator) for layer in EVERY}
+        ids, mask = torch.arange(12, dtype=torch.int32), torch.ones(12, dtype=torch.uint8)
+        aux = torch.cat([states[layer] for layer in layers], -1)
+        writer.add(Record(number, ids, mask, hidden, {aux_name(layers): aux}))
+    writer.close_shard()
+    data = {"digest": "0" * 16, "records": RECORDS}
+    write_json(folder / MANIFEST, {"format_version": 1, "target": {}, "data": data, "complete": True})
+    return folder
+
+
+def asked(target: Path, workdir: Path, **more: object) -> argparse.Namespace:
+    given = {"basepath": target, "workdir": workdir, "tokens": 200, "bs": 4, "max_len": 512, **more}
+    return argparse.Namespace(**given)
+
+
+def row(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("default", (2, 15, 27)), ("early", (2, 7, 15)), ("late", (15, 22, 27)), ("with-last", (2, 15, 29)),
+     ("two", (15, 27)), ("four", (2, 15, 22, 27))],
+)  # fmt: skip
+def test_layers_of_a_model_of_thirty(name, layers):
+    assert LAYERS[name](30) == layers
+
+
+def test_every_choice_of_layers_is_one_or_is_none(target):
+    """Whatever the depth: in order, each once and there; or the row is left out in words."""
+    config = load_config(target)
+    for count in range(1, 100):
+        object.__setattr__(config, "num_hidden_layers", count)
+        for one in (one for one in ROWS if one.layers):
+            try:
+                found = one.aux_layers(config)
+            except NotHere as error:
+                assert count < 13 and one.name in str(error) and f"{count} layers" in str(error)
+            else:
+                draft_config_for(config, None, DraftChoices(found))
+
+
+def test_rows_that_name_no_layers_read_the_default_ones(target, tmp_path, capsys):
+    """Where the store holds more; the others read theirs, and EAGLE-1 reads none."""
+    rows = [row(name) for name in ("family/eagle1", "family/eagle3", "layers/eagle3-default", "layers/eagle3-four")]
+    wide, usual = (Source(store(tmp_path / name, of), "--store", 512) for name, of in
+                   (("wide", EVERY), ("usual", (2, 8, 13))))  # fmt: skip
+    args = asked(target, tmp_path)
+    first, second, third, fourth = (one.flags for one in recipes.plans_of(rows, args, {"--store": wide}))
+    assert "--store holds more layers; rows that name none read 2,8,13" in capsys.readouterr().out
+    assert "--aux_layers" not in first
+    assert second == third == [*EAGLE3, "--aux_layers", "2,8,13"]
+    assert fourth[-2:] == ["--aux_layers", "2,8,12,13"]
+    plans = recipes.plans_of(rows[:3], args, {"--store": usual})
+    assert [one.flags for one in plans] == [["--draft", "eagle1"], EAGLE3, EAGLE3]
+    with pytest.raises(RequestError, match=r"layers 2,8,13.*eagle3-four: 12.*--draft eagle3 --aux_layers 2,8,12,13"):
+        recipes.plans_of(rows, args, {"--store": usual})
+
+
+def test_sizes_of_the_draft(target, tmp_path):
+    """Of the base model's config; a size that is its own anyway is no row."""
+    base = load_config(target)
+    for name, sizes in (("mlp-double", (2 * base.intermediate_size, base.num_key_value_heads)),
+                        ("all-keys", (base.intermediate_size, base.num_attention_heads))):  # fmt: skip
+        config = row(f"sizes/eagle3-{name}").draft_config(base)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        draft = draft_config_for(base, tmp_path / "config.json", DraftChoices((2, 8, 13)))
+        assert (draft.intermediate_size, draft.num_key_value_heads) == sizes
+    object.__setattr__(base, "num_key_value_heads", base.num_attention_heads)
+    with pytest.raises(NotHere, match=r"sizes/eagle3-all-keys.*the base model's own size"):
+        row("sizes/eagle3-all-keys").draft_config(base)
+
+
+@pytest.mark.parametrize("store_dtype", ["same", "int8"])
+def test_several_epochs_are_of_a_part(tmp_path, store_dtype):
+    source = Source(store(tmp_path / "store", EVERY, store_dtype), "--store", 512)
+    wanted = 100
+    part = FeatureStore(source.write_part(wanted, (2, 8, 13), tmp_path / "part"))
+    held = part.supervised().sum() * (1 - HELD_OUT)
+    assert wanted <= held < wanted + 20 and part.identity() == source.store.identity()
+    chosen = source.part(wanted)
+    assert len(part) == len(chosen) < RECORDS and np.array_equal(part.groups, np.arange(len(part)))
+    for ours, index in zip(part.stored(range(len(part))), chosen.tolist(), strict=True):
+        (theirs,) = source.store.stored([index])
+        assert ours.conversation == theirs.conversation and list(ours.features) == ["hidden_state", "aux_2_8_13"]
+        assert torch.equal(ours.features["aux_2_8_13"].unpack(), theirs.feature("aux_2_8_13").unpack())
+    assert source.write_part(wanted, (2, 8, 13), tmp_path / "part") == tmp_path / "part", "it is kept"
+
+
+def test_what_was_trained_is_found_again(target, tmp_path, monkeypatch):
+    """By what decides it, whatever row it was for; the store, the sizes and the layers are among that."""
+    commands: list[list[str]] = []
+
+    def trained(command: list[str], log: Path) -> None:
+        commands.append(command)
+        Path(command[command.index("--cpdir") + 1]).mkdir(parents=True)
+
+    monkeypatch.setattr(recipes, "call", trained)
+    source, args = Source(store(tmp_path / "store", EVERY), "--store", 512), asked(target, tmp_path / "work")
+    names = ["family/eagle3", "layers/eagle3-default", "token-loss/eagle3-token_loss-lk_hybrid", "layers/eagle3-late",
+             "sizes/eagle3-mlp-half", "sizes/eagle3-mlp-double", "epochs/eagle3-2-of-0.5"]  # fmt: skip
+    plans = recipes.plans_of([row(name) for name in names], args, {"--store": source})
+    args.workdir.mkdir()
+    found = [recipes.train(one, 0, args) for one in plans]
+    assert found[0] == found[1] and len(set(found)) == len(commands) == len(names) - 1
+    key = hashlib.sha256(repr((plans[0].flags, source.folder, plans[0].steps, 4, 512)).encode()).hexdigest()[:8]
+    assert found[0].name == f"family-eagle3-{key}-0"
+    assert [recipes.train(one, 0, args) for one in plans] == found and len(commands) == len(names) - 1
+    assert recipes.train(plans[0], 1, args) != found[0]
+    twice = commands[len(names) - 2]
+    told = {word: twice[at + 1] for at, word in enumerate(twice) if word.startswith("--") and at + 1 < len(twice)}
+    assert told["--num_epochs"] == "3" and told["--max_steps"] == str(plans[0].steps), "as many steps as once through"
+    assert told["--init_positions"] == "100" and len(FeatureStore(told["--tmpdir"])) < RECORDS
+    sizes = [json.loads(Path(command[command.index("--configpath") + 1]).read_text())["intermediate_size"]
+             for command in commands if "--configpath" in command]  # fmt: skip
+    assert sizes[1] == 4 * sizes[0]
+
+
+def test_too_few_tokens_are_said_before_anything_is_trained(target, tmp_path):
+    source = Source(store(tmp_path / "store", EVERY), "--store", 512)
+    with pytest.raises(RequestError, match="data/eagle1-4 takes 1,200 supervised tokens, and the store has"):
+        recipes.plans_of([row("family/eagle1"), row("data/eagle1-4")], asked(target, tmp_path, tokens=300),
+                         {"--store": source})  # fmt: skip
+    with pytest.raises(RequestError, match="replies/eagle3-original needs --original"):
+        recipes.plans_of([row("replies/eagle3-original")], asked(target, tmp_path), {"--store": source})
+
+
+def test_vocabularies(target):
+    """No larger than the base model's."""
+    base = load_config(target)
+    assert row("family/eagle3").flags_for(base) == EAGLE3
+    with pytest.raises(NotHere, match="vocabulary/eagle3-2048: the base model has 424 tokens"):
+        row("vocabulary/eagle3-2048").flags_for(base)
+    object.__setattr__(base, "vocab_size", 49152)
+    flags = row("vocabulary/eagle3-2048").flags_for(base)
+    assert flags == [*FAMILIES["eagle3"], "--draft_vocab_size", "2048"] and "8192" in flags
