@@ -50,10 +50,10 @@ def acceptance_mixture(logits: torch.Tensor, target: torch.Tensor) -> torch.Tens
     """``λ KL(p, q) + (1 - λ) (1 - α)`` with ``λ = exp(-η α)``, η = `ETA` (the hybrid objective of arXiv 2602.23881).
 
     KL pulls at every token from the first step on, ``1 - α = TV(p, q)`` is what counts in the end and pulls at next to
-    nothing while α is small. λ is a weight, not differentiated. SpecForge's implementation, from the paper's authors,
-    takes the mean of α over the supervised positions of a batch, one λ for each draft step; here, as in vLLM's
-    speculators library, every position has its own, as all of these losses are of one position: one that the draft has
-    right already is left to 1 - α even while others are far off.
+    nothing while α is small. λ is a weight, not differentiated. SpecForge takes the mean of α over the supervised
+    positions of a batch, one λ for each draft step; here, as in vLLM's speculators library, every position has its own,
+    as all of these losses are of one position: one that the draft has right already is left to 1 - α even while others
+    are far off.
     """
     rate = acceptance_rate(logits, target)
     weight = torch.exp(-ETA * rate.detach())
