@@ -7,6 +7,7 @@ there is not made again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from benchmarks.common import ROOT
 from eagle.entry import child_environment
 from eagle.errors import WorkError
-from eagle.files import read_json
+from eagle.files import existing_path, read_json
 
 
 def call(words: Sequence[object], log: Path) -> None:
@@ -38,6 +39,7 @@ class Judge:
 
     basepath: Path
     num_draft_tokens: int
+    prompts: Path | None
     num_prompts: int | None
     max_new_tokens: int
     engine_python: Path | None
@@ -46,7 +48,9 @@ class Judge:
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("--num_draft_tokens", type=int, default=5, help="length of the chain")
-        add("--num_prompts", type=int, help="judge on the first so many of the prompts that ship (default: all)")
+        add("--prompts", type=Path, help="the prompts to judge on, such as tools/held_out_prompts.py's (default: those "
+            "that ship)")  # fmt: skip
+        add("--num_prompts", type=int, help="judge on the first so many of them (default: all)")
         add("--max_new_tokens", type=int, default=128, help="length of a reply")
         add("--engine_python", type=Path, help="python of an environment with vLLM, which then counts")
 
@@ -54,7 +58,8 @@ class Judge:
     def of(cls, args: argparse.Namespace) -> Judge:
         # Not resolved: the python of an environment is a link to another one's.
         python = args.engine_python.absolute() if args.engine_python else None
-        return cls(args.basepath, args.num_draft_tokens, args.num_prompts, args.max_new_tokens, python)
+        prompts = existing_path(args.prompts, "--prompts", "file").resolve() if args.prompts else None
+        return cls(args.basepath, args.num_draft_tokens, prompts, args.num_prompts, args.max_new_tokens, python)
 
     def accepted(self, cpdir: Path, report: Path) -> list[float]:
         """Shares of the verifications that accepted a first, second, ... token of a trained run's chains."""
@@ -87,11 +92,14 @@ class Judge:
         return read_json(found, "the report")
 
     def _named(self, k: int) -> str:
-        return f"k{k}-{self.num_prompts or 'all'}-{self.max_new_tokens}"
+        """Of a judgement: another is made for other prompts, by what they say."""
+        which = f"-{hashlib.sha256(self.prompts.read_bytes()).hexdigest()[:6]}" if self.prompts else ""
+        return f"k{k}-{self.num_prompts or 'all'}-{self.max_new_tokens}{which}"
 
     def _prompts(self) -> list[object]:
-        prompts: list[object] = ["--max_new_tokens", self.max_new_tokens]
-        return prompts + (["--num_prompts", self.num_prompts] if self.num_prompts else [])
+        words: list[object] = ["--max_new_tokens", self.max_new_tokens]
+        words += ["--prompts", self.prompts] if self.prompts else []
+        return words + (["--num_prompts", self.num_prompts] if self.num_prompts else [])
 
 
 def taus(accepted: Sequence[float]) -> list[float]:

@@ -117,7 +117,7 @@ def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:
         "ratio": over_runs("speed_ratio"),
         "tau": over_runs("tau"),
         "accepted_per_position": first["accepted_per_position"],
-        "float32": {"identical": same["identical"], "replies": same["prompts"], "tokens": same["tokens"]},
+        "float32": {name: same[name] for name in ("identical", "prompts", "tokens")},
         **{name: first[name] for name in ("vllm", "dtype", "prompts", "max_new_tokens", "batch_size")},
     }
 
@@ -143,8 +143,9 @@ def table(found: dict[str, Any]) -> list[str]:
         accepted = " ".join(f"{share:.3f}" for share in one["accepted_per_position"])
         name = f"draft, K = {one['num_speculative_tokens']}"
         lines.append(f"{name:14}{speeds.text(1):24}{ratio.text(2):24}{one['tau']['mean']:<7.3f}{accepted}")
-    same = min((one["float32"] for one in chains), key=lambda one: one["identical"])
-    lines.append(f"float32: {same['replies']} replies identical with and without the draft ({same['tokens']:,} tokens)")
+    same = first["float32"]
+    for_k = "for every K " if len(chains) > 1 else ""
+    lines.append(f"float32: all {same['prompts']} replies identical {for_k}({same['tokens']:,} tokens)")
     return lines
 
 

@@ -3,16 +3,17 @@
 #
 #   bash runs/speedrun.sh
 #
-# A real chat model and real conversations come from PyPI; an EAGLE-3 draft is trained on the model's features of
-# them, and a stock vLLM answers questions that nothing was trained on, with the draft and without it. The table and a
-# picture are in speedrun/speedup. Run again after an interruption, it goes on where it stopped. Nothing else should run
-# on the machine meanwhile, or the speeds are not its own.
+# A real chat model and the questions of real conversations come from PyPI. The model answers them in vLLM, an EAGLE-3
+# draft is trained on its features of these answers, and a stock vLLM answers questions that nothing was trained on, with
+# the draft and without it. Why it is done so: docs/recipes.md. The table and the picture are in
+# speedrun/CONVERSATIONS/speedup. Run again after an interruption, it goes on where it stopped. Nothing else should run on
+# the machine meanwhile, or the speeds are not its own.
 #
-#   CONVERSATIONS=1000 bash runs/speedrun.sh       another number of conversations, in a folder of its own
+#   CONVERSATIONS=500 bash runs/speedrun.sh       another number of conversations, in a folder of its own
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-conversations="${CONVERSATIONS:-3700}"
+conversations="${CONVERSATIONS:-1600}"
 work=speedrun
 run=$work/$conversations
 length=512
@@ -30,17 +31,25 @@ if [ ! -f "$run/held-out.jsonl" ]; then
         --output "$run/held-out.jsonl"
 fi
 
-step "Step 3: conversations -> features of the base model"
-"$PYTHON" allocation.py --outdir "$run/features" --draft eagle3 --end_num "$conversations" --npu_indices "0" \
-    --used_npus 1 --model_type llama --model_name $work/model --data_path $work/sharegpt.json \
-    --seed 42 --max_length $length --dtype bfloat16 --allow_truncated
+# Sampled: greedy replies of a small model repeat themselves, and teach little.
+step "Step 2: the model's own answers"
+if [ ! -f "$run/own.jsonl" ]; then
+    "$PYTHON" tools/regenerate.py --model_name $work/model --data_path $work/sharegpt.json --allow_truncated \
+        --end_num "$conversations" --temperature 0.8 --max_new_tokens 256 --concurrency 128 \
+        --engine_python "$engine" --engine_args="--max-model-len $length" --output "$run/own.jsonl"
+fi
+
+step "Step 3: answers -> features of the base model"
+"$PYTHON" allocation.py --outdir "$run/features" --draft eagle3 --npu_indices "0" --used_npus 1 \
+    --model_type llama --model_name $work/model --data_path "$run/own.jsonl" \
+    --seed 42 --max_length $length --dtype bfloat16
 
 threads="${OMP_NUM_THREADS:-$("$PYTHON" -c 'from eagle.device import cores; print(cores())')}"
 step "Step 4: features -> draft"
 "$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no \
     --num_cpu_threads_per_process "$threads" \
     -m --mixed_precision=bf16 eagle.train.main --tmpdir "$run/features" --cpdir "$run/checkpoints" --draft eagle3 \
-    --draft_vocab_size 8192 --ttt_steps 3 --lr 2e-3 --basepath $work/model --bs 2 --num_epochs 1 --max_len $length
+    --draft_vocab_size 8192 --ttt_steps 3 --lr 2e-3 --basepath $work/model --bs 4 --num_epochs 2 --max_len $length
 
 step "Step 5: draft -> vLLM"
 if [ ! -f "$run/draft-vllm/plain/config.json" ]; then

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 import torch
 
 from eagle.data.loss_mask import Encoder
-from eagle.device import choose_kind
+from eagle.device import choose_kind, cores
 from eagle.dtypes import dtype_name
 from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
@@ -41,6 +42,10 @@ _STARTS_WITHIN = 3600
 _ENDS_WITHIN = 30
 _HAS_VLLM = "import importlib.util; raise SystemExit(importlib.util.find_spec('vllm') is None)"
 _PR_SET_PDEATHSIG = 1
+#: Of a machine on which a core that only waits is a large part.
+_FEW_CORES = 8
+#: What vLLM's scheduler calls its process.
+_SCHEDULER = "VLLM::EngineCor"
 
 
 def vllm_python(request: RegenerateRequest) -> Path | None:
@@ -88,13 +93,14 @@ def own_server(request: RegenerateRequest, encoder: Encoder, python: Path, dtype
             stdout=log,
             stderr=subprocess.STDOUT,
             # A key that it finds there it would want of us.
-            env={**ENVIRONMENT, **child_environment(), "VLLM_API_KEY": ""},
+            env={**ENVIRONMENT, **_all_cores(), **child_environment(), "VLLM_API_KEY": ""},
             start_new_session=True,  # Ctrl-C is for this process, which then ends that one
             preexec_fn=_ends_with_parent if sys.platform == "linux" else None,
         )
         try:
             address = Address(f"http://127.0.0.1:{port}/v1", check=lambda: _check_alive(process, log))
             _wait_until_ready(address, process, log)
+            _give_way(process)
             # It has read its template, and the log is open: a job that is killed from here on leaves nothing behind.
             shutil.rmtree(folder, ignore_errors=True)
             yield address
@@ -117,6 +123,22 @@ def server_command(
         # Behind a part of a prompt it winds a request's generator back, which torch's for the CPU cannot.
         words += ["--no-enable-chunked-prefill"]
     return words + shlex.split(request.engine_args or "")
+
+
+def _all_cores() -> dict[str, str]:
+    """On a CPU of few cores vLLM computes on all of them; by itself it leaves one to its scheduler (`_give_way`)."""
+    if choose_kind() != "cpu" or cores() > _FEW_CORES or not hasattr(os, "sched_getaffinity"):
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))))}
+
+
+def _give_way(process: subprocess.Popen[bytes]) -> None:
+    """Its scheduler spins while the worker computes. With the least priority it does so only where a core is free."""
+    if _all_cores():
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith(_SCHEDULER):
+                    child.nice(19)
 
 
 def _wait_until_ready(address: Address, process: subprocess.Popen[bytes], log: BinaryIO) -> None:

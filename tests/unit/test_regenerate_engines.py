@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -14,6 +15,7 @@ import time
 from email.utils import formatdate
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -359,3 +361,35 @@ def test_those_that_ask_at_the_same_time_are_decoded_together(target, monkeypatc
         thread.join(30)
     assert len(found) == 5 and max(sizes) > 1
     engine.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of processes and their cores")
+def test_on_few_cores_the_scheduler_gives_way_to_the_worker(monkeypatch):
+    """It spins while it waits, on a core that the worker could compute on."""
+    sleeps = "import time; time.sleep(60)"
+    renamed = f"open('/proc/self/comm', 'w').write('VLLM::EngineCore'); {sleeps}"
+    parent = f"import subprocess, sys; [subprocess.Popen([sys.executable, '-c', it]) for it in sys.argv[1:]]; {sleeps}"
+    own = os.nice(0)
+    with subprocess.Popen([sys.executable, "-c", parent, renamed, sleeps]) as process:
+        try:
+
+            def children() -> dict[str, psutil.Process]:
+                return {child.name(): child for child in psutil.Process(process.pid).children()}
+
+            ends = time.monotonic() + 30
+            while not (len(children()) == 2 and any(name.startswith("VLLM") for name in children())):
+                assert time.monotonic() < ends
+                time.sleep(0.02)
+            monkeypatch.setattr(own_servers, "cores", lambda: 64)
+            own_servers._give_way(process)
+            assert {child.nice() for child in children().values()} == {own}
+            monkeypatch.setattr(own_servers, "cores", lambda: 2)
+            own_servers._give_way(process)
+            assert {name.startswith("VLLM"): child.nice() for name, child in children().items()} == {
+                True: 19,
+                False: own,
+            }
+        finally:
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            process.kill()
