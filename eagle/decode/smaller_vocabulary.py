@@ -7,12 +7,31 @@ are known, so is which tokens it would keep. That it would be right about these 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from eagle.decode.replies import Reply
 from eagle.decode.serving_choice import Measured
 from eagle.decode.step_costs import Shape
+from eagle.errors import RequestError
+from eagle.store.reader import FeatureStore
+from eagle.target.identity import Identity
+
+
+def order_of(store: Path, identity: Identity, vocabulary: int, own: Iterable[int] | None) -> np.ndarray:
+    """`by_frequency` of a store. vocabulary: the target's size.
+
+    Raises: FileNotFoundError, RequestError for a store of another base model.
+    """
+    opened = FeatureStore(store)
+    for manifest in opened.manifests.values():
+        if not identity.is_named((manifest.get("target") or {}).get("fingerprint")):
+            raise RequestError(
+                f"--tmpdir {store} is of another base model than --base-path {identity.folder}. Name the store that "
+                "the draft was trained on."
+            )
+    return by_frequency(opened.token_counts(vocabulary), own)
 
 
 def by_frequency(counts: np.ndarray, own: Iterable[int] | None) -> np.ndarray:

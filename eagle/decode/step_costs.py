@@ -64,8 +64,8 @@ class Cost:
 def cost_of(rounds: list[list[float]]) -> Cost:
     """rounds: of each start of the engine the times of some windows, in milliseconds, taken one after the other.
 
-    The quickest counts, since other work on the machine only adds. The spread says how well it was met again, by another
-    round; of a single round by the median of its windows.
+    The quickest counts, since other work on the machine only adds. The spread says how well it was met again: by
+    another round, or of a single one by the median of its windows.
     """
     quickest = sorted(min(one) for one in rounds)
     again = quickest[1] if len(rounds) > 1 else median(rounds[0])

@@ -21,7 +21,8 @@ from eagle.vllm.engine import EngineResult
 HOW = (
     "Milliseconds a step, of untrained drafts or others of the same shape. rounds_ms: of each start of the engine the "
     "lower quartiles of windows of steps in which all sequences were decoding; the quickest counts. spread: by what "
-    "share the next quickest round was slower. A K or a vocabulary that is not here and lies between two that are is taken to lie on the line between them."
+    "share the next quickest round was slower. A K or a vocabulary that is not here "
+    " and lies between two that are is taken to lie on the line between them."
 )
 
 
