@@ -200,6 +200,7 @@ def serving_report(costs: StepCosts, drafts: Sequence[Measured]) -> dict[str, An
         "step_costs": str(costs.path),
         "engine": costs.engine,
         "said": costs.describe(),
+        "most_tokens": costs.most_tokens,
         "batches": [_to_json(choice) for choice in choose(costs, drafts)],
     }
 
@@ -256,6 +257,11 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
     curves = [one for choice in report["batches"] for one in choice["curves"]]
     if any(point["is_between"] for one in curves for point in one["points"]):
         yield "~: the cost was not measured and lies on the line between two that were."
+    if columns and columns[-1] < report["most_tokens"]:
+        yield (
+            f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft {report['most_tokens']} "
+            "at once to have all judged that were measured."
+        )
     yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
 
 

@@ -70,6 +70,7 @@ def test_tau_by_cost_decides_k(tmp_path):
     assert [point["num_speculative_tokens"] for point in points] == [1, 2, 3]  # at 4 nothing was drafted
     assert [point["tau"] for point in points] == pytest.approx([1.5, 1.8, 1.9])
     assert "Best: eagle3 of 8,192, K 2: 1.38 times." in shown(report)
+    assert "No more than 3 tokens were drafted, so a larger K is not judged. Draft 4" in shown(report)
 
 
 def test_a_draft_that_pays_alone_and_not_in_a_batch(tmp_path):
