@@ -259,8 +259,8 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
         yield "~: the cost was not measured and lies on the line between two that were."
     if columns and columns[-1] < report["most_tokens"]:
         yield (
-            f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft {report['most_tokens']} "
-            "at once to have all judged that were measured."
+            f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft "
+            f"{report['most_tokens']} at once to have all judged that were measured."
         )
     yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
 
