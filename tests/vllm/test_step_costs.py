@@ -67,10 +67,10 @@ def test_a_larger_head_costs_more(costs: Path) -> None:
 def test_verify_weighs_by_them(
     base: Path, costs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A draft that nothing has trained is accepted nowhere, and so no draft pays."""
+    """A draft that nothing has trained is accepted nowhere, and one with so large a head costs much: it does not pay."""
     family, target = DRAFT_FAMILIES["eagle3"], load_config(base)
     network = family.build(
-        family.config(target, None, DraftChoices((0, 1), SMALL)), torch.empty(LARGE, 512, device="meta")
+        family.config(target, None, DraftChoices((0, 1), LARGE)), torch.empty(LARGE, 512, device="meta")
     )
     save_draft(network, tmp_path / "draft", network.own_state())
     draft = export(base, tmp_path / "draft", tmp_path / "export", "plain")["plain"]
@@ -92,4 +92,4 @@ def test_verify_weighs_by_them(
     one, two = json.loads((tmp_path / "report.json").read_text())["serving"]["batches"]
     assert (one["batch_size"], two["batch_size"], one["pays"], two["pays"]) == (1, 2, False, False)
     assert one["needed_tau"] > 1 and [len(curve["points"]) for curve in one["curves"]] == [1]
-    assert "No draft pays: eagle3 of 64" in shown.out
+    assert "No draft pays: eagle3 of 65,536" in shown.out
