@@ -67,7 +67,7 @@ def test_a_larger_head_costs_more(costs: Path) -> None:
 def test_verify_weighs_by_them(
     base: Path, costs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A draft that nothing has trained is accepted nowhere, and one with so large a head costs much: it does not pay."""
+    """A draft that nothing has trained is accepted nowhere, and with so large a head it costs much: it does not pay."""
     family, target = DRAFT_FAMILIES["eagle3"], load_config(base)
     network = family.build(
         family.config(target, None, DraftChoices((0, 1), LARGE)), torch.empty(LARGE, 512, device="meta")
