@@ -29,6 +29,7 @@ import eagle.store.reshard
 import eagle.store.verify
 import eagle.train.arguments
 import eagle.vllm.convert
+import eagle.vllm.step_costs
 import eagle.vllm.verify
 from eagle.entry import run
 from eagle.errors import WorkError
@@ -116,6 +117,13 @@ COMMANDS = (
         "python -m eagle.vllm.verify --base-path ./llama-2-7b-chat --draft-path ./checkpoints-vllm/v1 \\\n"
         "    --num_speculative_tokens 3 --dtype float32",
         "eagle-verify",
+    ),
+    Command(
+        "eagle.vllm.step_costs",
+        eagle.vllm.step_costs.make_parser,
+        {"en": "What a step costs in vLLM", "zh": "vLLM 中一步的开销"},
+        "python -m eagle.vllm.step_costs --base-path ./llama-2-7b-chat --output costs.json",
+        "eagle-step-costs",
     ),
     Command(
         "eagle.store.verify",

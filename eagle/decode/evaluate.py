@@ -32,8 +32,12 @@ from eagle.decode.recommendation import Estimate, estimate
 from eagle.decode.replies import Reply, answer
 from eagle.decode.report import build_report, report_lines
 from eagle.decode.sampling import Sampling
+from eagle.decode.serving_choice import Measured, asked_of, of_report, serving_lines, serving_report
+from eagle.decode.smaller_vocabulary import order_of, smaller
+from eagle.decode.step_costs import read_step_costs, shape_of
 from eagle.decode.target import load_target
 from eagle.device import KINDS, choose_kind, describe, peak_memory, torch_device
+from eagle.drafts.families import family_of
 from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.saved import resolve_pointer
 from eagle.dtypes import DTYPES, dtype_name, parse_dtype
@@ -115,6 +119,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--chat_template", help="a Jinja file, or vicuna, llama2, chatml (default: the tokenizer's own, else by family)"
     )
     add(FLAG, help=HELP)
+    add("--step_costs", type=Path, help="what python -m eagle.vllm.step_costs wrote: say which K, draft vocabulary and "
+        "kind of draft pay in that engine, or that none does")  # fmt: skip
+    add("--against", type=Path, nargs="+", help="with --step_costs: reports of other drafts on the same prompts, this "
+        "command's or eagle.vllm.verify's")  # fmt: skip
+    add("--tmpdir", type=Path, help="with --step_costs: the store that the draft was trained on, whose tokens say what "
+        "a smaller draft vocabulary would cover")  # fmt: skip
     add("--no_baseline", action="store_true", help="leave out the base model alone: no speed ratio, no comparison")
     add("--output", type=Path, help="folder for report.json, report.svg and replies.jsonl")
     add("--overwrite", action="store_true", help="write into --output although there is something in it")
@@ -132,6 +142,10 @@ def idle_flags(args: argparse.Namespace, on_cpu: bool) -> dict[str, str]:
         idle |= {"top_k": why, "top_p": why, "seed": why}
     if args.output is None:
         idle["overwrite"] = "nothing is written without --output. Leave it out, or name a folder."
+    if args.step_costs is None:
+        idle |= dict.fromkeys(("against", "tmpdir"), "it goes with --step_costs. Leave it out, or name them.")
+    if args.mode != "chain":
+        idle["step_costs"] = f"vLLM drafts a chain, and this is --mode {args.mode}. Leave it out, or use --mode chain."
     if on_cpu:
         idle["spread"] = "it spreads layers over cards, and this runs on a CPU. Leave it out."
     return idle
@@ -213,6 +227,14 @@ def estimate_sizes(decoder: SpeculativeDecoder, drafting: DraftOptions, replies:
     return estimate(target, decoder.draft, drafters, acceptance, context=max(8, lengths[len(lengths) // 2]))
 
 
+def what_is_asked(
+    prompts: list[Prompt], encoder: Encoder, options: EvaluateOptions, sampling: Sampling
+) -> dict[str, Any]:
+    first = [encode_first_turn(prompt, encoder) for prompt in prompts]
+    turns = max(min(len(prompt.turns), options.num_turns) for prompt in prompts)
+    return asked_of(first, turns, options.max_new_tokens, sampling.temperature)
+
+
 def write_replies(path: Path, replies: list[Reply], depth: int, encoder: Encoder) -> None:
     with path.open("w", encoding="utf-8") as file:
         for reply in replies:
@@ -243,27 +265,43 @@ def main(argv: list[str] | None = None) -> int:
     existing_path(args.base_path, "--base-path", "folder")
     existing_path(args.draft_path, "--draft-path", "path")
     check_output(args.output, args.overwrite)
-    config = check_target(args.base_path, "--base-path", use=Use.MEASURED).config
+    checked = check_target(args.base_path, "--base-path", use=Use.MEASURED)
+    config = checked.config
     check_is_draft(resolve_pointer(args.draft_path), "--draft-path")
     dtype = choose_dtype(args.dtype, config, args.base_path)
+    costs = read_step_costs(args.step_costs) if args.step_costs else None
+    if costs:
+        costs.check_target(checked.identity)
+        costs.check_engine(dtype=dtype_name(dtype))
     device = torch_device(kind)
     encoder = load_encoder(args.base_path, config, args.chat_template, chat_template_kwargs=variables)
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
+    asked = what_is_asked(prompts, encoder, options, sampling)
+    others = [of_report(path, asked, checked.identity.current) for path in args.against or ()]
     if args.output:
         output_folder(args.output, "--output")
     target = load_target(args.base_path, dtype, device, spread=args.spread)
     draft = load_fitting_draft(args.draft_path, args.base_path, target)
     decoder = SpeculativeDecoder(target, draft, drafting.drafter(target.device, sampling), sampling)
+    shape, order = shape_of(family_of(draft.own_state()), draft.config), None
+    if costs:
+        for one in (shape, *(other.shape for other in others)):
+            costs.check_shape(one)
+        if args.tmpdir:
+            order = order_of(args.tmpdir, checked.identity, config.vocab_size, decoder.vocabulary)
     depth, stop = decoder.drafter.depth, stop_tokens(args.base_path, config, encoder)
     replies = decode_all(prompts, encoder, decoder, options, stop)
     report = {
         "base": str(args.base_path),
+        "target": checked.identity.current,
         "draft": str(args.draft_path),
+        "shape": shape.to_json(),
         "mode": drafting.mode,
         "num_draft_tokens": drafting.count,
         "temperature": sampling.temperature,
         "max_new_tokens": options.max_new_tokens,
+        "asked": asked,
         "dtype": dtype_name(dtype),
         **({"chat_template_kwargs": variables} if variables else {}),
         "hardware": describe(target.device),
@@ -271,7 +309,14 @@ def main(argv: list[str] | None = None) -> int:
         "peak_memory_gb": peak_memory(target.device) / 1e9,
         "skipped_prompts": skipped,
     }
-    print(visible("\n".join(report_lines(report))))
+    lines = report_lines(report)
+    if costs:
+        mine = Measured(str(args.draft_path), shape, tuple(report["accepted_per_position"]))
+        outputs = [reply.drafted.tokens for reply in replies]
+        estimates = [] if order is None else smaller(mine, costs.shapes, order, outputs, replies)
+        report["serving"] = serving_report(costs, [mine, *others, *estimates])
+        lines += serving_lines(report["serving"])
+    print(visible("\n".join(lines)))
     if args.output:
         write_json(args.output / REPORT, {**report, "made_by": provenance()})
         write_replies(args.output / REPLIES, replies, depth, encoder)

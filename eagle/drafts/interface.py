@@ -35,7 +35,7 @@ class DraftFamily(ABC):
     from, by name, the newest first. same_as_target: fields of a draft's config that must be the target's. defaults:
     training options of its own. recipes: named sets of training options. idle: training flags that do nothing for it,
     and why. targets_own: tensors that a saved draft may bring along though they are the target's. config_keys: what the
-    family adds to a draft's config.json.
+    family adds to a draft's config.json. has_own_vocabulary: whether ``--draft_vocab_size`` is a choice.
     """
 
     name: str
@@ -49,6 +49,7 @@ class DraftFamily(ABC):
     idle: dict[str, str] = {}  # noqa: RUF012
     targets_own: tuple[str, ...] = ("embed_tokens.weight", "lm_head.weight")
     config_keys: tuple[str, ...] = ()
+    has_own_vocabulary: bool = False
 
     @abstractmethod
     def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
@@ -69,6 +70,10 @@ class DraftFamily(ABC):
     @abstractmethod
     def reads(self, config: ModelConfig) -> str:
         """The name of the features that a draft of this config reads."""
+
+    def vocabulary(self, config: ModelConfig) -> int:
+        """How many of the target's tokens a draft of this config chooses among."""
+        return config.vocab_size
 
     def features(self, config: ModelConfig) -> dict[str, int]:
         """Widths of the features a record must hold, by name; the target's last hidden state is always among them.

@@ -3,17 +3,20 @@
     result = run_engine(EngineRequest(model=..., draft=..., prompts=[[1, 2, 3]]))
 
 The parent starts ``python -m eagle.vllm.engine REQUEST.json RESULT.json``. Only that child imports vLLM, so an engine
-that dies takes nobody with it, and its memory is free before the next one starts.
+that dies takes nobody with it, and its memory is free before the next one starts. Small engines on a CPU may share a
+child, one after the other: importing vLLM takes longer than all else they do (`run_engines`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,13 @@ from eagle.errors import WorkError
 from eagle.files import ROOT, write_json
 from eagle.vllm.capture import save_watched, watch
 from eagle.vllm.serving import AUTO
+from eagle.vllm.timing import Timing, time_steps
 
 _COUNTER = "vllm:spec_decode_num_"
+#: The engine in the child itself, whose memory the next one there uses again.
+_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+#: How often a parent looks whether a child that runs several engines has finished another one, in seconds.
+_LOOK = 0.05
 
 
 class EngineError(WorkError):
@@ -42,7 +50,8 @@ class EngineRequest:
     end a reply; empty lets every reply run to `max_new_tokens`. enforce_eager: without graphs, as always on a CPU.
     warm_up: generate once before the clock and the counters start. model_impl: whose code runs the target.
     least_context: serve at least so long a context. watched: sequences behind which it generates so many tokens
-    afterwards, each alone, while what its draft is given is written to `watch_file` (`eagle.vllm.capture`).
+    afterwards, each alone, while what its draft is given is written to `watch_file` (`eagle.vllm.capture`). timing:
+    time steps behind the first so many of the prompts in place of answering them (`eagle.vllm.timing`).
     """
 
     model: str
@@ -61,6 +70,11 @@ class EngineRequest:
     least_context: int = 0
     watched: list[tuple[list[int], int]] = dataclasses.field(default_factory=list)
     watch_file: str | None = None
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.timing, dict):  # as it comes in a file
+            object.__setattr__(self, "timing", Timing(**self.timing))
 
     def max_model_len(self) -> int:
         """The shortest context that holds every prompt, its reply and the tokens drafted past its end."""
@@ -75,7 +89,7 @@ class EngineResult:
 
     outputs: the token ids of every reply. seconds: generation only, without start and warm-up. drafts: how many chains
     were proposed; accepted_per_position: how many of them had their first, second, ... token accepted. unwatched: why
-    what the draft is given could not be seen, where that was asked for.
+    what the draft is given could not be seen, where that was asked for. step_ms: of each of the timing's batch sizes.
     """
 
     outputs: list[list[int]]
@@ -89,6 +103,7 @@ class EngineResult:
     vllm: str
     torch: str
     unwatched: str = ""
+    step_ms: list[list[float]] = dataclasses.field(default_factory=list)
 
     def tokens(self) -> int:
         return sum(len(output) for output in self.outputs)
@@ -110,25 +125,47 @@ def run_engine(request: EngineRequest) -> EngineResult:
 
     Raises: EngineError with the engine's last words.
     """
+    (result,) = run_engines([request])
+    return result
+
+
+def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) -> Iterator[EngineResult]:
+    """Run engines to their ends, one after the other in one child; each result as soon as it is there.
+
+    in_process: each engine in the child itself, which several can only be.
+
+    Raises: EngineError with the last words of the engine that failed.
+    """
     # Of vLLM's two model runners the one whose proposer can be watched; for the engine that is compared with it too.
-    watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if request.watch_file else {}
-    environment = {**ENVIRONMENT, **watching, **child_environment()}
-    with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as folder:
-        asked, answered, log = (Path(folder) / name for name in ("request.json", "result.json", "log.txt"))
-        write_json(asked, dataclasses.asdict(request))
+    watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if any(request.watch_file for request in requests) else {}
+    environment = {**ENVIRONMENT, **watching, **child_environment(), **(_IN_PROCESS if in_process else {})}
+    with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as name:
+        folder = Path(name)
+        files = [(folder / f"request-{at}.json", folder / f"result-{at}.json") for at in range(len(requests))]
+        for (asked, _), request in zip(files, requests, strict=True):
+            write_json(asked, dataclasses.asdict(request))
+        log = folder / "log.txt"
         with log.open("wb") as output:
-            code = subprocess.run(
-                [sys.executable, "-m", "eagle.vllm.engine", str(asked), str(answered)],
+            child = subprocess.Popen(
+                [sys.executable, "-m", "eagle.vllm.engine", *(str(file) for pair in files for file in pair)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                check=False,
-            ).returncode
-        if code != 0 or not answered.is_file():
-            words = last_words(log.read_text(encoding="utf-8", errors="replace"))
-            with_draft = f" with the draft {request.draft}" if request.draft else " without a draft"
-            raise EngineError(f"vLLM did not run{with_draft} (exit code {code}). Its last words:\n{words}")
-        return EngineResult(**json.loads(answered.read_text(encoding="utf-8")))
+            )
+        try:
+            for at, (request, (_, answered)) in enumerate(zip(requests, files, strict=True)):
+                while not (answered.is_file() and at + 1 < len(requests)) and child.poll() is None:
+                    time.sleep(_LOOK)
+                if not answered.is_file() or (at + 1 == len(requests) and child.returncode):
+                    words = last_words(log.read_text(encoding="utf-8", errors="replace"))
+                    with_draft = f" with the draft {request.draft}" if request.draft else " without a draft"
+                    raise EngineError(
+                        f"vLLM did not run{with_draft} (exit code {child.returncode}). Its last words:\n{words}"
+                    )
+                yield EngineResult(**json.loads(answered.read_text(encoding="utf-8")))
+        finally:
+            child.terminate()
+            child.wait()
 
 
 def serve(request: EngineRequest) -> EngineResult:
@@ -176,10 +213,12 @@ def serve(request: EngineRequest) -> EngineResult:
         engine.generate([{"prompt_token_ids": request.prompts[0][::-1]}], sampling, use_tqdm=False)
     before = read_counters(engine)
     start = time.perf_counter()
-    replies = engine.generate([{"prompt_token_ids": ids} for ids in request.prompts], sampling, use_tqdm=False)
+    answered = [] if request.timing else [{"prompt_token_ids": ids} for ids in request.prompts]
+    replies = engine.generate(answered, sampling, use_tqdm=False) if answered else []
     seconds = time.perf_counter() - start
     counted = {name: value - before.get(name, 0) for name, value in read_counters(engine).items()}
     positions = range(request.num_speculative_tokens if request.draft is not None else 0)
+    step_ms = time_steps(engine, request.prompts, request.timing, sampling) if request.timing else []
     unwatched = ""
     if request.watched:
         file = Path(str(request.watch_file))
@@ -200,6 +239,7 @@ def serve(request: EngineRequest) -> EngineResult:
         vllm=vllm.__version__,
         torch=torch.__version__,
         unwatched=unwatched,
+        step_ms=step_ms,
     )
 
 
@@ -218,10 +258,22 @@ def read_counters(engine: Any) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    asked, answered = (Path(argument) for argument in (sys.argv[1:] if argv is None else argv))
-    request = EngineRequest(**json.loads(asked.read_text(encoding="utf-8")))
-    write_json(answered, dataclasses.asdict(serve(request)))
+    files = [Path(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    pairs = list(zip(files[::2], files[1::2], strict=True))
+    for asked, answered in pairs:
+        request = EngineRequest(**json.loads(asked.read_text(encoding="utf-8")))
+        write_json(answered, dataclasses.asdict(serve(request)))
+        if len(pairs) > 1:
+            _clean_up()
     return 0
+
+
+def _clean_up() -> None:
+    """Give back what an engine in this process held, for the next one."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 # vLLM spawns its workers, which import this module again: they need the package on the path, behind the libraries.

@@ -24,6 +24,9 @@ from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import encode_first_turn, load_prompts, stop_tokens
 from eagle.data.template_variables import FLAG, HELP, parse_kwargs
+from eagle.decode.serving_choice import serving_lines
+from eagle.decode.step_costs import COMMAND
+from eagle.decode.step_costs import FLAG as FLAG_COSTS
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
 from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
@@ -44,6 +47,7 @@ from eagle.vllm.gate import Gate, GateOptions, gate_lines, judge, open_gate
 from eagle.vllm.note import note_with_acceptance
 from eagle.vllm.report import build_report, measured_text, report_lines, verdict
 from eagle.vllm.serving import AUTO, Serving, serving_of
+from eagle.vllm.weighing import open_weighing
 
 NOTE = "README.md"
 
@@ -106,6 +110,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_ratio", type=float, default=0.05, help="with --tmpdir: the training's, for its split")
     parser.add_argument("--seed", type=int, default=42, help="with --tmpdir: the training's, for its split")
     parser.add_argument("--max_len", type=int, default=2048, help="with --tmpdir: the training's")
+    parser.add_argument(
+        "--step_costs",
+        type=Path,
+        help="what python -m eagle.vllm.step_costs wrote: say which K, draft vocabulary and kind of draft pay, or that "
+        "none does",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        help="with --step_costs: reports of other drafts on the same prompts, this command's or eagle.evaluate's",
+    )
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
     parser.add_argument(
         "--write-note",
@@ -244,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
     request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder), family, serving)
     gate = with_store(options, args, checked, draft, variables) if options else None
+    weighing = open_weighing(args, checked, draft, request)
     longest = request.max_model_len()
     if longest > config.max_position_embeddings:
         raise RequestError(
@@ -270,6 +287,18 @@ def main(argv: list[str] | None = None) -> int:
     if variables:
         report["chat_template_kwargs"] = variables
     print(visible("\n".join(report_lines(report))))
+    mismatch = None
+    try:
+        weighing.add_to(report, request, without)
+    except RequestError as error:  # what was measured is right all the same
+        mismatch = error
+    if "serving" in report:
+        print(visible("\n".join(serving_lines(report["serving"]))))
+    elif mismatch is None:
+        print(
+            f"advice    which K, draft vocabulary and kind of draft pay in this engine: {COMMAND} --base-path "
+            f"{args.base_path} --output costs.json, and this again with {FLAG_COSTS} costs.json"
+        )
     found = judge(gate, watched, with_draft.dtype) if gate and not with_draft.unwatched else None
     if found:
         report["gate"] = found.to_json()
@@ -284,6 +313,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if wrong is not None:
         raise WorkError(wrong)
+    if mismatch is not None:
+        raise mismatch
     if args.write_note:
         note = draft / NOTE
         text = note.read_text(encoding="utf-8") if note.is_file() else f"# EAGLE draft head `{draft.name}`\n"

@@ -20,6 +20,7 @@ pytest.importorskip("setuptools", minversion="70.1")
 COMMANDS = {
     "eagle-sharegpt-convert", "eagle-allocation", "eagle-reassign", "eagle-train", "eagle-convert", "eagle-evaluate",
     "eagle-verify", "eagle-verify-store", "eagle-view", "eagle-device", "eagle-regenerate",
+    "eagle-step-costs",
 }  # fmt: skip
 
 #: Every command's help, through the metadata that pip makes the commands from; one process, or torch loads nine times.

@@ -52,6 +52,7 @@ class Eagle3(DraftFamily):
     }
     targets_own = ("embed_tokens.weight",)
     config_keys = CONFIG_KEYS
+    has_own_vocabulary = True
 
     def config(self, target: ModelConfig, configpath: Path | None, choices: DraftChoices) -> ModelConfig:
         return draft_config_for(target, configpath, choices)
@@ -67,6 +68,9 @@ class Eagle3(DraftFamily):
 
     def reads(self, config: ModelConfig) -> str:
         return aux_feature(config)
+
+    def vocabulary(self, config: ModelConfig) -> int:
+        return config.extra[DRAFT_VOCAB]
 
     def features(self, config: ModelConfig) -> dict[str, int]:
         size = config.hidden_size

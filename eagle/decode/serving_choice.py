@@ -1,0 +1,312 @@
+"""Which draft, how many tokens of it, or none: acceptance weighed against what a step of the serving engine costs.
+
+    speed-up(K) = τ(K) / (cost(K) / cost(0)),    τ(K) = 1 + the shares of drafts whose 1st, ..., Kth token was accepted
+
+cost(0) is the target's alone. Of a shape whose acceptance nobody measured only what it would need can be said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle.decode.diagnosis import tau_of
+from eagle.decode.step_costs import FLAG, Shape, StepCosts
+from eagle.errors import RequestError
+from eagle.files import existing_path, read_json
+
+#: As it is shown of the draft that was measured here.
+HERE = "this draft"
+AGAINST = "--against"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A draft and what was accepted of it. name: for people. accepted: the share of drafts whose first, second, ...
+    token was accepted. estimate: how that is known where it was not measured."""
+
+    name: str
+    shape: Shape
+    accepted: tuple[float, ...]
+    estimate: str = ""
+
+    def tau(self, tokens: int) -> float | None:
+        """Of a chain of so many tokens; None where not so many were drafted."""
+        return 1 + sum(self.accepted[:tokens]) if tokens <= len(self.accepted) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One K. spread: of the two costs together. is_between: not all of it was measured."""
+
+    num_speculative_tokens: int
+    tau: float
+    ms: float
+    speedup: float
+    spread: float
+    is_between: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    draft: Measured
+    points: list[Point]
+
+    @property
+    def best(self) -> Point:
+        return max(self.points, key=lambda point: point.speedup)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a draft of that shape would need to be worth more than the best that is known. rate: how often each token
+    would have to be accepted where those before it were."""
+
+    shape: Shape
+    num_speculative_tokens: int
+    tau: float
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """At one batch size. curves: the best first. never: shapes that could not be worth more at any acceptance."""
+
+    batch_size: int
+    alone_ms: float
+    curves: list[Curve]
+    needs: list[Need]
+    never: list[Shape]
+
+    @property
+    def best(self) -> Curve:
+        return self.curves[0]
+
+    @property
+    def pays(self) -> bool:
+        return self.best.best.speedup > 1
+
+    def needed_tau(self) -> float:
+        """At the K that comes closest."""
+        return self.best.best.ms / self.alone_ms
+
+
+def curve(costs: StepCosts, draft: Measured, batch: int) -> Curve:
+    """Of every K whose cost and acceptance are known."""
+    alone, points = costs.alone(batch), []
+    for tokens in range(1, costs.most_tokens + 1):
+        tau, cost = draft.tau(tokens), costs.cost(draft.shape, tokens, batch)
+        if tau is not None and cost is not None:
+            spread = alone.spread + cost.spread
+            points.append(Point(tokens, tau, cost.ms, tau * alone.ms / cost.ms, spread, cost.is_between))
+    return Curve(draft, points)
+
+
+def rate_of(tau: float, tokens: int) -> float | None:
+    """How often each of `tokens` tokens must be accepted, where those before were, for that τ; None above all."""
+    if tau > tokens + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tau_of([middle] * tokens) < tau else (low, middle)
+    return high
+
+
+def need(costs: StepCosts, shape: Shape, batch: int, worth: float) -> Need | None:
+    """What the shape needs for more than `worth` times the target's speed, at the K that asks least of each token."""
+    found, alone = [], costs.alone(batch).ms
+    for tokens in range(1, costs.most_tokens + 1):
+        if (cost := costs.cost(shape, tokens, batch)) is not None:
+            tau = max(1.0, worth * cost.ms / alone)
+            if (rate := rate_of(tau, tokens)) is not None:
+                found.append(Need(shape, tokens, tau, rate))
+    return min(found, key=lambda one: one.rate, default=None)
+
+
+def choose(costs: StepCosts, drafts: Sequence[Measured]) -> list[Choice]:
+    """For every batch size of the costs. drafts: measured or estimated, each of a shape that the costs know."""
+    choices = []
+    for batch in costs.batch_sizes:
+        curves = [one for draft in drafts if (one := curve(costs, draft, batch)).points]
+        if not curves:
+            continue
+        curves.sort(key=lambda one: -one.best.speedup)
+        worth = max(1.0, curves[0].best.speedup)
+        known = {draft.shape for draft in drafts}
+        others = [shape for shape in costs.shapes if shape not in known]
+        needs = {shape: need(costs, shape, batch, worth) for shape in others}
+        never = [shape for shape, one in needs.items() if one is None]
+        asked = [one for one in needs.values() if one is not None]
+        choices.append(Choice(batch, costs.alone(batch).ms, curves, asked, never))
+    return choices
+
+
+def asked_of(prompts: list[list[int]], num_turns: int, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """What was asked of a draft, for its report: only answers to the same can be held against each other.
+
+    prompts: the tokens of every first turn.
+    """
+    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    return {
+        "prompts": digest, "num_turns": num_turns, "max_new_tokens": max_new_tokens, "temperature": temperature,
+    }  # fmt: skip
+
+
+def of_report(path: Path, asked: dict[str, Any], target: str) -> Measured:
+    """A draft as another report has it, `eagle.evaluate`'s or `eagle.vllm.verify`'s.
+
+    asked: as `asked_of`, here. target: the fingerprint of the model here.
+
+    Raises: FileNotFoundError, RequestError for what is no such report, or one of other prompts or another model.
+    """
+    report = read_json(existing_path(path, AGAINST, "file"), "the report of eagle.evaluate or eagle.vllm.verify")
+    if "shape" not in report or "asked" not in report or not report.get("accepted_per_position"):
+        raise RequestError(
+            f"{AGAINST} {path} is no report that can be compared: it does not say what was asked and what was drafted. "
+            "Run eagle.evaluate or eagle.vllm.verify of this version for that draft."
+        )
+    if report.get("mode", "chain") != "chain":
+        raise RequestError(f"{AGAINST} {path} is of --mode {report['mode']}, and vLLM drafts a chain. Evaluate one.")
+    if report["target"] != target:
+        raise RequestError(f"{AGAINST} {path} is of another base model ({report['base']}). Name a report of this one.")
+    differing = [
+        f"{name} {report['asked'].get(name)} there and {value} here" if name != "prompts" else "the prompts"
+        for name, value in asked.items()
+        if report["asked"].get(name) != value
+    ]
+    if differing:
+        raise RequestError(
+            f"{AGAINST} {path} answered something else: {', '.join(differing)} differ. Ask both drafts the same."
+        )
+    return Measured(str(report["draft"]), Shape(**report["shape"]), tuple(report["accepted_per_position"]))
+
+
+def serving_report(costs: StepCosts, drafts: Sequence[Measured]) -> dict[str, Any]:
+    """For report.json; an estimate gives way to a measurement of the same shape.
+
+    Raises: RequestError where the costs do not know a measured draft's shape.
+    """
+    measured = [draft for draft in drafts if not draft.estimate]
+    for draft in measured:
+        costs.check_shape(draft.shape)
+    known = {draft.shape for draft in measured}
+    drafts = [*measured, *(draft for draft in drafts if draft.estimate and draft.shape not in known)]
+    return {
+        "step_costs": str(costs.path),
+        "engine": costs.engine,
+        "said": costs.describe(),
+        "most_tokens": costs.most_tokens,
+        "batches": [_to_json(choice) for choice in choose(costs, drafts)],
+    }
+
+
+def _to_json(choice: Choice) -> dict[str, Any]:
+    best = choice.best
+    return {
+        "batch_size": choice.batch_size,
+        "alone_ms": choice.alone_ms,
+        "pays": choice.pays,
+        "draft": best.draft.name,
+        "family": best.draft.shape.family,
+        "draft_vocab_size": best.draft.shape.draft_vocab_size,
+        "is_estimate": bool(best.draft.estimate),
+        "num_speculative_tokens": best.best.num_speculative_tokens if choice.pays else 0,
+        "closest": best.best.num_speculative_tokens,
+        "speedup": best.best.speedup,
+        "spread": best.best.spread,
+        "needed_tau": choice.needed_tau(),
+        "curves": [
+            {
+                "draft": one.draft.name,
+                "shape": one.draft.shape.to_json(),
+                "estimate": one.draft.estimate or None,
+                "points": [dataclasses.asdict(point) for point in one.points],
+            }
+            for one in choice.curves
+        ],
+        "needs": [dataclasses.asdict(one) for one in choice.needs],
+        "never": [one.to_json() for one in choice.never],
+    }
+
+
+def serving_lines(report: dict[str, Any]) -> Iterator[str]:
+    """For people. report: as `serving_report`."""
+    yield ""
+    yield f"Serving: speed-up over no draft by K, from the step costs of {report['said']}:"
+    width = max((len(_named(one)) for choice in report["batches"] for one in choice["curves"]), default=len(HERE))
+    columns = sorted(
+        {
+            point["num_speculative_tokens"]
+            for choice in report["batches"]
+            for one in choice["curves"]
+            for point in one["points"]
+        }
+    )
+    for choice in report["batches"]:
+        yield f"batch {choice['batch_size']:<{max(0, width - 4)}}" + "".join(f"{f'K {k}':>8}" for k in columns)
+        for one in choice["curves"]:
+            cells = {point["num_speculative_tokens"]: point for point in one["points"]}
+            yield f"  {_named(one):{width}}" + "".join(_cell(cells.get(k)) for k in columns)
+        yield f"  {_verdict(choice)}"
+        yield from (f"  {line}" for line in _needs(choice))
+    curves = [one for choice in report["batches"] for one in choice["curves"]]
+    if any(point["is_between"] for one in curves for point in one["points"]):
+        yield "~: the cost was not measured and lies on the line between two that were."
+    if columns and columns[-1] < report["most_tokens"]:
+        yield (
+            f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft "
+            f"{report['most_tokens']} at once to have all judged that were measured."
+        )
+    yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
+
+
+def _size(shape: dict[str, Any]) -> str:
+    return f"{shape['family']} of {shape['draft_vocab_size']:,}"
+
+
+def _named(one: dict[str, Any]) -> str:
+    what = _size(one["shape"])
+    return f"{what} (estimate)" if one["estimate"] else f"{what} ({Path(one['draft']).name})"
+
+
+def _cell(point: dict[str, Any] | None) -> str:
+    return f"{'-':>8}" if point is None else f"{point['speedup']:>7.2f}{'~' if point['is_between'] else ' '}"
+
+
+def _verdict(choice: dict[str, Any]) -> str:
+    speedup, spread = choice["speedup"], choice["spread"]
+    doubt = ""
+    if abs(speedup - 1) <= spread:
+        doubt = f" The costs' spread of {spread:.0%} does not tell that from none: measure on a quieter machine."
+    named, tokens = _size(choice), choice["closest"]
+    if not choice["pays"]:
+        return (
+            f"No draft pays: {named} at K {tokens} comes closest, {speedup:.2f} times, and would need τ "
+            f"{choice['needed_tau']:.2f} there.{doubt}"
+        )
+    estimated = ", an estimate" if choice["is_estimate"] else ""
+    return f"Best: {named}, K {tokens}: {speedup:.2f} times{estimated}.{doubt}"
+
+
+def _needs(choice: dict[str, Any]) -> Iterator[str]:
+    more = "more than that" if choice["pays"] else "anything"
+    for one in choice["needs"]:
+        yield (
+            f"{_size(one['shape'])} would be worth {more} from τ {one['tau']:.2f} at K "
+            f"{one['num_speculative_tokens']} ({one['rate']:.2f} of the tokens accepted that follow accepted ones)"
+        )
+    for one in choice["never"]:
+        yield f"{_size(one)} could not be worth {more}, however much were accepted"
+
+
+def refuse_without_costs(paths: Sequence[Path] | None) -> None:
+    """Raises: RequestError where reports are named to be held against, and no costs to weigh them by."""
+    if paths:
+        raise RequestError(
+            f"{AGAINST} weighs drafts by what a step costs. Name the costs with {FLAG}, or leave it out."
+        )
