@@ -55,6 +55,11 @@ class Row:
     layers: str | None = None
     sizes: str | None = None
 
+    @property
+    def costs_its_own(self) -> bool:
+        """Whether a step with its draft costs another time than one with its family's: the draft is of other sizes."""
+        return self.name.partition("/")[0] in ("family", "vocabulary", "layers", "sizes")
+
     def flags_for(self, target: ModelConfig) -> list[str]:
         """The family's and its own; the last of a flag counts. Raises: NotHere for a vocabulary that is too large."""
         family, size = list(FAMILIES[self.family]), "--draft_vocab_size"

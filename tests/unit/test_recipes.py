@@ -178,3 +178,18 @@ def test_vocabularies(target):
     object.__setattr__(base, "vocab_size", 49152)
     flags = row("vocabulary/eagle3-2048").flags_for(base)
     assert flags == [*FAMILIES["eagle3"], "--draft_vocab_size", "2048"] and "8192" in flags
+
+
+def test_the_table_is_markdown():
+    found = {"steps": 90, "tau": [[1.3, 1.4], [1.34, 1.46]], "speed": {1: 1.1, 2: 1.25}}
+    lines = [*recipes.head(2).splitlines(), recipes.line(row("family/eagle3"), found)]
+    assert lines[0] == "| row | steps | τ, K = 1 | τ, K = 2 | seeds | in vLLM |"
+    assert {line.count("|") for line in lines} == {7}
+    assert lines[2] == "| family/eagle3 | 90 | 1.320 | 1.430 | 0.060 | 1.25 times, K = 2 |"
+    alone = {"steps": 90, "tau": [[1.3, 1.4]], "speed": {}}
+    assert recipes.line(row("rate/eagle3-lr-0.001"), alone) == "| rate/eagle3-lr-0.001 | 90 | 1.300 | 1.400 |  |  |"
+
+
+def test_which_drafts_are_timed_in_an_engine():
+    timed = {one.name.partition("/")[0] for one in ROWS if one.costs_its_own}
+    assert timed == {"family", "vocabulary", "layers", "sizes"}
