@@ -59,5 +59,5 @@ fi
 
 step "Proof: stock vLLM with the draft and without it"
 "$PYTHON" benchmarks/speedup.py --base-path $work/model --draft-path "$run/draft-vllm/plain" --engine_python "$engine" \
-    --prompts "$run/held-out.jsonl" --num_speculative_tokens 3 --max_new_tokens 96 --workdir "$run/speedup"
+    --prompts "$run/held-out.jsonl" --num_speculative_tokens 3 --max_new_tokens 64 --workdir "$run/speedup"
 step "Done: $run/speedup/speedup.json, $run/speedup/speedup.svg"
