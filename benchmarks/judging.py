@@ -63,8 +63,9 @@ class Judge:
 
     def accepted(self, cpdir: Path, report: Path) -> list[float]:
         """Shares of the verifications that accepted a first, second, ... token of a trained run's chains."""
-        if self.engine_python is not None:
-            return self.served(cpdir, report, self.num_draft_tokens)["accepted_per_position"]
+        if self.engine_python is not None:  # several replies at once: what is counted is the same but for rounding
+            alone = ["--no_baseline", "--batch_size", 8]
+            return self.served(cpdir, report, self.num_draft_tokens, "counted", alone)["accepted_per_position"]
         report = report.with_name(f"{report.name}-{self._named(self.num_draft_tokens)}")
         if not (report / "report.json").is_file():
             words: list[object] = [sys.executable, "-m", "eagle.evaluate", "--base-path", self.basepath]
@@ -73,11 +74,11 @@ class Judge:
             call([*words, *self._prompts()], report.with_name(f"{report.name}.log"))
         return read_json(report / "report.json", "the report")["accepted_per_position"]
 
-    def served(self, cpdir: Path, report: Path, k: int) -> dict:
-        """What `eagle.vllm.verify` measured of a trained run with chains of k tokens."""
+    def served(self, cpdir: Path, report: Path, k: int, kind: str = "timed", more: Sequence[object] = ()) -> dict:
+        """What `eagle.vllm.verify` measured of a trained run with chains of k tokens, with these options more."""
         exported, found = (
             report.with_name(f"{report.name}-draft"),
-            report.with_name(f"{report.name}-{self._named(k)}.json"),
+            report.with_name(f"{report.name}-{kind}-{self._named(k)}.json"),
         )
         if not found.is_file():
             if not exported.is_dir():
@@ -87,7 +88,7 @@ class Judge:
             words = [self.engine_python, "-m", "eagle.vllm.verify", "--base-path", self.basepath]
             written = found.with_suffix(".tmp")  # verify writes one of a failure too
             words += ["--draft-path", exported, "--num_speculative_tokens", k, "--output", written]
-            call([*words, *self._prompts()], found.with_suffix(".log"))
+            call([*words, *self._prompts(), *more], found.with_suffix(".log"))
             written.replace(found)
         return read_json(found, "the report")
 

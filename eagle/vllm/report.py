@@ -38,10 +38,14 @@ def differences(without: list[list[int]], with_draft: list[list[int]]) -> list[D
 
 
 def build_report(
-    request: EngineRequest, with_draft: EngineResult, without: EngineResult, prompts: list[Prompt], encoder: Encoder
+    request: EngineRequest,
+    with_draft: EngineResult,
+    without: EngineResult | None,
+    prompts: list[Prompt],
+    encoder: Encoder,
 ) -> dict[str, Any]:
-    """Everything measured, for people and for report.json."""
-    found = differences(without.outputs, with_draft.outputs)
+    """Everything measured, for people and for report.json. without: None where that engine was left out."""
+    found = differences(without.outputs, with_draft.outputs) if without else []
     first = None
     if found:
         first = {
@@ -51,7 +55,7 @@ def build_report(
             "without": encoder.tokenizer.decode(found[0].without),
             "with": encoder.tokenizer.decode(found[0].with_draft),
         }
-    speeds = with_draft.tokens_per_second(), without.tokens_per_second()
+    speed, alone = with_draft.tokens_per_second(), without.tokens_per_second() if without else None
     return {
         "loaded": True,
         "base": request.model,
@@ -64,8 +68,8 @@ def build_report(
         "batch_size": request.batch_size,
         "prompts": len(prompts),
         "tokens": with_draft.tokens(),
-        "identical": not found,
-        "differing_prompts": len(found),
+        "identical": not found if without else None,
+        "differing_prompts": len(found) if without else None,
         "first_difference": first,
         "drafts": with_draft.drafts,
         "drafted_tokens": with_draft.drafted,
@@ -73,9 +77,9 @@ def build_report(
         "acceptance": with_draft.acceptance(),
         "accepted_per_position": [count / max(1, with_draft.drafts) for count in with_draft.accepted_per_position],
         "tau": with_draft.tau(),
-        "tokens_per_second": speeds[0],
-        "tokens_per_second_without": speeds[1],
-        "speed_ratio": speeds[0] / speeds[1],
+        "tokens_per_second": speed,
+        "tokens_per_second_without": alone,
+        "speed_ratio": speed / alone if alone else None,
     }
 
 
@@ -86,8 +90,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['num_speculative_tokens']} tokens drafted at once, {report['prompts']} prompts, "
         f"{report['batch_size']} at a time"
     ]
-    first = report["first_difference"]
-    if first is None:
+    first, alone = report["first_difference"], report["tokens_per_second_without"]
+    if report["identical"] is None:
+        lines.append("output    not compared with the base model's own")
+    elif first is None:
         lines.append(f"output    identical with and without the draft ({report['tokens']:,} tokens)")
     else:
         named = f"{first['prompt']} ({first['category']})" if first["category"] else first["prompt"]
@@ -103,8 +109,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"accepted  by position  {per_position}   ({report['accepted_tokens']:,} of {report['drafted_tokens']:,} "
         f"drafted tokens, {report['acceptance']:.3f})",
         f"tau       {report['tau']:.3f} tokens per forward pass of the target",
-        f"speed     {report['tokens_per_second']:.1f} tokens/s with the draft, "
-        f"{report['tokens_per_second_without']:.1f} without: ratio {report['speed_ratio']:.2f}",
+        f"speed     {report['tokens_per_second']:.1f} tokens/s with the draft"
+        + (f", {report['tokens_per_second_without']:.1f} without: ratio {report['speed_ratio']:.2f}" if alone else ""),
     ]
     return lines
 
@@ -127,7 +133,7 @@ def verdict(report: dict[str, Any]) -> str | None:
             f"None of {report['drafted_tokens']:,} drafted tokens was accepted: vLLM loaded a draft that does not fit. "
             "docs/vllm.md lists what causes this; exporting it again with this toolkit checks for all of them."
         )
-    if not report["identical"] and report["dtype"] == "float32":
+    if report["identical"] is False and report["dtype"] == "float32":
         return "The output with the draft differs from the output without it, in float32."
     return None
 

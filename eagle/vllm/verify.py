@@ -78,6 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch_size", type=int, default=1, help="prompts decoded at once; speculation gains most at 1"
     )
+    parser.add_argument(
+        "--no_baseline",
+        action="store_true",
+        help="leave out the engine without the draft: no speed ratio, no comparison",
+    )
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="cards of an engine")
     parser.add_argument(
         "--enforce-eager",
@@ -281,15 +286,17 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             write_json(args.output, {"loaded": False, "reason": str(error), "made_by": provenance()})
         raise
-    print("starting it without", flush=True)
-    without = run_engine(dataclasses.replace(asked, draft=None, watched=[]))
+    without = None
+    if not args.no_baseline:
+        print("starting it without", flush=True)
+        without = run_engine(dataclasses.replace(asked, draft=None, watched=[]))
     report = build_report(request, with_draft, without, prompts, encoder)
     if variables:
         report["chat_template_kwargs"] = variables
     print(visible("\n".join(report_lines(report))))
     mismatch = None
     try:
-        weighing.add_to(report, request, without)
+        weighing.add_to(report, request, without or with_draft)
     except RequestError as error:  # what was measured is right all the same
         mismatch = error
     if "serving" in report:

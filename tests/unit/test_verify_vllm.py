@@ -95,6 +95,21 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
     assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()  # nobody asked for it
 
 
+def test_without_the_other_engine_nothing_is_compared(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = engines(monkeypatch, RESULT, RESULT)
+    assert call(*pair, "--no_baseline", "--output", tmp_path / "report.json") == 0
+    assert [request.draft is None for request in asked] == [False]
+    shown = capsys.readouterr().out
+    assert "output    not compared with the base model's own" in shown
+    assert "3.0 tokens/s with the draft\n" in shown and "identical" not in shown
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = ("identical", "differing_prompts", "first_difference", "tokens_per_second_without", "speed_ratio")
+    assert {report[name] for name in names} == {None}
+    assert report["tau"] == 2.5 and report["tokens_per_second"] == 3.0
+
+
 @pytest.mark.parametrize("inside", ["", "plain", "speculators"])
 def test_an_eagle3_draft_is_recognised_in_every_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
