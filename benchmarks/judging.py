@@ -33,6 +33,19 @@ def call(words: Sequence[object], log: Path) -> None:
         raise WorkError(f"{' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
 
 
+def verified(engine_python: Path | None, basepath: Path, draft: Path, found: Path, *more: object) -> dict:
+    """The report of `eagle.vllm.verify` in that file, made where it is not there; its words lie beside it.
+
+    Raises: WorkError with what it said where it fails.
+    """
+    if not found.is_file():
+        words: list[object] = [engine_python, "-m", "eagle.vllm.verify", "--base-path", basepath]
+        written = found.with_suffix(".tmp")  # verify writes one of a failure too
+        call([*words, "--draft-path", draft, *more, "--output", written], found.with_suffix(".log"))
+        written.replace(found)
+    return read_json(found, "the report")
+
+
 @dataclass(frozen=True, slots=True)
 class Judge:
     """basepath: the base model. engine_python: who counts, None for our own decoding. The rest is said by `add_to`."""
@@ -80,17 +93,12 @@ class Judge:
             report.with_name(f"{report.name}-draft"),
             report.with_name(f"{report.name}-{kind}-{self._named(k)}.json"),
         )
-        if not found.is_file():
-            if not exported.is_dir():
-                words: list[object] = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py"]
-                words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
-                call(words, exported.with_suffix(".log"))
-            words = [self.engine_python, "-m", "eagle.vllm.verify", "--base-path", self.basepath]
-            written = found.with_suffix(".tmp")  # verify writes one of a failure too
-            words += ["--draft-path", exported, "--num_speculative_tokens", k, "--output", written]
-            call([*words, *self._prompts(), *more], found.with_suffix(".log"))
-            written.replace(found)
-        return read_json(found, "the report")
+        if not found.is_file() and not exported.is_dir():
+            words: list[object] = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py"]
+            words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
+            call(words, exported.with_suffix(".log"))
+        asked = [*self._prompts(), *more]
+        return verified(self.engine_python, self.basepath, exported, found, "--num_speculative_tokens", k, *asked)
 
     def _named(self, k: int) -> str:
         """Of a judgement: another is made for other prompts, by what they say."""

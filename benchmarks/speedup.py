@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.judging import call
+from benchmarks.judging import verified
 from eagle.device import choose_kind, describe, torch_device
 from eagle.drafts.foreign import check_is_draft
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
-from eagle.files import existing_path, read_json, write_json
+from eagle.files import existing_path, write_json
 from eagle.plots import BLUE, GREY, PALE_BLUE, save_picture
 from eagle.provenance import provenance
 
@@ -83,14 +83,9 @@ def content_key(draft: Path, args: argparse.Namespace) -> str:
 
 def measure(args: argparse.Namespace, name: str, *more: object) -> dict[str, Any]:
     """The report of one run of verify, made or found. Raises: WorkError with what it said where it fails."""
-    file = args.workdir / f"{name}.json"
-    if not file.is_file():
-        words: list[object] = [args.engine_python, "-m", "eagle.vllm.verify", "--base-path", args.base_path]
-        words += ["--draft-path", args.draft_path, *(["--prompts", args.prompts] if args.prompts else []), *more]
-        written = file.with_suffix(".tmp")  # verify writes one of a failure too
-        call([*words, "--output", written], file.with_suffix(".log"))
-        written.replace(file)
-    return read_json(file, "a report")
+    prompts = ["--prompts", args.prompts] if args.prompts else []
+    found = args.workdir / f"{name}.json"
+    return verified(args.engine_python, args.base_path, args.draft_path, found, *prompts, *more)
 
 
 def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:

@@ -11,18 +11,17 @@ from typing import Any
 
 from eagle.decode.step_costs import COMMAND, FORMAT, Cost, Shape, cost_of
 from eagle.device import choose_kind, describe, torch_device
-from eagle.dtypes import DTYPES
 from eagle.errors import RequestError
 from eagle.files import read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import CheckedTarget
-from eagle.vllm.engine import EngineResult
+from eagle.vllm.engine import EngineResult, dtype_for_engine
 
 HOW = (
     "Milliseconds a step, of untrained drafts or others of the same shape. rounds_ms: of each start of the engine the "
     "lower quartiles of windows of steps in which all sequences were decoding; the quickest counts. spread: by what "
     "share the next quickest round was slower. A K or a vocabulary that is not here "
-    " and lies between two that are is taken to lie on the line between them."
+    "and lies between two that are is taken to lie on the line between them."
 )
 
 
@@ -47,12 +46,8 @@ class Options:
                 raise RequestError(f"--{flag} {getattr(args, flag)}: expected 1 or more.")
         if min(args.batch_sizes) < 1:
             raise RequestError(f"--batch_sizes {min(args.batch_sizes)}: expected 1 or more.")
-        names = ("auto", *DTYPES)
-        if args.dtype not in names:
-            raise RequestError(f"--dtype {args.dtype}: unknown dtype; expected one of {', '.join(names)}.")
-        dtype = "auto" if args.dtype == "auto" else str(DTYPES[args.dtype]).removeprefix("torch.")
         given = {name: getattr(args, name) for name in cls.__dataclass_fields__}
-        return cls(**{**given, "dtype": dtype, "batch_sizes": sorted(set(args.batch_sizes))})
+        return cls(**{**given, "dtype": dtype_for_engine(args.dtype), "batch_sizes": sorted(set(args.batch_sizes))})
 
     def asked(self) -> dict[str, Any]:
         """What has to be the same where measurements stand in one file."""

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.dtypes import DTYPES
 from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
-from eagle.errors import WorkError
+from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT, write_json
 from eagle.vllm.capture import save_watched, watch
 from eagle.vllm.serving import AUTO
@@ -118,6 +119,14 @@ class EngineResult:
     def tau(self) -> float:
         """Tokens per target forward pass: 1 + accepted / drafts."""
         return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+
+def dtype_for_engine(named: str) -> str:
+    """vLLM's name for what ``--dtype`` says. Raises: RequestError for a dtype that there is not."""
+    names = ("auto", *DTYPES)
+    if named not in names:
+        raise RequestError(f"--dtype {named}: unknown dtype; expected one of {', '.join(names)}.")
+    return named if named == "auto" else str(DTYPES[named]).removeprefix("torch.")
 
 
 def run_engine(request: EngineRequest) -> EngineResult:

@@ -31,7 +31,6 @@ from eagle.drafts.families import DRAFT_FAMILIES, family_of
 from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.saved import draft_names
-from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json, write_json
@@ -41,7 +40,7 @@ from eagle.target.quantization import Use
 from eagle.target.weights import Weights
 from eagle.text import visible
 from eagle.vllm.capture import Watched, load_watched
-from eagle.vllm.engine import EngineError, EngineRequest, run_engine
+from eagle.vllm.engine import EngineError, EngineRequest, dtype_for_engine, run_engine
 from eagle.vllm.export import installed_vllm, release
 from eagle.vllm.gate import Gate, GateOptions, gate_lines, judge, open_gate
 from eagle.vllm.note import note_with_acceptance
@@ -194,9 +193,6 @@ def make_request(
     for flag in ("num_speculative_tokens", "max_new_tokens", "batch_size", "tensor_parallel_size"):
         if getattr(args, flag) < 1:
             raise RequestError(f"--{flag} {getattr(args, flag)}: expected 1 or more.")
-    names = ("auto", *DTYPES)
-    if args.dtype not in names:
-        raise RequestError(f"--dtype {args.dtype}: unknown dtype; expected one of {', '.join(names)}.")
     return EngineRequest(
         model=str(args.base_path.resolve()),
         prompts=ids,
@@ -204,7 +200,7 @@ def make_request(
         method=family.method,
         num_speculative_tokens=args.num_speculative_tokens,
         max_new_tokens=args.max_new_tokens,
-        dtype="auto" if args.dtype == "auto" else str(DTYPES[args.dtype]).removeprefix("torch."),
+        dtype=dtype_for_engine(args.dtype),
         batch_size=args.batch_size,
         tensor_parallel_size=args.tensor_parallel_size,
         stop_token_ids=stop,

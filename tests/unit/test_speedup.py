@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import speedup
+from benchmarks import judging, speedup
 from eagle.errors import RequestError, WorkError
 from tests.tiny import make_target
 from tests.unit.exports import make_draft
@@ -47,7 +47,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], l
         runs.append(said)
         Path(said[said.index("--output") + 1]).write_text(json.dumps(report(said, len(runs))))
 
-    monkeypatch.setattr(speedup, "call", call)
+    monkeypatch.setattr(judging, "call", call)
     words = ["--base-path", str(base), "--draft-path", str(draft), "--workdir", str(tmp_path / "work")]
     return [*words, "--engine_python", "python"], runs
 
@@ -90,7 +90,7 @@ def test_a_run_that_fails_ends_it(asked, monkeypatch, tmp_path):
     def fails(words: list[object], log: Path) -> None:
         raise WorkError("The output with the draft differs from the output without it, in float32.")
 
-    monkeypatch.setattr(speedup, "call", fails)
+    monkeypatch.setattr(judging, "call", fails)
     with pytest.raises(WorkError, match="differs"):
         speedup.main(words)
     assert not (tmp_path / "work" / "speedup.json").exists()
