@@ -11,7 +11,8 @@ from eagle.drafts.losses import TOKEN_LOSSES
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig
 
-#: What all rows of a family begin with. classic: EAGLE-1 as it was published.
+#: What all rows of a family begin with, beside the defaults of training: a row that says one of these again is the same
+#: run under another name. classic: EAGLE-1 as it was published.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "classic": ("--draft", "eagle1", "--recipe", "eagle1", "--init", "random"),
     "eagle1": ("--draft", "eagle1"),
@@ -105,26 +106,26 @@ ROWS: tuple[Row, ...] = (
     *(Row(f"data/{name}-{share:g}", name, tokens=share) for name in _BOTH for share in (0.25, 0.5, 1, 2, 4)),
     *(Row(f"epochs/{name}-2-of-0.5", name, tokens=0.5, epochs=2) for name in _BOTH),
     *(Row(f"replies/{name}-original", name, original=True) for name in _BOTH),
-    *_each("steps", "eagle1", "--ttt_steps", (2, 3, 5)),
-    *_each("steps", "eagle3", "--ttt_steps", (1, 2, 4, 5)),
-    *_each("weights", "eagle3", "--ttt_decay", (0.6, 1.0)),
+    *_each("steps", "eagle1", "--ttt_steps", (1, 2, 3, 5)),
+    *_each("steps", "eagle3", "--ttt_steps", (1, 2, 3, 4, 5)),
+    *_each("weights", "eagle3", "--ttt_decay", (0.6, 0.8, 1.0)),
     *(row for name in _BOTH for row in _each("token-loss", name, "--token_loss", tuple(TOKEN_LOSSES))),
-    *_each("feature-loss", "eagle1", "--vloss_weight", (0, 0.1, 0.3)),
+    *_each("feature-loss", "eagle1", "--vloss_weight", (0, 0.1, 0.3, 1)),
     *(
         row
         for name in _BOTH
         for group, flag, values in (
-            ("rate", "--lr", (2.5e-4, 1e-3, 2e-3)),
-            ("rate", "--warmup_ratio", (0.02, 0.3)),
-            ("batch", "--bs", (2, 8, 16)),
-            ("average", "--ema", (0.99, 0.999)),
+            ("rate", "--lr", (5e-4, 1e-3, 2e-3, 4e-3)),
+            ("rate", "--warmup_ratio", (0.02, 0.1, 0.3)),
+            ("batch", "--bs", (2, 4, 8, 16)),
+            ("average", "--ema", (0, 0.99, 0.999)),
         )
         for row in _each(group, name, flag, values)
     ),
-    *_each("noise", "eagle1", "--noise", (0, 0.2)),
+    *_each("noise", "eagle1", "--noise", (0, 0.1, 0.2)),
     *(
         Row(f"vocabulary/eagle3-{size}", "eagle3", ("--draft_vocab_size", str(size)))
-        for size in (2048, 4096, 16384, 32768)
+        for size in (2048, 4096, 8192, 16384, 32768)
     ),
     *(Row(f"layers/eagle3-{layers}", "eagle3", layers=layers) for layers in LAYERS),
     *(Row(f"sizes/eagle3-{sizes}", "eagle3", sizes=sizes) for sizes in SIZES),

@@ -36,6 +36,8 @@ from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
 from eagle.target.config import load_config
+from eagle.train.arguments import read_options
+from eagle.train.run_log import METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,31 +123,46 @@ def plans_of(rows: Sequence[Row], args: argparse.Namespace, sources: dict[str, S
 
 
 def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
-    """The run's folder; its name holds what decides it, so that a row that was changed is trained anew."""
-    row, store, decides = one.row, one.source.folder, [*one.flags]
+    """The run's folder; its name holds what decides it, so that a row or a default that was changed is trained anew."""
+    row, store = one.row, one.source.folder
     if row.epochs > 1:
         layers = (one.layers or one.source.layers) if row.family == "eagle3" else ()
         part = hashlib.sha256(repr((store, one.wanted, layers, args.max_len)).encode()).hexdigest()[:8]
         store = one.source.write_part(one.wanted, layers, args.workdir / f"part-{part}")
-    if one.config:
-        decides += ["--configpath", json.dumps(one.config, sort_keys=True)]
-    key = hashlib.sha256(repr((decides, store, one.steps, args.bs, args.max_len)).encode()).hexdigest()[:8]
-    if trained := sorted(args.workdir.glob(f"*-{key}-{seed}/trained")):
-        return trained[0].parent
-    cpdir = args.workdir / f"{row.name.replace('/', '-')}-{key}-{seed}"
     more: list[object] = ["--max_steps", one.steps, "--seed", seed, "--keep", 1, *one.flags]
-    if one.config:
-        config = args.workdir / f"config-{key}.json"
-        write_json(config, one.config)
-        more += ["--configpath", config]
     if "random" not in one.flags:  # the other start looks at no more than training does
         more += ["--init_positions", one.wanted]
     # Of several epochs the steps say when it is enough, a little before or behind the end of the last.
     epochs = row.epochs + 1 if row.epochs > 1 else 1
-    command = train_command(args.basepath, store, cpdir, args.bs, args.max_len, epochs, *more)
-    call(command, args.workdir / f"{cpdir.name}.log")
+    command = train_command(args.basepath, store, args.workdir, args.bs, args.max_len, epochs, *more)
+    key = _key(command, one.config)
+    if trained := sorted(args.workdir.glob(f"*-{key}-{seed}/trained")):
+        return trained[0].parent
+    cpdir = args.workdir / f"{row.name.replace('/', '-')}-{key}-{seed}"
+    if one.config:
+        config = args.workdir / f"config-{key}.json"
+        write_json(config, one.config)
+        command += ["--configpath", str(config)]
+    call([*command, "--cpdir", cpdir], args.workdir / f"{cpdir.name}.log")
     (cpdir / "trained").touch()
     return cpdir
+
+
+def _key(command: list[str], config: dict | None) -> str:
+    """Of all options that it comes to, the defaults among them, but for the seed, and of the draft's config."""
+    options = read_options(command[command.index("eagle.train.main") + 1 :])
+    assert options.basepath is not None
+    rate = options.learning_rate(load_config(options.basepath).hidden_size)
+    decides = options.to_json() | {"cpdir": None, "seed": None, "lr": rate, "configpath": config}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def validated(cpdir: Path) -> float:
+    """τ of the run's best validation, which is that of the draft it exports: from the features of a twentieth of the
+    conversations, at the largest K. Its positions are far more than those of a few replies, so it tells rows apart that
+    the prompts cannot; rows of other replies are validated on other ones."""
+    lines = map(json.loads, (cpdir / METRICS).read_text(encoding="utf-8").splitlines())
+    return max(line["val_tau"][-1] for line in lines if "val_tau" in line)
 
 
 def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
@@ -153,9 +170,10 @@ def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
 
     What a step costs does not depend on the weights, so the first seed's draft tells it.
     """
-    found: dict = {"steps": one.steps, "flags": one.flags, "tau": [], "speed": {}}
+    found: dict = {"steps": one.steps, "flags": one.flags, "tau": [], "validation": [], "speed": {}}
     for seed in range(args.seeds):
         cpdir = train(one, seed, args)
+        found["validation"].append(validated(cpdir))
         report = args.workdir / f"{cpdir.name}-report"
         found["tau"].append(taus(judge.accepted(cpdir, report)))
         if judge.engine_python is not None and one.row.costs_its_own and seed == 0:
@@ -165,15 +183,16 @@ def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
 
 def head(num_draft_tokens: int) -> str:
     """Of the table, which is Markdown."""
-    columns = ["row", "steps", *(f"τ, K = {k}" for k in range(1, num_draft_tokens + 1)), "seeds", "in vLLM"]
+    columns = ["row", "steps", *(f"τ, K = {k}" for k in range(1, num_draft_tokens + 1)), "seeds", "validation", "speed"]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns)))
 
 
 def line(row: Row, found: dict) -> str:
-    """τ at every K, the mean of the seeds; how far they are apart at the largest; the quickest chain."""
+    """τ at every K, the mean of the seeds; how far they are apart at the largest; τ of validation; the quickest chain."""
     by_k = list(zip(*found["tau"], strict=True))
     cells = [row.name, str(found["steps"]), *(f"{statistics.mean(values):.3f}" for values in by_k)]
     cells.append(f"{max(by_k[-1]) - min(by_k[-1]):.3f}" if len(by_k[-1]) > 1 else "")
+    cells.append(f"{statistics.mean(found['validation']):.3f}")
     best = max(found["speed"], key=found["speed"].__getitem__, default=None)
     cells.append("" if best is None else f"{found['speed'][best]:.2f} times, K = {best}")
     return f"| {' | '.join(cells)} |"

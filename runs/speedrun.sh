@@ -5,7 +5,7 @@
 #
 # A real chat model and the questions of real conversations come from PyPI. The model answers them in vLLM, an EAGLE-3
 # draft is trained on its features of these answers, and a stock vLLM answers questions that nothing was trained on, with
-# the draft and without it. More of it: docs/benchmarks.md. The table and the picture are in
+# the draft and without it. More of it: docs/recipes.md. The table and the picture are in
 # speedrun/CONVERSATIONS/speedup. Run again after an interruption, it goes on where it stopped. Nothing else should run on
 # the machine meanwhile, or the speeds are not its own.
 #

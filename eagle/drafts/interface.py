@@ -32,7 +32,8 @@ class DraftFamily(ABC):
 
     name: in the table. describes: for messages ("an EAGLE-1 draft"). method: vLLM's name for it. starts: what a draft
     may start from, by the name that ``--init`` takes; the first is the default. layouts: the folders vLLM loads it
-    from, by name, the newest first. same_as_target: fields of a draft's config that must be the target's. defaults:
+    from, by name, the newest first. same_as_target: fields of a draft's config that must be the target's.
+    learning_rate: the peak one of a draft of width 576, which falls as 1/width (docs/recipes.md). defaults:
     training options of its own. recipes: named sets of training options. idle: training flags that do nothing for it,
     and why. targets_own: tensors that a saved draft may bring along though they are the target's. config_keys: what the
     family adds to a draft's config.json. has_own_vocabulary: whether ``--draft_vocab_size`` is a choice.
@@ -44,6 +45,7 @@ class DraftFamily(ABC):
     starts: dict[str, Start]
     layouts: dict[str, Layout]
     same_as_target: tuple[str, ...]
+    learning_rate: float = 5e-4
     defaults: dict[str, object] = {}  # noqa: RUF012  (never changed)
     recipes: dict[str, dict[str, object]] = {}  # noqa: RUF012
     idle: dict[str, str] = {}  # noqa: RUF012

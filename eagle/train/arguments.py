@@ -90,7 +90,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("num_epochs", int, "passes over the training records")
     add("max_steps", int, "end after so many optimizer steps")
     add("max_len", int, "cut records to this many tokens; by default no more than the base model's sliding window")
-    add("lr", float, "peak learning rate (default: 5e-4 at hidden size 576, falling as 1/width)")
+    add("lr", float, "peak learning rate (default: 5e-4, eagle3 1e-3, at hidden size 576, falling as 1/width)")
     add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
     add("weight_decay", float, "AdamW's weight decay")
     add("ema", float, "what is validated and saved is an average of the weights, of which so much is kept with every "

@@ -27,9 +27,9 @@ TRACKERS = ("none", "tensorboard", "wandb", "swanlab")
 #: Named sets of defaults; a flag given beside ``--recipe`` wins over it.
 RECIPES = {name: recipe for family in DRAFT_FAMILIES.values() for name, recipe in family.recipes.items()}
 
-#: The default learning rate belongs to this width. Larger drafts need less,
+#: A family's learning rate belongs to this width. Larger drafts need less,
 #: in inverse proportion to their width.
-REFERENCE_LR, REFERENCE_WIDTH = 5e-4, 576
+REFERENCE_WIDTH = 576
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +221,8 @@ class TrainOptions:
         return (0, 60.0 * int(number)) if minutes else (int(number), 0.0)
 
     def learning_rate(self, hidden_size: int) -> float:
-        """``--lr``, or the default for a draft of that width."""
-        return self.lr if self.lr is not None else REFERENCE_LR * REFERENCE_WIDTH / hidden_size
+        """``--lr``, or its family's for a draft of that width."""
+        return DRAFT_FAMILIES[self.draft].learning_rate * REFERENCE_WIDTH / hidden_size if self.lr is None else self.lr
 
     def losses(self) -> LossOptions:
         return LossOptions(self.token_loss, self.vloss_weight, self.ploss_weight, self.ttt_decay)

@@ -30,5 +30,7 @@ def test_a_flag_beside_a_recipe_wins(words):
 
 
 def test_wider_drafts_have_a_smaller_learning_rate():
+    """EAGLE-3's is twice EAGLE-1's."""
     assert options().learning_rate(576) == pytest.approx(5e-4)
     assert options().learning_rate(4096) == pytest.approx(5e-4 * 576 / 4096)
+    assert options("--draft", "eagle3").learning_rate(288) == pytest.approx(2e-3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.recipe_rows import FAMILIES, LAYERS, ROWS, NotHere, Row
 from benchmarks.recipe_stores import HELD_OUT, Source
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle3.draft_config import draft_config_for
+from eagle.drafts.eagle3.family import Eagle3
 from eagle.errors import RequestError
 from eagle.files import write_json
 from eagle.store.manifest import MANIFEST
@@ -137,7 +139,7 @@ def test_what_was_trained_is_found_again(target, tmp_path, monkeypatch):
 
     def trained(command: list[str], log: Path) -> None:
         commands.append(command)
-        Path(command[command.index("--cpdir") + 1]).mkdir(parents=True)
+        Path(command[-1]).mkdir(parents=True)
 
     monkeypatch.setattr(recipes, "call", trained)
     source, args = Source(store(tmp_path / "store", EVERY), "--store", 512), asked(target, tmp_path / "work")
@@ -147,10 +149,15 @@ def test_what_was_trained_is_found_again(target, tmp_path, monkeypatch):
     args.workdir.mkdir()
     found = [recipes.train(one, 0, args) for one in plans]
     assert found[0] == found[1] and len(set(found)) == len(commands) == len(names) - 1
-    key = hashlib.sha256(repr((plans[0].flags, source.folder, plans[0].steps, 4, 512)).encode()).hexdigest()[:8]
-    assert found[0].name == f"family-eagle3-{key}-0"
+    assert re.fullmatch(r"family-eagle3-[0-9a-f]{8}-0", found[0].name)
     assert [recipes.train(one, 0, args) for one in plans] == found and len(commands) == len(names) - 1
     assert recipes.train(plans[0], 1, args) != found[0]
+    spelled = dataclasses.replace(plans[0], flags=[*plans[0].flags, "--ttt_decay", "0.8"])
+    assert recipes.train(spelled, 0, args) == found[0], "a default is the same, said or not"
+    monkeypatch.setattr(Eagle3, "learning_rate", 2e-3)
+    assert recipes.train(plans[0], 0, args) != found[0], "with another default it is another run"
+    monkeypatch.undo()
+    monkeypatch.setattr(recipes, "call", trained)
     twice = commands[len(names) - 2]
     told = {word: twice[at + 1] for at, word in enumerate(twice) if word.startswith("--") and at + 1 < len(twice)}
     assert told["--num_epochs"] == "3" and told["--max_steps"] == str(plans[0].steps), "as many steps as once through"
@@ -181,13 +188,19 @@ def test_vocabularies(target):
 
 
 def test_the_table_is_markdown():
-    found = {"steps": 90, "tau": [[1.3, 1.4], [1.34, 1.46]], "speed": {1: 1.1, 2: 1.25}}
+    found = {"steps": 90, "tau": [[1.3, 1.4], [1.34, 1.46]], "validation": [1.5, 1.6], "speed": {1: 1.1, 2: 1.25}}
     lines = [*recipes.head(2).splitlines(), recipes.line(row("family/eagle3"), found)]
-    assert lines[0] == "| row | steps | τ, K = 1 | τ, K = 2 | seeds | in vLLM |"
-    assert {line.count("|") for line in lines} == {7}
-    assert lines[2] == "| family/eagle3 | 90 | 1.320 | 1.430 | 0.060 | 1.25 times, K = 2 |"
-    alone = {"steps": 90, "tau": [[1.3, 1.4]], "speed": {}}
-    assert recipes.line(row("rate/eagle3-lr-0.001"), alone) == "| rate/eagle3-lr-0.001 | 90 | 1.300 | 1.400 |  |  |"
+    assert lines[0] == "| row | steps | τ, K = 1 | τ, K = 2 | seeds | validation | speed |"
+    assert {line.count("|") for line in lines} == {8}
+    assert lines[2] == "| family/eagle3 | 90 | 1.320 | 1.430 | 0.060 | 1.550 | 1.25 times, K = 2 |"
+    alone = {"steps": 90, "tau": [[1.3, 1.4]], "validation": [1.5], "speed": {}}
+    assert recipes.line(row("rate/eagle3-lr-0.002"), alone) == "| rate/eagle3-lr-0.002 | 90 | 1.300 | 1.400 |  | 1.500 |  |"
+
+
+def test_the_validation_that_counts_is_the_best_one(tmp_path):
+    lines = [{"step": 0, "val_tau": [1.2, 1.3]}, {"step": 5, "loss": 2.0}, {"step": 9, "val_tau": [1.4, 1.6]}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recipes.validated(tmp_path) == 1.6
 
 
 def test_which_drafts_are_timed_in_an_engine():

@@ -46,7 +46,8 @@ class Eagle3(DraftFamily):
     starts = {"closed_form": closed_form, "random": starts.random}  # noqa: RUF012  (never changed)
     layouts = {layout.name: layout for layout in (PLAIN, SPECULATORS)}  # noqa: RUF012
     same_as_target = ("hidden_size", "vocab_size")
-    defaults = {"ttt_steps": 5, "ttt_decay": 0.8, "noise": 0.0, "vloss_weight": 0.0}  # noqa: RUF012
+    learning_rate = 1e-3
+    defaults = {"ttt_steps": 3, "ttt_decay": 0.8, "noise": 0.0, "vloss_weight": 0.0}  # noqa: RUF012
     idle = {  # noqa: RUF012
         "vloss_weight": "an EAGLE-3 draft has no feature loss. Leave it out, or train an EAGLE-1 draft.",
     }
