@@ -96,7 +96,7 @@ class Judge:
         if not found.is_file() and not exported.is_dir():
             words: list[object] = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py"]
             words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
-            call(words, exported.with_suffix(".log"))
+            call(words, exported.with_name(f"{exported.name}.log"))
         asked = [*self._prompts(), *more]
         return verified(self.engine_python, self.basepath, exported, found, "--num_speculative_tokens", k, *asked)
 

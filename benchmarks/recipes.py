@@ -143,7 +143,7 @@ def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
         config = args.workdir / f"config-{key}.json"
         write_json(config, one.config)
         command += ["--configpath", str(config)]
-    call([*command, "--cpdir", cpdir], args.workdir / f"{cpdir.name}.log")
+    call([*command, "--cpdir", str(cpdir)], args.workdir / f"{cpdir.name}.log")
     (cpdir / "trained").touch()
     return cpdir
 
@@ -188,7 +188,7 @@ def head(num_draft_tokens: int) -> str:
 
 
 def line(row: Row, found: dict) -> str:
-    """τ at every K, the mean of the seeds; how far they are apart at the largest; τ of validation; the quickest chain."""
+    """τ at every K, the mean of the seeds; how far they are apart at the largest; validation's; the quickest chain."""
     by_k = list(zip(*found["tau"], strict=True))
     cells = [row.name, str(found["steps"]), *(f"{statistics.mean(values):.3f}" for values in by_k)]
     cells.append(f"{max(by_k[-1]) - min(by_k[-1]):.3f}" if len(by_k[-1]) > 1 else "")

@@ -50,7 +50,7 @@ from eagle.train.group import Group, meet
 from eagle.train.launch_check import check_launch, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
-from eagle.train.options import FREE_ON_RESUME, TrainOptions
+from eagle.train.options import FREE_ON_RESUME, TrainOptions, rate_as_in
 from eagle.train.sharding import check_sharding
 from eagle.train.validation import DEPTH
 from eagle.train.whole_store import whole_store
@@ -173,9 +173,11 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         notes.append(f"records are cut to {target.window} tokens: the base model, and so its draft, attends to no more")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
+    before = saved[1].get("run", {}) if saved else None
+    settings["lr"] = rate_as_in(before, options.learning_rate(config.hidden_size), config.hidden_size)
     run_identity = {
         # A run that version 0.1 began goes on under the name it gave the target.
-        "target": identity.as_in(saved[1].get("run", {}).get("target") if saved else None),
+        "target": identity.as_in(before.get("target") if before else None),
         "records": len(store),
         "tokens": store.tokens,
         "features": store.identity(),

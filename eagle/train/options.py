@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,15 @@ class TrainOptions:
 
     def to_json(self) -> dict:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def rate_as_in(saved: dict[str, Any] | None, rate: float, hidden_size: int) -> float | None:
+    """A run's learning rate as the run that it goes on from says it, if any: the two are compared.
+
+    Version 0.1 said None where none was given, and meant 5e-4 at `REFERENCE_WIDTH`.
+    """
+    said_none = saved is not None and saved.get("lr") is None
+    return None if said_none and math.isclose(rate, 5e-4 * REFERENCE_WIDTH / hidden_size) else rate
 
 
 #: Options that may change when a run is resumed: they do not touch what is computed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eagle.train.arguments import parse_args
-from eagle.train.options import TrainOptions
+from eagle.train.options import TrainOptions, rate_as_in
 
 REQUIRED = ["--tmpdir", "features", "--cpdir", "checkpoints", "--basepath", "model"]
 
@@ -34,3 +34,11 @@ def test_wider_drafts_have_a_smaller_learning_rate():
     assert options().learning_rate(576) == pytest.approx(5e-4)
     assert options().learning_rate(4096) == pytest.approx(5e-4 * 576 / 4096)
     assert options("--draft", "eagle3").learning_rate(288) == pytest.approx(2e-3)
+
+
+def test_a_run_whose_default_rate_was_another_is_not_gone_on_with():
+    """Runs that said none meant 5e-4 at width 576; those of today say the number."""
+    assert rate_as_in(None, 5e-4, 576) == 5e-4
+    assert rate_as_in({"lr": None}, 5e-4, 576) is None, "the same run"
+    assert rate_as_in({"lr": None}, 1e-3, 576) == 1e-3, "which is not what that run says"
+    assert rate_as_in({"lr": 1e-3}, 5e-4, 576) == 5e-4
