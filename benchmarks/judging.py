@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import ROOT
+from eagle.drafts.saved import resolve_pointer
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.files import existing_path, read_json
@@ -46,6 +48,12 @@ def verified(engine_python: Path | None, basepath: Path, draft: Path, found: Pat
     return read_json(found, "the report")
 
 
+def judgements(cpdir: Path) -> Path:
+    """The folder of what was judged of a trained run, beside it: of the very weights that it exports."""
+    weights = (resolve_pointer(cpdir) / "model.safetensors").read_bytes()
+    return cpdir.with_name(f"{cpdir.name}-judged") / hashlib.sha256(weights).hexdigest()[:8]
+
+
 @dataclass(frozen=True, slots=True)
 class Judge:
     """basepath: the base model. engine_python: who counts, None for our own decoding. The rest is said by `add_to`."""
@@ -74,12 +82,11 @@ class Judge:
         prompts = existing_path(args.prompts, "--prompts", "file").resolve() if args.prompts else None
         return cls(args.basepath, args.num_draft_tokens, prompts, args.num_prompts, args.max_new_tokens, python)
 
-    def accepted(self, cpdir: Path, report: Path) -> list[float]:
+    def accepted(self, cpdir: Path) -> list[float]:
         """Shares of the verifications that accepted a first, second, ... token of a trained run's chains."""
         if self.engine_python is not None:  # several replies at once: what is counted is the same but for rounding
-            alone = ["--no_baseline", "--batch_size", 8]
-            return self.served(cpdir, report, self.num_draft_tokens, "counted", alone)["accepted_per_position"]
-        report = report.with_name(f"{report.name}-{self._named(self.num_draft_tokens)}")
+            return self._counted(cpdir)["accepted_per_position"]
+        report = judgements(cpdir) / f"decoded-{self._named(self.num_draft_tokens)}"
         if not (report / "report.json").is_file():
             words: list[object] = [sys.executable, "-m", "eagle.evaluate", "--base-path", self.basepath]
             words += ["--draft-path", cpdir, "--num_draft_tokens", self.num_draft_tokens, "--num_turns", 1]
@@ -87,18 +94,30 @@ class Judge:
             call([*words, *self._prompts()], report.with_name(f"{report.name}.log"))
         return read_json(report / "report.json", "the report")["accepted_per_position"]
 
-    def served(self, cpdir: Path, report: Path, k: int, kind: str = "timed", more: Sequence[object] = ()) -> dict:
+    def served(self, cpdir: Path, k: int, kind: str = "timed", more: Sequence[object] = ()) -> dict:
         """What `eagle.vllm.verify` measured of a trained run with chains of k tokens, with these options more."""
-        exported, found = (
-            report.with_name(f"{report.name}-draft"),
-            report.with_name(f"{report.name}-{kind}-{self._named(k)}.json"),
-        )
-        if not found.is_file() and not exported.is_dir():
+        place = judgements(cpdir)
+        exported, found = place / "draft", place / f"{kind}-{self._named(k)}.json"
+        if not found.is_file() and not any(exported.glob("[!.]*/config.json")):
+            shutil.rmtree(exported, ignore_errors=True)
             words: list[object] = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py"]
             words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
-            call(words, exported.with_name(f"{exported.name}.log"))
+            call(words, place / "draft.log")
         asked = [*self._prompts(), *more]
         return verified(self.engine_python, self.basepath, exported, found, "--num_speculative_tokens", k, *asked)
+
+    def _counted(self, cpdir: Path) -> dict:
+        """verify's report of several replies at once. It fails a draft of which nothing is accepted, which here is a
+        judgement like any other."""
+        try:
+            return self.served(cpdir, self.num_draft_tokens, "counted", ["--no_baseline", "--batch_size", 8])
+        except WorkError:
+            written = judgements(cpdir) / f"counted-{self._named(self.num_draft_tokens)}.tmp"
+            report = read_json(written, "the report") if written.is_file() else {}
+            if report.get("drafted_tokens") and not report.get("accepted_tokens"):
+                written.replace(written.with_suffix(".json"))
+                return report
+            raise
 
     def _named(self, k: int) -> str:
         """Of a judgement: another is made for other prompts, by what they say."""

@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'replies':10}{'seed':>5}{'τ':>8}  accepted by position", flush=True)
     for seed in range(args.seeds):
         for arm in ARMS:
-            accepted = judge.accepted(train(args, arm, seed), args.workdir / f"report-{arm}-{seed}")
+            accepted = judge.accepted(train(args, arm, seed))
             tau = taus(accepted)[-1]
             rows[arm].append({"tau": tau, "accepted": accepted})
             print(f"{arm:10}{seed:5}{tau:8.3f}  {' '.join(f'{share:.3f}' for share in accepted)}", flush=True)

@@ -61,6 +61,11 @@ class Row:
         """Whether a step with its draft costs another time than one with its family's: the draft is of other sizes."""
         return self.name.partition("/")[0] in ("family", "vocabulary", "layers", "sizes")
 
+    @property
+    def is_validated_alike(self) -> bool:
+        """Whether it is validated on what the other rows are: on conversations of the whole store."""
+        return self.epochs == 1 and not self.original
+
     def flags_for(self, target: ModelConfig) -> list[str]:
         """The family's and its own; the last of a flag counts. Raises: NotHere for a vocabulary that is too large."""
         family, size = list(FAMILIES[self.family]), "--draft_vocab_size"

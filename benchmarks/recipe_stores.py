@@ -29,6 +29,11 @@ class Source:
         self.store = FeatureStore(folder, flag)
         self.supervised = self.store.supervised(max_len)
 
+    def content(self) -> list[object]:
+        """What it holds, wherever it lies."""
+        data = sorted(str(manifest["data"].get("digest")) for manifest in self.store.manifests.values())
+        return [data, self.store.identity(), len(self.store), self.store.tokens, self.layers]
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Those whose inputs it holds."""

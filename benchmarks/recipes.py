@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import hashlib
 import json
 import statistics
@@ -35,8 +36,11 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.provenance import provenance
+from eagle.target.check import check_target
 from eagle.target.config import load_config
+from eagle.target.quantization import Use
 from eagle.train.arguments import read_options
+from eagle.train.options import rate_as_in
 from eagle.train.run_log import METRICS
 
 
@@ -68,7 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, default=2, help="drafts of each row")
     add("--bs", type=int, default=4, help="sequences a step")
     add("--max_len", type=int, default=512, help="cut records to this many tokens")
-    add("--served_k", nargs="*", type=int, default=[1, 2, 3], help="with --engine_python: lengths of chains to time")
+    add("--served_k", nargs="+", type=int, default=[], help="with --engine_python: lengths of chains to time, of "
+        "drafts of other sizes; nothing else should run on the machine then")  # fmt: skip
     add("--output", type=Path, help="write the numbers to this JSON file")
     Judge.add_to(parser)
     return parser.parse_args(argv)
@@ -127,7 +132,8 @@ def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
     row, store = one.row, one.source.folder
     if row.epochs > 1:
         layers = (one.layers or one.source.layers) if row.family == "eagle3" else ()
-        part = hashlib.sha256(repr((store, one.wanted, layers, args.max_len)).encode()).hexdigest()[:8]
+        decides = (one.source.content(), one.wanted, layers, args.max_len)
+        part = hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
         store = one.source.write_part(one.wanted, layers, args.workdir / f"part-{part}")
     more: list[object] = ["--max_steps", one.steps, "--seed", seed, "--keep", 1, *one.flags]
     if "random" not in one.flags:  # the other start looks at no more than training does
@@ -135,7 +141,7 @@ def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
     # Of several epochs the steps say when it is enough, a little before or behind the end of the last.
     epochs = row.epochs + 1 if row.epochs > 1 else 1
     command = train_command(args.basepath, store, args.workdir, args.bs, args.max_len, epochs, *more)
-    key = _key(command, one.config)
+    key = _key(command, one)
     if trained := sorted(args.workdir.glob(f"*-{key}-{seed}/trained")):
         return trained[0].parent
     cpdir = args.workdir / f"{row.name.replace('/', '-')}-{key}-{seed}"
@@ -148,19 +154,32 @@ def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
     return cpdir
 
 
-def _key(command: list[str], config: dict | None) -> str:
-    """Of all options that it comes to, the defaults among them, but for the seed, and of the draft's config."""
+def _key(command: list[str], one: Plan) -> str:
+    """Of all options that it comes to, the defaults among them, but for the seed; of the model and the records,
+    wherever they lie; and of the draft's config."""
     options = read_options(command[command.index("eagle.train.main") + 1 :])
     assert options.basepath is not None
-    rate = options.learning_rate(load_config(options.basepath).hidden_size)
-    decides = options.to_json() | {"cpdir": None, "seed": None, "lr": rate, "configpath": config}
+    width = load_config(options.basepath).hidden_size
+    decides = options.to_json() | {
+        "cpdir": None,
+        "seed": None,
+        "lr": rate_as_in(None, options.learning_rate(width), width),
+        "configpath": one.config,
+        "basepath": _fingerprint(options.basepath),
+        "tmpdir": [one.source.content(), one.wanted if one.row.epochs > 1 else None],
+    }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _fingerprint(basepath: Path) -> str:
+    return check_target(basepath, "--basepath", use=Use.SERVED).identity.current
 
 
 def validated(cpdir: Path) -> float:
     """τ of the run's best validation, which is that of the draft it exports: from the features of a twentieth of the
     conversations, at the largest K. Its positions are far more than those of a few replies, so it tells rows apart that
-    the prompts cannot; rows of other replies are validated on other ones."""
+    the prompts cannot."""
     lines = map(json.loads, (cpdir / METRICS).read_text(encoding="utf-8").splitlines())
     return max(line["val_tau"][-1] for line in lines if "val_tau" in line)
 
@@ -173,11 +192,11 @@ def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
     found: dict = {"steps": one.steps, "flags": one.flags, "tau": [], "validation": [], "speed": {}}
     for seed in range(args.seeds):
         cpdir = train(one, seed, args)
-        found["validation"].append(validated(cpdir))
-        report = args.workdir / f"{cpdir.name}-report"
-        found["tau"].append(taus(judge.accepted(cpdir, report)))
+        if one.row.is_validated_alike:
+            found["validation"].append(validated(cpdir))
+        found["tau"].append(taus(judge.accepted(cpdir)))
         if judge.engine_python is not None and one.row.costs_its_own and seed == 0:
-            found["speed"] = {k: judge.served(cpdir, report, k)["speed_ratio"] for k in args.served_k}
+            found["speed"] = {k: judge.served(cpdir, k)["speed_ratio"] for k in args.served_k}
     return found
 
 
@@ -192,7 +211,7 @@ def line(row: Row, found: dict) -> str:
     by_k = list(zip(*found["tau"], strict=True))
     cells = [row.name, str(found["steps"]), *(f"{statistics.mean(values):.3f}" for values in by_k)]
     cells.append(f"{max(by_k[-1]) - min(by_k[-1]):.3f}" if len(by_k[-1]) > 1 else "")
-    cells.append(f"{statistics.mean(found['validation']):.3f}")
+    cells.append(f"{statistics.mean(found['validation']):.3f}" if found["validation"] else "")
     best = max(found["speed"], key=found["speed"].__getitem__, default=None)
     cells.append("" if best is None else f"{found['speed'][best]:.2f} times, K = {best}")
     return f"| {' | '.join(cells)} |"
@@ -210,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
             raise RequestError(f"--{name} is needed.")
         if path is not None:
             setattr(args, name, (path if name == "workdir" else existing_path(path, f"--{name}", "folder")).resolve())
+    args.workdir.mkdir(parents=True, exist_ok=True)
     judge, results = Judge.of(args), {}
     given = {"--store": args.store, "--original": args.original}
     sources = {flag: Source(path, flag, args.max_len) for flag, path in given.items() if path is not None}

@@ -19,16 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.judging import verified
-from eagle.device import choose_kind, describe, torch_device
-from eagle.drafts.foreign import check_is_draft
+from eagle.device import describe
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.plots import BLUE, GREY, PALE_BLUE, save_picture
 from eagle.provenance import provenance
+from eagle.target.check import check_target
+from eagle.target.quantization import Use
+from eagle.vllm.verify import resolve_export
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,8 +77,10 @@ class Spread:
 
 
 def content_key(draft: Path, args: argparse.Namespace) -> str:
-    """Another draft, model or set of prompts is measured anew, under whatever name it comes."""
-    found = hashlib.sha256(repr((str(args.base_path), args.num_prompts, args.max_new_tokens, args.dtype)).encode())
+    """Another draft, model or set of prompts is measured anew, under whatever name it comes; so is another machine."""
+    base = check_target(args.base_path, "--base-path", use=Use.SERVED).identity.current
+    asked = (base, args.num_prompts, args.max_new_tokens, args.dtype, describe(torch.device("cpu")))
+    found = hashlib.sha256(repr(asked).encode())
     files = [*draft.glob("*.safetensors"), *draft.glob("*.bin"), draft / "config.json"]
     for file in sorted([*files, *([args.prompts] if args.prompts else [])]):
         found.update(file.read_bytes())
@@ -88,6 +94,15 @@ def measure(args: argparse.Namespace, name: str, *more: object) -> dict[str, Any
     return verified(args.engine_python, args.base_path, args.draft_path, found, *prompts, *more)
 
 
+def check_one_engine(reports: list[dict[str, Any]], workdir: Path) -> None:
+    """Raises: RequestError where not all of them are of the same."""
+    engines = sorted({f"vLLM {report['vllm']} on {report['device']}" for report in reports})
+    if len(engines) > 1:
+        raise RequestError(
+            f"--workdir {workdir} holds runs of {' and of '.join(engines)}, which are not to be mixed. Name another."
+        )
+
+
 def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:
     """What all runs with chains of k tokens found, and the float32 one."""
     prompts = ["--num_prompts", args.num_prompts] if args.num_prompts else []
@@ -97,6 +112,7 @@ def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:
         timed = [*prompts, "--max_new_tokens", args.max_new_tokens, "--dtype", args.dtype]
         reports.append(measure(args, f"k{k}-run{number}-{key}", *asked, *timed))
         print(f"K = {k}, run {number}: {reports[-1]['speed_ratio']:.3f} times, τ {reports[-1]['tau']:.3f}", flush=True)
+    check_one_engine(reports, args.workdir)
     few = min(EXACT_PROMPTS, args.num_prompts or EXACT_PROMPTS)
     exact = ["--num_prompts", few, "--max_new_tokens", EXACT_TOKENS, "--dtype", "float32"]
     same = measure(args, f"k{k}-float32-{key}", *asked, *exact)
@@ -113,7 +129,7 @@ def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:
         "tau": over_runs("tau"),
         "accepted_per_position": first["accepted_per_position"],
         "float32": {name: same[name] for name in ("identical", "prompts", "tokens")},
-        **{name: first[name] for name in ("vllm", "dtype", "prompts", "max_new_tokens", "batch_size")},
+        **{name: first[name] for name in ("vllm", "device", "dtype", "prompts", "max_new_tokens", "batch_size")},
     }
 
 
@@ -175,19 +191,21 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("base_path", "draft_path"):
         flag = f"--{name.replace('_', '-')}"
         setattr(args, name, existing_path(getattr(args, name), flag, "folder").resolve())
-    check_is_draft(args.draft_path, "--draft-path")
+    args.draft_path = resolve_export(args.draft_path)
     if args.prompts:
-        args.prompts = existing_path(args.prompts, "--prompts", "path").resolve()
+        args.prompts = existing_path(args.prompts, "--prompts", "file").resolve()
     if args.runs < 1 or min(args.num_speculative_tokens) < 1:
         raise RequestError("--runs and --num_speculative_tokens: expected 1 or more.")
     args.workdir = args.workdir.resolve()
     args.engine_python = args.engine_python.absolute()  # not resolved: an environment's python is a link to another
     args.workdir.mkdir(parents=True, exist_ok=True)
     key = content_key(args.draft_path, args)
+    chains = [chain(args, key, k) for k in args.num_speculative_tokens]
     found = {
-        "chains": [chain(args, key, k) for k in args.num_speculative_tokens],
+        "chains": chains,
         "runs": args.runs,
-        "hardware": describe(torch_device(choose_kind())),
+        # The engine's, which may see no card where this process does.
+        "hardware": chains[0]["device"] if chains[0]["device"] != "cpu" else describe(torch.device("cpu")),
         "made_by": provenance(),
     }
     print("\n".join(["", *table(found)]))

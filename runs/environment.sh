@@ -2,8 +2,12 @@
 #
 #   EAGLE_ENV=current   use the python3 of this shell as it is (an Ascend container with its own torch, say);
 #                       only small missing packages are added to it, torch and transformers are left alone
-#   (unset)             make .venv in the checkout and install requirements-dev.txt, once
+#   (unset)             make .venv in the checkout and install requirements-dev.txt, once; with PYTHON's interpreter
+#                       where that is set
+#
+# $given_python is what PYTHON was before.
 
+given_python="${PYTHON:-}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 export TOKENIZERS_PARALLELISM=false
@@ -57,6 +61,6 @@ elif [ -n "${EAGLE_ENV:-}" ]; then
     echo "error: EAGLE_ENV=$EAGLE_ENV; expected 'current', or leave it unset for an environment of its own." >&2
     exit 2
 else
-    make_environment "$root/.venv" requirements-dev.txt
+    make_environment "$root/.venv" requirements-dev.txt "$given_python"
     PYTHON="$root/.venv/bin/python"
 fi

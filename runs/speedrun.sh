@@ -20,7 +20,7 @@ length=512
 step() { printf '\n=== %s  (%d s so far)\n' "$1" "$SECONDS"; }
 
 step "vLLM"
-bash runs/vllm_environment.sh .venv-vllm
+PYTHON="${given_python:-python3}" bash runs/vllm_environment.sh .venv-vllm
 engine="$root/.venv-vllm/bin/python"
 
 step "Model, conversations, and questions that nothing is trained on"
@@ -33,11 +33,9 @@ fi
 
 # Sampled: greedy replies of a small model repeat themselves, and teach little.
 step "Step 2: the model's own answers"
-if [ ! -f "$run/own.jsonl" ]; then
-    "$PYTHON" tools/regenerate.py --model_name $work/model --data_path $work/sharegpt.json --allow_truncated \
-        --end_num "$conversations" --temperature 0.8 --max_new_tokens 256 --concurrency 128 \
-        --engine_python "$engine" --engine_args="--max-model-len $length" --output "$run/own.jsonl"
-fi
+"$PYTHON" tools/regenerate.py --model_name $work/model --data_path $work/sharegpt.json --allow_truncated \
+    --end_num "$conversations" --temperature 0.8 --max_new_tokens 256 --concurrency 128 \
+    --engine_python "$engine" --engine_args="--max-model-len $length" --output "$run/own.jsonl"
 
 step "Step 3: answers -> features of the base model"
 "$PYTHON" allocation.py --outdir "$run/features" --draft eagle3 --npu_indices "0" --used_npus 1 \
@@ -49,13 +47,12 @@ step "Step 4: features -> draft"
 "$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no \
     --num_cpu_threads_per_process "$threads" \
     -m --mixed_precision=bf16 eagle.train.main --tmpdir "$run/features" --cpdir "$run/checkpoints" --draft eagle3 \
-    --draft_vocab_size 8192 --ttt_steps 3 --lr 2e-3 --basepath $work/model --bs 4 --num_epochs 2 --max_len $length
+    --draft_vocab_size 8192 --lr 2e-3 --basepath $work/model --bs 4 --num_epochs 2 --max_len $length
 
 step "Step 5: draft -> vLLM"
-if [ ! -f "$run/draft-vllm/plain/config.json" ]; then
-    "$PYTHON" convert_eagle_ckpt_to_vllm_compatible.py --base-path $work/model --draft-path "$run/checkpoints" \
-        --output-path "$run/draft-vllm" --layout both
-fi
+rm -rf "$run/draft-vllm"
+"$PYTHON" convert_eagle_ckpt_to_vllm_compatible.py --base-path $work/model --draft-path "$run/checkpoints" \
+    --output-path "$run/draft-vllm" --layout both
 
 step "Proof: stock vLLM with the draft and without it"
 "$PYTHON" benchmarks/speedup.py --base-path $work/model --draft-path "$run/draft-vllm/plain" --engine_python "$engine" \

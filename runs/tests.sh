@@ -46,7 +46,7 @@ none of python3, python3.11 and python3.10 is one of these (with venv)."
     fi
 fi
 if [ "${SKIP_VLLM:-}" != 1 ]; then
-    bash runs/vllm_environment.sh .venv-vllm </dev/null &
+    PYTHON="${given_python:-python3}" bash runs/vllm_environment.sh .venv-vllm </dev/null &
     vllm_environment=$!
 fi
 set +m

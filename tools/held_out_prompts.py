@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def dialogue_at(records: Records, index: int) -> Dialogue | None:
         return None
 
 
+#: More records with the same beginning of their ids are of a file that numbers them, not parts of one conversation:
+#: so many, and a tenth of those that step 3 takes.
+MOST_PARTS = 8
+
+
 def whole_of(records: Records, index: int) -> str:
     """What the parts of one long conversation have in common: ShareGPT's ids are ``whole_part``."""
     try:
@@ -62,12 +68,12 @@ def whole_of(records: Records, index: int) -> str:
 
 def held_out(records: Records, order: Sequence[int], taken: int, args: argparse.Namespace) -> list[str]:
     """The questions, those of the last conversations in the order first."""
-    asked, wholes = set[str](), set[str]()
+    asked, parts = set[str](), Counter[str]()
     for index in order[:taken]:
         dialogue = dialogue_at(records, index)
         asked.update(question.strip() for question in (dialogue.questions if dialogue else ()))
-        wholes.add(whole_of(records, index))
-    wholes.discard("")
+        parts[whole_of(records, index)] += 1
+    wholes = {whole for whole, count in parts.items() if whole and count <= max(MOST_PARTS, taken // 10)}
     found: list[str] = []
     for index in reversed(order[taken:]):
         if len(found) == args.num_prompts:

@@ -235,10 +235,12 @@ class TrainOptions:
 def rate_as_in(saved: dict[str, Any] | None, rate: float, hidden_size: int) -> float | None:
     """A run's learning rate as the run that it goes on from says it, if any: the two are compared.
 
-    Version 0.1 said None where none was given, and meant 5e-4 at `REFERENCE_WIDTH`.
+    Version 0.1 said None where none was given, and meant 5e-4 at `REFERENCE_WIDTH`. To six digits, so that one that
+    was computed is the same as one that was typed.
     """
     said_none = saved is not None and saved.get("lr") is None
-    return None if said_none and math.isclose(rate, 5e-4 * REFERENCE_WIDTH / hidden_size) else rate
+    is_old_default = said_none and math.isclose(rate, 5e-4 * REFERENCE_WIDTH / hidden_size)
+    return None if is_old_default else float(f"{rate:.6g}")
 
 
 #: Options that may change when a run is resumed: they do not touch what is computed.

@@ -61,6 +61,15 @@ def test_a_question_that_a_taken_conversation_asks_too_is_left_out(data):
     assert last["conversations"][0]["value"] in chosen(data, "--end_num", "20", "--num_prompts", "30", "--seed", "7")
 
 
+def test_numbered_records_are_not_parts_of_one_conversation(data):
+    """Of a file whose ids are NAME_NUMBER, as step 2 writes them."""
+    records = json.loads(data.read_text())
+    for number, record in enumerate(records):
+        record["id"] = f"alpaca_{number}"
+    data.write_text(json.dumps(records))
+    assert len(chosen(data, "--end_num", "20", "--num_prompts", "40")) == 40
+
+
 def test_too_few_are_refused_and_nothing_is_overwritten(data):
     output = data.with_name("held.jsonl")
     words = ["--data_path", str(data), "--output", str(output), "--end_num", "58"]

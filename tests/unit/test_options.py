@@ -42,3 +42,4 @@ def test_a_run_whose_default_rate_was_another_is_not_gone_on_with():
     assert rate_as_in({"lr": None}, 5e-4, 576) is None, "the same run"
     assert rate_as_in({"lr": None}, 1e-3, 576) == 1e-3, "which is not what that run says"
     assert rate_as_in({"lr": 1e-3}, 5e-4, 576) == 5e-4
+    assert rate_as_in(None, options().learning_rate(4096), 4096) == 7.03125e-05, "as one would type it"

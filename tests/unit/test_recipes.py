@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import recipes
+from benchmarks import judging, recipes
 from benchmarks.recipe_rows import FAMILIES, LAYERS, ROWS, NotHere, Row
 from benchmarks.recipe_stores import HELD_OUT, Source
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.eagle3.draft_config import draft_config_for
 from eagle.drafts.eagle3.family import Eagle3
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.files import write_json
 from eagle.store.manifest import MANIFEST
 from eagle.store.reader import FeatureStore
@@ -165,6 +165,63 @@ def test_what_was_trained_is_found_again(target, tmp_path, monkeypatch):
     sizes = [json.loads(Path(command[command.index("--configpath") + 1]).read_text())["intermediate_size"]
              for command in commands if "--configpath" in command]  # fmt: skip
     assert sizes[1] == 4 * sizes[0]
+
+
+def test_a_run_is_of_the_records_and_not_of_where_they_lie(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "call", lambda command, log: Path(command[-1]).mkdir(parents=True))
+    args = asked(target, tmp_path / "work")
+    args.workdir.mkdir()
+
+    def trained(folder: Path, name: str) -> Path:
+        source = Source(folder, "--store", 512)
+        return recipes.train(recipes.plans_of([row(name)], args, {"--store": source})[0], 0, args)
+
+    for name in ("family/eagle1", "epochs/eagle3-2-of-0.5"):
+        first = trained(store(tmp_path / name / "here", (2, 8, 13)), name)
+        (tmp_path / name / "here").rename(tmp_path / name / "there")
+        assert trained(tmp_path / name / "there", name) == first
+        manifest = tmp_path / name / "there" / MANIFEST
+        manifest.write_text(manifest.read_text().replace("0" * 16, "1" * 16))
+        assert trained(tmp_path / name / "there", name) != first, "of other conversations"
+
+
+def test_a_judgement_is_of_the_very_weights(tmp_path, monkeypatch):
+    """And a draft of which nothing is accepted has one too."""
+    judge, asked_for = judging.Judge(tmp_path, 3, None, None, 8, Path("python")), []
+    said = {"loaded": True, "drafted_tokens": 90, "accepted_tokens": 30, "accepted_per_position": [0.5, 0.3, 0.1]}
+
+    def call(words: list[object], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        asked_for.append(log.name)
+        if "--output" in words:
+            Path(str(words[words.index("--output") + 1])).write_text(json.dumps(said))
+            if not said["accepted_tokens"]:
+                raise WorkError("None of 90 drafted tokens was accepted")
+
+    monkeypatch.setattr(judging, "call", call)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(b"first")
+    assert judge.accepted(run) == judge.accepted(run) == [0.5, 0.3, 0.1] and len(asked_for) == 2
+    (run / "model.safetensors").write_bytes(b"second")
+    said |= {"accepted_tokens": 0, "accepted_per_position": [0.0, 0.0, 0.0]}
+    assert judge.accepted(run) == judge.accepted(run) == [0.0, 0.0, 0.0] and len(asked_for) == 4
+    (run / "model.safetensors").write_bytes(b"third")
+    said["drafted_tokens"] = 0
+    with pytest.raises(WorkError):
+        judge.accepted(run)
+
+
+def test_rows_that_are_validated_on_other_conversations_say_no_validation():
+    other = {one.name for one in ROWS if not one.is_validated_alike}
+    assert other == {
+        "epochs/eagle1-2-of-0.5",
+        "epochs/eagle3-2-of-0.5",
+        "replies/eagle1-original",
+        "replies/eagle3-original",
+    }
+    found = {"steps": 90, "tau": [[1.3]], "validation": [], "speed": {}}
+    assert recipes.line(row("replies/eagle3-original"), found) == "| replies/eagle3-original | 90 | 1.300 |  |  |  |"
 
 
 def test_too_few_tokens_are_said_before_anything_is_trained(target, tmp_path):

@@ -29,6 +29,7 @@ def report(words: list[str], number: int) -> dict[str, Any]:
         "prompts": int(told.get("--num_prompts", 40)),
         "tokens": 700,
         "vllm": "0.32.0",
+        "device": "cpu",
         "dtype": "bfloat16",
         "max_new_tokens": int(told["--max_new_tokens"]),
         "batch_size": 1,
@@ -82,6 +83,26 @@ def test_what_was_measured_is_not_measured_again_unless_the_draft_is_another(ask
     assert len(runs) == 5
     speedup.main([*words, "--runs", "1", "--num_prompts", "7"])
     assert runs[-1][runs[-1].index("--num_prompts") + 1] == "7"  # of the float32 run, which takes twelve at most
+
+
+def test_runs_of_different_engines_are_not_mixed(asked, tmp_path):
+    words, _ = asked
+    speedup.main([*words, "--runs", "1"])
+    (first,) = (tmp_path / "work").glob("k3-run1-*.json")
+    first.write_text(first.read_text().replace("0.32.0", "0.31.0"))
+    with pytest.raises(RequestError, match=r"holds runs of vLLM 0.31.0 on cpu and of vLLM 0.32.0 on cpu"):
+        speedup.main([*words, "--runs", "2"])
+
+
+def test_the_machine_is_the_engines(asked, tmp_path):
+    """Which may see no card where this process does, or the other way round."""
+    words, _ = asked
+    speedup.main([*words, "--runs", "1"])
+    assert json.loads((tmp_path / "work" / "speedup.json").read_text())["hardware"].startswith("cpu ")
+    for file in (tmp_path / "work").glob("k3-*.json"):
+        file.write_text(file.read_text().replace('"cpu"', '"A Card"'))
+    speedup.main([*words, "--runs", "1"])
+    assert json.loads((tmp_path / "work" / "speedup.json").read_text())["hardware"] == "A Card"
 
 
 def test_a_run_that_fails_ends_it(asked, monkeypatch, tmp_path):
