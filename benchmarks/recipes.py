@@ -1,15 +1,16 @@
 """Which way of training makes the better draft? The search behind the defaults, a table by one command.
 
     python benchmarks/recipes.py --basepath quickstart/model --store features-own --workdir recipes --rows "family/*"
-    python benchmarks/recipes.py ... --engine_python .venv-vllm/bin/python       judged and timed in vLLM
+    python benchmarks/recipes.py ... --engine_python .venv-vllm/bin/python       counted by vLLM
     python benchmarks/recipes.py --list
 
 A row (see `benchmarks.recipe_rows`) changes one thing against the defaults of its family and trains on as many
 supervised tokens as all others of its group, every seed its own draft. It is judged by the chain's τ on prompts that
 nothing was trained on. What was trained or judged is kept in --workdir and not done again, whatever row it was for; an
-interrupted training is gone on with. --store is a store of `allocation.py --draft eagle3`, which EAGLE-1 drafts are
-trained from as well; where it holds more layers than the default ones (--aux_layers), the rows that name no layers read
-the default ones. --original is one of the same questions with the replies of the file, for the rows that compare them.
+interrupted training is gone on with under the same row. --store is a store of `allocation.py --draft eagle3`, which
+EAGLE-1 drafts are trained from as well; where it holds more layers than the default ones (--aux_layers), the rows that
+name no layers read the default ones. --original is one of the same questions with the replies of the file, for the rows
+that compare them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import fnmatch
 import functools
 import hashlib
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -181,7 +183,7 @@ def validated(cpdir: Path) -> float:
     conversations, at the largest K. Its positions are far more than those of a few replies, so it tells rows apart that
     the prompts cannot."""
     lines = map(json.loads, (cpdir / METRICS).read_text(encoding="utf-8").splitlines())
-    return max(line["val_tau"][-1] for line in lines if "val_tau" in line)
+    return max((line["val_tau"][-1] for line in lines if "val_tau" in line), default=math.nan)
 
 
 def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
