@@ -14,6 +14,7 @@ import torch
 from eagle.drafts.saved import save_draft
 from eagle.generate import main as allocation
 from eagle.store import reshard as reassign
+from eagle.target.config import load_config
 from eagle.train import main as train
 from eagle.vllm import convert
 from tests.e2e.commands import Answer, ask, command
@@ -276,7 +277,8 @@ def test_training_into_another_runs_checkpoints_is_refused(
     run = words(world, train, {"--cpdir": tmp_path / "run", "--num_epochs": 1})
     assert ask(train.main, capsys, *run).code == 0
     before = snapshot(tmp_path)
-    check(ask(train.main, capsys, *run, "--lr=0.5"), ["checkpoints of another run", "lr was None, now 0.5"])
+    rate = 5e-4 * 576 / load_config(world / "llama").hidden_size
+    check(ask(train.main, capsys, *run, "--lr=0.5"), ["checkpoints of another run", f"lr was {rate:g}, now 0.5"])
     check(ask(train.main, capsys, *run, "--seed=1"), ["seed was 42, now 1", "Repeat that run's options"])
     assert snapshot(tmp_path) == before
 
