@@ -55,7 +55,7 @@ def generate(outdir: Path, target: Path, data: Path, *more: object) -> list[obje
 
 def options(target: Path, cpdir: Path, *more: object) -> list[object]:
     return ["--draft", "eagle3", "--basepath", target, "--cpdir", cpdir, "--num_epochs", 2, "--draft_vocab_size",
-            DRAFTED, "--ttt_steps", 3, *more]  # fmt: skip
+            DRAFTED, "--ttt_steps", 3, "--lr", 9e-3, *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
