@@ -40,8 +40,8 @@ class Noise:
 
 
 #: Simulated cards compute as the CPU does, but for the order of some products and sums. Seen: losses 2e-4 apart at
-#: most, weights a hundredth of their way, one norm's seven hundredths; runs that share only the seed are as far apart as
-#: they have moved.
+#: most, weights a hundredth of their way, one norm's seven hundredths; runs that share only the seed are as far apart
+#: as they have moved.
 BF16 = Noise(1e-3, 0.15)
 FP16 = Noise(1e-3, 0.05)
 #: Where the target's logits are rounded elsewhere, its likeliest token may be another at one position in hundreds, and
