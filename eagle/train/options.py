@@ -223,7 +223,7 @@ class TrainOptions:
 
     def learning_rate(self, hidden_size: int) -> float:
         """``--lr``, or its family's for a draft of that width."""
-        return DRAFT_FAMILIES[self.draft].learning_rate * REFERENCE_WIDTH / hidden_size if self.lr is None else self.lr
+        return self.family.learning_rate * REFERENCE_WIDTH / hidden_size if self.lr is None else self.lr
 
     def losses(self) -> LossOptions:
         return LossOptions(self.token_loss, self.vloss_weight, self.ploss_weight, self.ttt_decay)

@@ -123,10 +123,10 @@ class EngineResult:
 
 def dtype_for_engine(named: str) -> str:
     """vLLM's name for what ``--dtype`` says. Raises: RequestError for a dtype that there is not."""
-    names = ("auto", *DTYPES)
+    names = (AUTO, *DTYPES)
     if named not in names:
         raise RequestError(f"--dtype {named}: unknown dtype; expected one of {', '.join(names)}.")
-    return named if named == "auto" else str(DTYPES[named]).removeprefix("torch.")
+    return named if named == AUTO else str(DTYPES[named]).removeprefix("torch.")
 
 
 def run_engine(request: EngineRequest) -> EngineResult:
