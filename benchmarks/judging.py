@@ -13,13 +13,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import ROOT
+from eagle.device import describe
 from eagle.drafts.saved import resolve_pointer
 from eagle.entry import child_environment
-from eagle.errors import WorkError
+from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json
 
 
@@ -48,6 +51,15 @@ def verified(engine_python: Path | None, basepath: Path, draft: Path, found: Pat
     return read_json(found, "the report")
 
 
+def check_one_engine(reports: list[dict], where: str) -> None:
+    """reports: of verify, in `where`. Raises: RequestError where not all of them are of the same engine."""
+    engines = sorted({f"vLLM {report['vllm']} on {report['device']}" for report in reports})
+    if len(engines) > 1:
+        raise RequestError(
+            f"{where} holds runs of {' and of '.join(engines)}, which are not to be mixed. Name another."
+        )
+
+
 def judgements(cpdir: Path) -> Path:
     """The folder of what was judged of a trained run, beside it: of the very weights that it exports."""
     weights = (resolve_pointer(cpdir) / "model.safetensors").read_bytes()
@@ -56,7 +68,8 @@ def judgements(cpdir: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """basepath: the base model. engine_python: who counts, None for our own decoding. The rest is said by `add_to`."""
+    """basepath: the base model. engine_python: who counts, None for our own decoding. reports: the engine's, so far.
+    The rest is said by `add_to`."""
 
     basepath: Path
     num_draft_tokens: int
@@ -64,6 +77,7 @@ class Judge:
     num_prompts: int | None
     max_new_tokens: int
     engine_python: Path | None
+    reports: list[dict] = field(default_factory=list)
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -85,7 +99,8 @@ class Judge:
     def accepted(self, cpdir: Path) -> list[float]:
         """Shares of the verifications that accepted a first, second, ... token of a trained run's chains."""
         if self.engine_python is not None:  # several replies at once: what is counted is the same but for rounding
-            return self._counted(cpdir)["accepted_per_position"]
+            more = ["--no_baseline", "--batch_size", 8]
+            return self.served(cpdir, self.num_draft_tokens, "counted", more)["accepted_per_position"]
         report = judgements(cpdir) / f"decoded-{self._named(self.num_draft_tokens)}"
         if not (report / "report.json").is_file():
             words: list[object] = [sys.executable, "-m", "eagle.evaluate", "--base-path", self.basepath]
@@ -95,29 +110,32 @@ class Judge:
         return read_json(report / "report.json", "the report")["accepted_per_position"]
 
     def served(self, cpdir: Path, k: int, kind: str = "timed", more: Sequence[object] = ()) -> dict:
-        """What `eagle.vllm.verify` measured of a trained run with chains of k tokens, with these options more."""
-        place = judgements(cpdir)
-        exported, found = place / "draft", place / f"{kind}-{self._named(k)}.json"
+        """What `eagle.vllm.verify` measured of a trained run with chains of k tokens, with these options more.
+
+        verify fails a draft of which nothing is accepted, which here is a judgement like any other.
+
+        Raises: RequestError where the work folder holds what another engine said.
+        """
+        place, machine = judgements(cpdir), describe(torch.device("cpu"))
+        named = self._named(k) + (f"-{hashlib.sha256(machine.encode()).hexdigest()[:6]}" if kind == "timed" else "")
+        exported, found = place / "draft", place / f"{kind}-{named}.json"
         if not found.is_file() and not any(exported.glob("[!.]*/config.json")):
             shutil.rmtree(exported, ignore_errors=True)
             words: list[object] = [sys.executable, "convert_eagle_ckpt_to_vllm_compatible.py"]
             words += ["--base-path", self.basepath, "--draft-path", cpdir, "--output-path", exported]
             call(words, place / "draft.log")
         asked = [*self._prompts(), *more]
-        return verified(self.engine_python, self.basepath, exported, found, "--num_speculative_tokens", k, *asked)
-
-    def _counted(self, cpdir: Path) -> dict:
-        """verify's report of several replies at once. It fails a draft of which nothing is accepted, which here is a
-        judgement like any other."""
         try:
-            return self.served(cpdir, self.num_draft_tokens, "counted", ["--no_baseline", "--batch_size", 8])
+            report = verified(self.engine_python, self.basepath, exported, found, "--num_speculative_tokens", k, *asked)
         except WorkError:
-            written = judgements(cpdir) / f"counted-{self._named(self.num_draft_tokens)}.tmp"
+            written = found.with_suffix(".tmp")
             report = read_json(written, "the report") if written.is_file() else {}
-            if report.get("drafted_tokens") and not report.get("accepted_tokens"):
-                written.replace(written.with_suffix(".json"))
-                return report
-            raise
+            if not report.get("drafted_tokens") or report.get("accepted_tokens"):
+                raise
+            written.replace(found)
+        self.reports.append(report)
+        check_one_engine(self.reports, f"--workdir {place.parent.parent}")
+        return report
 
     def _named(self, k: int) -> str:
         """Of a judgement: another is made for other prompts, by what they say."""

@@ -191,11 +191,11 @@ def measure(one: Plan, args: argparse.Namespace, judge: Judge) -> dict:
 
     What a step costs does not depend on the weights, so the first seed's draft tells it.
     """
-    found: dict = {"steps": one.steps, "flags": one.flags, "tau": [], "validation": [], "speed": {}}
+    found: dict = {"steps": one.steps, "flags": one.flags, "tau": [], "validation": None, "speed": {}}
     for seed in range(args.seeds):
         cpdir = train(one, seed, args)
-        if one.row.is_validated_alike:
-            found["validation"].append(validated(cpdir))
+        if one.row.is_validated_alike and seed == 0:  # every seed holds other conversations out
+            found["validation"] = validated(cpdir)
         found["tau"].append(taus(judge.accepted(cpdir)))
         if judge.engine_python is not None and one.row.costs_its_own and seed == 0:
             found["speed"] = {k: judge.served(cpdir, k)["speed_ratio"] for k in args.served_k}
@@ -209,11 +209,12 @@ def head(num_draft_tokens: int) -> str:
 
 
 def line(row: Row, found: dict) -> str:
-    """τ at every K, the mean of the seeds; how far they are apart at the largest; validation's; the quickest chain."""
+    """τ at every K, the mean of the seeds; how far they are apart at the largest; the first one's validation; the
+    quickest chain."""
     by_k = list(zip(*found["tau"], strict=True))
     cells = [row.name, str(found["steps"]), *(f"{statistics.mean(values):.3f}" for values in by_k)]
     cells.append(f"{max(by_k[-1]) - min(by_k[-1]):.3f}" if len(by_k[-1]) > 1 else "")
-    cells.append(f"{statistics.mean(found['validation']):.3f}" if found["validation"] else "")
+    cells.append("" if found["validation"] is None else f"{found['validation']:.3f}")
     best = max(found["speed"], key=found["speed"].__getitem__, default=None)
     cells.append("" if best is None else f"{found['speed'][best]:.2f} times, K = {best}")
     return f"| {' | '.join(cells)} |"

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.judging import verified
+from benchmarks.judging import check_one_engine, verified
 from eagle.device import describe
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
@@ -94,15 +94,6 @@ def measure(args: argparse.Namespace, name: str, *more: object) -> dict[str, Any
     return verified(args.engine_python, args.base_path, args.draft_path, found, *prompts, *more)
 
 
-def check_one_engine(reports: list[dict[str, Any]], workdir: Path) -> None:
-    """Raises: RequestError where not all of them are of the same."""
-    engines = sorted({f"vLLM {report['vllm']} on {report['device']}" for report in reports})
-    if len(engines) > 1:
-        raise RequestError(
-            f"--workdir {workdir} holds runs of {' and of '.join(engines)}, which are not to be mixed. Name another."
-        )
-
-
 def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:
     """What all runs with chains of k tokens found, and the float32 one."""
     prompts = ["--num_prompts", args.num_prompts] if args.num_prompts else []
@@ -112,10 +103,10 @@ def chain(args: argparse.Namespace, key: str, k: int) -> dict[str, Any]:
         timed = [*prompts, "--max_new_tokens", args.max_new_tokens, "--dtype", args.dtype]
         reports.append(measure(args, f"k{k}-run{number}-{key}", *asked, *timed))
         print(f"K = {k}, run {number}: {reports[-1]['speed_ratio']:.3f} times, τ {reports[-1]['tau']:.3f}", flush=True)
-    check_one_engine(reports, args.workdir)
     few = min(EXACT_PROMPTS, args.num_prompts or EXACT_PROMPTS)
     exact = ["--num_prompts", few, "--max_new_tokens", EXACT_TOKENS, "--dtype", "float32"]
     same = measure(args, f"k{k}-float32-{key}", *asked, *exact)
+    check_one_engine([*reports, same], f"--workdir {args.workdir}")
 
     def over_runs(name: str) -> dict[str, float]:
         return Spread.of([report[name] for report in reports]).to_json()
@@ -200,7 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     args.engine_python = args.engine_python.absolute()  # not resolved: an environment's python is a link to another
     args.workdir.mkdir(parents=True, exist_ok=True)
     key = content_key(args.draft_path, args)
-    chains = [chain(args, key, k) for k in args.num_speculative_tokens]
+    chains: list[dict[str, Any]] = []
+    for k in args.num_speculative_tokens:
+        chains.append(chain(args, key, k))
+        check_one_engine(chains, f"--workdir {args.workdir}")
     found = {
         "chains": chains,
         "runs": args.runs,

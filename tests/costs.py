@@ -31,6 +31,7 @@ def write_costs(
     drafts: Mapping[Shape, Mapping[int, Mapping[int, float]]],
     target: str = "all-1",
     rounds: int = 1,
+    hardware: str = "a machine",
     **engine: Any,
 ) -> Path:
     """alone: milliseconds by batch size. drafts: by shape, batch size and K. rounds: of each, all the same."""
@@ -50,6 +51,8 @@ def write_costs(
         "format": FORMAT,
         "base": "base",
         "target": target,
+        "hardware": hardware,
+        "is_finished": True,
         "asked": {"dtype": "auto", "context": 128},
         "engine": {**ENGINE, **engine},
         "measured": measured,

@@ -231,8 +231,8 @@ def what_is_asked(
     prompts: list[Prompt], encoder: Encoder, options: EvaluateOptions, sampling: Sampling
 ) -> dict[str, Any]:
     first = [encode_first_turn(prompt, encoder) for prompt in prompts]
-    turns = max(min(len(prompt.turns), options.num_turns) for prompt in prompts)
-    return asked_of(first, turns, options.max_new_tokens, sampling.temperature)
+    later = [prompt.turns[1 : options.num_turns] for prompt in prompts]
+    return asked_of(first, options.max_new_tokens, later, sampling)
 
 
 def write_replies(path: Path, replies: list[Reply], depth: int, encoder: Encoder) -> None:

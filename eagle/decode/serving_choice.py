@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle.decode.diagnosis import tau_of
+from eagle.decode.sampling import Sampling
 from eagle.decode.step_costs import FLAG, Shape, StepCosts
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
@@ -146,15 +147,23 @@ def choose(costs: StepCosts, drafts: Sequence[Measured]) -> list[Choice]:
     return choices
 
 
-def asked_of(prompts: list[list[int]], num_turns: int, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+def asked_of(
+    first: list[list[int]], max_new_tokens: int, later: Sequence[Sequence[str]] = (), sampling: Sampling | None = None
+) -> dict[str, Any]:
     """What was asked of a draft, for its report: only answers to the same can be held against each other.
 
-    prompts: the tokens of every first turn.
+    first: the tokens of every first turn. later: what the user says behind them. sampling: greedy where it is None.
     """
-    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    said = [tuple(turns) for turns in later] if any(later) else []
+    sampled = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    if sampling is not None and not sampling.greedy:
+        sampled = {name: getattr(sampling, name) for name in sampled}
     return {
-        "prompts": digest, "num_turns": num_turns, "max_new_tokens": max_new_tokens, "temperature": temperature,
-    }  # fmt: skip
+        "prompts": hashlib.sha256(repr((first, said)).encode()).hexdigest(),
+        "num_turns": 1 + max(map(len, said), default=0),
+        "max_new_tokens": max_new_tokens,
+        **sampled,
+    }
 
 
 def of_report(path: Path, asked: dict[str, Any], target: str) -> Measured:

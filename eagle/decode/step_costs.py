@@ -140,8 +140,8 @@ class StepCosts:
         engine = self.engine
         cards = engine["tensor_parallel_size"]
         return (
-            f"vLLM {engine['vllm']} on {engine['device']}{f' x {cards}' if cards > 1 else ''}, {engine['dtype']}, "
-            f"behind {self.content['asked']['context']} tokens of context ({self.path})"
+            f"vLLM {engine['vllm']} on {self.content['hardware']}{f' x {cards}' if cards > 1 else ''}, "
+            f"{engine['dtype']}, behind {self.content['asked']['context']} tokens of context ({self.path})"
         )
 
     def check_target(self, identity: Identity) -> None:
@@ -157,10 +157,9 @@ class StepCosts:
 
         Raises: RequestError where it is another one.
         """
+        there = self.engine | {"hardware": self.content["hardware"]}
         wrong = [
-            f"{name} is {self.engine[name]} there and {value} here"
-            for name, value in engine.items()
-            if self.engine[name] != value
+            f"{name} is {there[name]} there and {value} here" for name, value in engine.items() if there[name] != value
         ]
         if wrong:
             raise RequestError(
@@ -193,10 +192,11 @@ def read_step_costs(path: Path) -> StepCosts:
         shape = Shape(**one["draft"]) if one["draft"] else None
         points = found.setdefault((shape, one["batch_size"]), {})
         points[one["num_speculative_tokens"]] = cost_of(one["rounds_ms"])
-    if not any(shape is None for shape, _ in found) or not any(found):
-        raise RequestError(f"{FLAG} {path} holds no measurement yet. Run the same {COMMAND} again; it goes on.")
-    if all(shape is None for shape, _ in found):
+    if not content["is_finished"]:
         raise RequestError(
-            f"{FLAG} {path} has the base model alone and no draft yet. Run the same {COMMAND} again; it goes on."
+            f"{FLAG} {path} is not finished: what was not measured yet would be left out of the choice. Run the same "
+            f"{COMMAND} again; it goes on."
         )
+    if all(shape is None for shape, _ in found):
+        raise RequestError(f"{FLAG} {path} has the base model alone and no draft. Run {COMMAND} with one.")
     return StepCosts(path, content, found)

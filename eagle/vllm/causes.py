@@ -71,13 +71,15 @@ class Evidence:
         return self.held_out.manifest
 
     @cached_property
-    def store_dtype(self) -> str:
-        return str(self.manifest.get("dtype") or self.dtype)
+    def computed_in(self) -> str:
+        """The dtype of the store's features; of classic dumps, which do not say it, the file's."""
+        features = self.held_out.conversations[0].record.feature(self.reads)
+        return str(self.manifest.get("dtype") or features.dtype).removeprefix("torch.")
 
     @cached_property
     def tolerance(self) -> float:
         stored_as = (self.manifest.get("options") or {}).get("store_dtype", "same")
-        exact = self.dtype == self.store_dtype == "float32" and stored_as in ("same", "float32")
+        exact = self.dtype == self.manifest.get("dtype") == "float32" and stored_as in ("same", "float32")
         return EXACT if exact else ROUNDED
 
     def stored(self, at: int) -> torch.Tensor:
@@ -216,16 +218,28 @@ def _shifted(evidence: Evidence) -> str | None:
 
 
 def _checkpoint(evidence: Evidence) -> str | None:
-    if evidence.apart <= evidence.tolerance and (evidence.is_target or FEATURES not in evidence.differs):
+    named = bool(evidence.manifest.get("target"))
+    if evidence.is_target or (evidence.apart <= evidence.tolerance and not (named and FEATURES in evidence.differs)):
         return None
-    named = "" if evidence.is_target else ", and its manifest names another base model"
-    return f"the features of the same tokens are {evidence.apart:.0%} apart in the store and in the engine{named}"
+    says = "names another base model" if named else "does not say of which base model it is"
+    return f"{_distance(evidence)}, and the store {says}"
+
+
+def _engine_features(evidence: Evidence) -> str | None:
+    if not evidence.is_target or evidence.apart <= evidence.tolerance:
+        return None
+    return f"{_distance(evidence)}, though both are of the same base model"
+
+
+def _distance(evidence: Evidence) -> str:
+    return f"the features of the same tokens are {evidence.apart:.0%} apart in the store and in the engine"
 
 
 def _dtype(evidence: Evidence) -> str | None:
-    if evidence.dtype == evidence.store_dtype or not evidence.differs & {FEATURES, DRAFT}:
+    # What the draft makes of features is compared on the engine's own: another dtype of the store is no cause of that.
+    if evidence.computed_in == evidence.dtype or FEATURES not in evidence.differs:
         return None
-    return f"the store was computed in {evidence.store_dtype} and the engine runs in {evidence.dtype}"
+    return f"the store was computed in {evidence.computed_in} and the engine runs in {evidence.dtype}"
 
 
 # The exported draft.
@@ -274,6 +288,11 @@ CAUSES = (
     Cause(
         "another base model", FEATURES, _checkpoint,
         "Make the store with the model that is served, and train on that.",
+    ),
+    Cause(
+        "features of the engine", FEATURES, _engine_features,
+        "The store was altered, or this vLLM computes other features: make a few records again (allocation.py, with "
+        "and without --feature_source vllm), or try --enforce-eager, --dtype float32, another release.",
     ),
     Cause("dtype", FEATURES, _dtype, "Serve in the store's dtype, or make the store in the engine's."),
     _exported("rotary settings", ("rope_theta", "rope_scaling", "partial_rotary"),

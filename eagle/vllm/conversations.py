@@ -12,7 +12,7 @@ import numpy as np
 from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder
 from eagle.data.mixture import open_data
-from eagle.data.prompts import encode_first_turn, prompt_of
+from eagle.data.prompts import encode_before_reply
 from eagle.errors import RequestError, WorkError
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
@@ -21,8 +21,8 @@ from eagle.train.dataset import split_store, usable_records
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """record: cut to what training and the engine take. stored: the tokens before its first reply, as training has
-    them. served: what a server makes of the same conversation, None where that is not known."""
+    """record: cut to what training and the engine take. stored: the tokens before its first reply that is trained, as
+    training has them. served: what a server makes of the same messages, None where that is not known."""
 
     record: Record
     stored: list[int]
@@ -106,14 +106,12 @@ def _served_prompts(
         if conversation >= len(records):
             return None  # a further row, of a later reply
         try:
-            asked = prompt_of(records[conversation], conversation)
+            record = records[conversation]
         except ValueError as error:
             raise WorkError(f"{paths[0]}: record {conversation} cannot be read ({error}).") from error
-        if asked is None or not asked.turns:
-            return None
         try:
-            return encode_first_turn(asked, serving)
-        except (RequestError, Dropped):
-            return None  # the served template refuses it
+            return encode_before_reply(record, serving)
+        except Dropped:
+            return None  # tokens already, or the served template refuses it
 
     return prompt, ""

@@ -29,7 +29,9 @@ from eagle.data.loss_mask import Encoder
 from eagle.device import choose_kind, torch_device
 from eagle.drafts.alignment import supervised_positions
 from eagle.drafts.interface import DraftFamily
+from eagle.drafts.saved import STATE, resolve_pointer
 from eagle.errors import RequestError
+from eagle.files import read_json
 from eagle.store.reader import FeatureStore
 from eagle.target.check import CheckedTarget
 from eagle.target.features import HIDDEN_STATE, describe_feature, holder_of
@@ -41,20 +43,31 @@ from eagle.vllm.causes import DRAFT, FEATURES, PARTS, PREFIX, Evidence, Finding,
 from eagle.vllm.conversations import HeldOut, held_out
 from eagle.vllm.prediction import Counts, Predictor, differing, served
 
+#: What decides which conversations training holds out, and its defaults.
+SPLIT: dict[str, Any] = {"val_ratio": 0.05, "seed": 42, "max_len": 2048}
+
+
+def split_of(trained: Path | None) -> dict[str, Any]:
+    """What a run says of `SPLIT`; nothing of a draft that no run of ours is beside."""
+    state = resolve_pointer(trained) / STATE if trained else None
+    run = read_json(state, "a checkpoint's state").get("run", {}) if state and state.is_file() else {}
+    return {name: run[name] for name in SPLIT if name in run}
+
 
 @dataclass(frozen=True, slots=True)
 class GateOptions:
     """store: the folder that the draft was trained on. trained: the run or checkpoint that was exported, None where it
     is not at hand. data_path: the conversations, if not where the store says. conversations: how many at most. The
-    others are training's, by which the store was split."""
+    others are training's, by which the store was split; is_split_known: whether the trained run says them."""
 
     store: Path
     trained: Path | None = None
     data_path: Path | None = None
     conversations: int = 16
-    val_ratio: float = 0.05
-    seed: int = 42
-    max_len: int = 2048
+    val_ratio: float = SPLIT["val_ratio"]
+    seed: int = SPLIT["seed"]
+    max_len: int = SPLIT["max_len"]
+    is_split_known: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,10 +234,12 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
 def gate_lines(verdict: Verdict) -> list[str]:
     """For people."""
     gate, held = verdict.gate, verdict.gate.held_out
+    options, number, engine = gate.options, len(held.conversations), verdict.as_served
     whose = "held-out" if held.in_split else "(none is held out: training has seen them)"
-    number, engine = len(held.conversations), verdict.as_served
+    if held.in_split and not options.is_split_known:
+        whose += f" (if it was trained with --val_ratio {options.val_ratio:g} --seed {options.seed})"
     lines = [
-        f"gate      {number} {whose} conversations of {gate.options.store}, {gate.new_tokens} tokens each",
+        f"gate      {number} {whose} conversations of {options.store}, {gate.new_tokens} tokens each",
         f"training  {verdict.believed.shown()}   along the stored text ({verdict.believed.chains:,} chains); by the "
         f"engine's features {verdict.measured.shown()}",
         f"predicted {verdict.predicted.shown()}   along the target's own replies ({verdict.predicted.chains:,} drafts)",

@@ -42,7 +42,7 @@ from eagle.text import visible
 from eagle.vllm.capture import Watched, load_watched
 from eagle.vllm.engine import EngineError, EngineRequest, dtype_for_engine, run_engine
 from eagle.vllm.export import installed_vllm, release
-from eagle.vllm.gate import Gate, GateOptions, gate_lines, judge, open_gate
+from eagle.vllm.gate import SPLIT, Gate, GateOptions, gate_lines, judge, open_gate, split_of
 from eagle.vllm.note import note_with_acceptance
 from eagle.vllm.report import build_report, measured_text, report_lines, verdict
 from eagle.vllm.serving import AUTO, Serving, serving_of
@@ -111,9 +111,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--data_path", type=Path, help="with --tmpdir: the conversations, where they are no longer where the store says"
     )
     parser.add_argument("--num_conversations", type=int, default=16, help="with --tmpdir: how many are served at most")
-    parser.add_argument("--val_ratio", type=float, default=0.05, help="with --tmpdir: the training's, for its split")
-    parser.add_argument("--seed", type=int, default=42, help="with --tmpdir: the training's, for its split")
-    parser.add_argument("--max_len", type=int, default=2048, help="with --tmpdir: the training's")
+    for name, default in SPLIT.items():
+        said = f"with --tmpdir: the training's (default: what --trained-path says, else {default})"
+        parser.add_argument(f"--{name}", type=type(default), help=said)
     parser.add_argument(
         "--step_costs",
         type=Path,
@@ -223,9 +223,20 @@ def gate_options(args: argparse.Namespace) -> GateOptions | None:
         return None
     if args.num_conversations < 1:
         raise RequestError(f"--num_conversations {args.num_conversations}: expected 1 or more.")
-    if not 0 <= args.val_ratio < 1:
+    if not 0 <= (args.val_ratio or 0) < 1:
         raise RequestError(f"--val_ratio {args.val_ratio}: expected 0 or more and less than 1.")
-    return GateOptions(args.tmpdir, *(getattr(args, flag) for flag in flags))
+    given = {name: getattr(args, name) for name in SPLIT if getattr(args, name) is not None}
+    known = split_of(args.trained_path)
+    for name in known.keys() & given.keys():
+        if known[name] != given[name]:
+            raise RequestError(
+                f"--{name} {given[name]}: the run of --trained-path {args.trained_path} had {known[name]}, and with "
+                "another the conversations here are not those that it held out. Leave it out."
+            )
+    return GateOptions(
+        args.tmpdir, args.trained_path, args.data_path, args.num_conversations, **SPLIT | given | known,
+        is_split_known=known.keys() == SPLIT.keys(),
+    )  # fmt: skip
 
 
 def with_store(

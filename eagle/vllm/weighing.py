@@ -13,6 +13,7 @@ import torch
 from eagle.decode.serving_choice import Measured, asked_of, of_report, refuse_without_costs, serving_report
 from eagle.decode.smaller_vocabulary import order_of, smaller
 from eagle.decode.step_costs import Shape, StepCosts, read_step_costs
+from eagle.device import choose_kind, describe, torch_device
 from eagle.drafts.saved import load_draft
 from eagle.errors import RequestError
 from eagle.target.check import CheckedTarget
@@ -46,6 +47,7 @@ class Weighing:
         if self.costs is None or self.shape is None:
             return
         self.costs.check_engine(
+            vllm=result.vllm,
             device=result.device,
             dtype=result.dtype,
             tensor_parallel_size=request.tensor_parallel_size,
@@ -60,7 +62,7 @@ def open_weighing(args: argparse.Namespace, checked: CheckedTarget, draft: Path,
     """Raises: FileNotFoundError, RequestError."""
     if args.step_costs is None:
         refuse_without_costs(args.against)
-    asked = asked_of(request.prompts, 1, request.max_new_tokens, 0.0)
+    asked = asked_of(request.prompts, request.max_new_tokens)
     target = checked.identity.current
     costs = read_step_costs(args.step_costs) if args.step_costs else None
     try:
@@ -73,7 +75,8 @@ def open_weighing(args: argparse.Namespace, checked: CheckedTarget, draft: Path,
     order = None
     if costs and shape:
         costs.check_target(checked.identity)
-        known = {"tensor_parallel_size": request.tensor_parallel_size}
+        hardware = describe(torch_device(choose_kind()))
+        known = {"tensor_parallel_size": request.tensor_parallel_size, "hardware": hardware}
         costs.check_engine(**known, **({} if request.dtype == AUTO else {"dtype": request.dtype}))
         for one in (shape, *(other.shape for other in others)):
             costs.check_shape(one)

@@ -25,11 +25,11 @@ from eagle.errors import RequestError
 from eagle.files import ROOT
 from eagle.target.check import check_target
 from eagle.target.features import features_of
-from eagle.vllm import causes
+from eagle.vllm import causes, verify
 from eagle.vllm.as_exported import trained_draft
 from eagle.vllm.capture import Watched, assembled
 from eagle.vllm.export import export
-from eagle.vllm.gate import Gate, Verdict, gate_lines, judge
+from eagle.vllm.gate import Gate, GateOptions, Verdict, gate_lines, judge, split_of
 from eagle.vllm.prediction import Counts, Predictor, differing, served
 from tests.oracle import Shape, random_prompts, write_pair
 from tests.oracle3 import write_oracle
@@ -156,9 +156,16 @@ def found_of(name: str, **seen: Any) -> str | None:
 def test_what_is_left_when_nothing_else_differs() -> None:
     assert "shares 3 of the engine's 40 guesses" in (found_of("draft logits", same=(3, 40)) or "")
     assert found_of("draft logits", same=(39, 40)) is None and found_of("draft logits", same=(0, 0)) is None
-    other = {"dtype": "float16", "store_dtype": "bfloat16"}
+    other = {"dtype": "float16", "computed_in": "bfloat16"}
     assert "computed in bfloat16" in (found_of("dtype", differs={causes.FEATURES}, **other) or "")
-    assert found_of("dtype", differs=set(), **other) is None, "it costs nothing"
+    assert found_of("dtype", differs={causes.DRAFT}, **other) is None, "it costs nothing"
+    assert "same base model" in (found_of("features of the engine", is_target=True, apart=0.5, tolerance=0.2) or "")
+    assert found_of("features of the engine", is_target=False, apart=0.5, tolerance=0.2) is None
+    unsaid = {"is_target": False, "manifest": {}, "tolerance": 0.2, "differs": {causes.FEATURES}}
+    assert "does not say of which" in (found_of("another base model", apart=0.5, **unsaid) or "")
+    assert found_of("another base model", apart=0.1, **unsaid) is None
+    assert found_of("another base model", apart=0.1, **unsaid | {"manifest": {"target": {}}}) is None
+    assert found_of("another base model", apart=0.1, **unsaid | {"manifest": {"target": {"name": "another"}}})
     assert "in 1.0%" in (found_of("draft and store", first=0.01, apart=0.0, tolerance=0.1) or "")
     assert found_of("draft and store", first=0.2, apart=0.0, tolerance=0.1) is None
     assert found_of("draft and store", first=None, apart=0.0, tolerance=0.1) is None
@@ -199,10 +206,10 @@ class Made:
     templates: dict[str, Path]
     store: Path
 
-    def verdict(self, exported: Path | None = None, **gate: Any) -> Verdict:
+    def verdict(self, exported: Path | None = None, dtype: str = "float32", **gate: Any) -> Verdict:
         folder = exported or self.pair.exported
         asked = gate_of(self.pair, gate.pop("store", self.store), gate.pop("template", self.templates["plain"]), folder)
-        return judge(asked, engine(asked, self.pair, folder), "float32")
+        return judge(asked, engine(asked, self.pair, folder), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +237,9 @@ def test_a_damaged_export(made: Made, tmp_path: Path) -> None:
     assert "otherwise than training makes expect: rotary settings" in (verdict.wrong() or "")
     written = json.loads(json.dumps(verdict.to_json()))
     assert written["causes"][0]["cure"] and not written["is_sound"]
+    # What is wrong with the export is not put down to a store of another dtype.
+    verdict = made.verdict(tmp_path / "damaged", dtype="bfloat16")
+    assert [one.name for one in verdict.causes] == ["rotary settings"]
 
 
 def test_another_template_and_another_store(made: Made, tmp_path: Path) -> None:
@@ -240,6 +250,50 @@ def test_another_template_and_another_store(made: Made, tmp_path: Path) -> None:
     verdict = made.verdict(store=shifted)
     assert [one.name for one in verdict.causes] == ["features shifted"]
     assert "are the engine's at the last one" in verdict.causes[0].words
+    noisy = altered(made.store, tmp_path / "noisy", lambda states: states + states.roll(7, 1))
+    verdict = made.verdict(store=noisy)
+    assert [one.name for one in verdict.causes] == ["features of the engine"], "the model is the same"
+
+
+def test_replies_that_are_not_trained_belong_to_the_prompt(made: Made, tmp_path: Path) -> None:
+    """A conversation of which only the last reply is trained is served up to that one."""
+    records = conversations(24, turns=2, seed=3)
+    for record in records:
+        roles = ("user", "assistant") * 2
+        said = [
+            {"role": role, "content": turn["value"]}
+            for role, turn in zip(roles, record.pop("conversations"), strict=True)
+        ]
+        said[1]["weight"] = 0
+        record["messages"] = said
+    data = write_sharegpt(tmp_path / "messages.json", records)
+    store = make_store(tmp_path / "store", made.pair.target, data, made.templates["plain"], "eagle1")
+    verdict = made.verdict(store=store)
+    assert verdict.is_sound, gate_lines(verdict)
+    assert "6 of 6 served prompts are the stored ones" in "\n".join(gate_lines(verdict))
+    verdict = made.verdict(store=store, template=made.templates["no header"])
+    assert [one.name for one in verdict.causes] == ["generation prompt"]
+
+
+def test_the_split_is_the_runs(tmp_path: Path) -> None:
+    """What is said to be held out is what the trained run held out."""
+    checkpoint = tmp_path / "run" / "state_3"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "best").write_text("state_3")
+    split = {"val_ratio": 0.2, "seed": 7, "max_len": 512}
+    (checkpoint / "state.json").write_text(json.dumps({"step": 3, "run": split | {"bs": 4}}))
+    assert split_of(tmp_path / "run") == split_of(checkpoint) == split
+    assert split_of(None) == split_of(tmp_path) == {}
+
+    def options(*more: str) -> GateOptions | None:
+        words = ["--base-path", "base", "--draft-path", "draft", "--tmpdir", "store", *more]
+        return verify.gate_options(verify.make_parser().parse_args(words))
+
+    run = ("--trained-path", str(tmp_path / "run"))
+    assert options(*run, "--seed", "7") == GateOptions(Path("store"), Path(run[1]), is_split_known=True, **split)
+    assert options("--seed", "7") == GateOptions(Path("store"), seed=7)
+    with pytest.raises(RequestError, match=r"--seed 42: the run of --trained-path .*run had 7.*Leave it out"):
+        options(*run, "--seed", "42")
 
 
 def test_conversations_that_are_not_there_are_said_to_be_untested(made: Made) -> None:

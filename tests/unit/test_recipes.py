@@ -189,6 +189,7 @@ def test_a_judgement_is_of_the_very_weights(tmp_path, monkeypatch):
     """And a draft of which nothing is accepted has one too."""
     judge, asked_for = judging.Judge(tmp_path, 3, None, None, 8, Path("python")), []
     said = {"loaded": True, "drafted_tokens": 90, "accepted_tokens": 30, "accepted_per_position": [0.5, 0.3, 0.1]}
+    said |= {"vllm": "0.32.0", "device": "cpu", "speed_ratio": 0.9}
 
     def call(words: list[object], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,18 @@ def test_a_judgement_is_of_the_very_weights(tmp_path, monkeypatch):
     (run / "model.safetensors").write_bytes(b"second")
     said |= {"accepted_tokens": 0, "accepted_per_position": [0.0, 0.0, 0.0]}
     assert judge.accepted(run) == judge.accepted(run) == [0.0, 0.0, 0.0] and len(asked_for) == 4
+    assert judge.served(run, 2)["speed_ratio"] == judge.served(run, 2)["speed_ratio"] == 0.9 and len(asked_for) == 6
+    monkeypatch.setattr(judging, "describe", lambda device: "another machine")
+    judge.served(run, 2)
+    assert len(asked_for) == 8, "on another machine it takes another time"
+    judge.accepted(run)
+    assert len(asked_for) == 8, "and accepts the same"
     (run / "model.safetensors").write_bytes(b"third")
+    said["vllm"] = "0.33.0"
+    with pytest.raises(RequestError, match=r"holds runs of vLLM 0.32.0 on cpu and of vLLM 0.33.0 on cpu"):
+        judge.accepted(run)
+    judge.reports.clear()
+    (run / "model.safetensors").write_bytes(b"fourth")
     said["drafted_tokens"] = 0
     with pytest.raises(WorkError):
         judge.accepted(run)
@@ -220,7 +232,7 @@ def test_rows_that_are_validated_on_other_conversations_say_no_validation():
         "replies/eagle1-original",
         "replies/eagle3-original",
     }
-    found = {"steps": 90, "tau": [[1.3]], "validation": [], "speed": {}}
+    found = {"steps": 90, "tau": [[1.3]], "validation": None, "speed": {}}
     assert recipes.line(row("replies/eagle3-original"), found) == "| replies/eagle3-original | 90 | 1.300 |  |  |  |"
 
 
@@ -245,12 +257,12 @@ def test_vocabularies(target):
 
 
 def test_the_table_is_markdown():
-    found = {"steps": 90, "tau": [[1.3, 1.4], [1.34, 1.46]], "validation": [1.5, 1.6], "speed": {1: 1.1, 2: 1.25}}
+    found = {"steps": 90, "tau": [[1.3, 1.4], [1.34, 1.46]], "validation": 1.55, "speed": {1: 1.1, 2: 1.25}}
     lines = [*recipes.head(2).splitlines(), recipes.line(row("family/eagle3"), found)]
     assert lines[0] == "| row | steps | τ, K = 1 | τ, K = 2 | seeds | validation | speed |"
     assert {line.count("|") for line in lines} == {8}
     assert lines[2] == "| family/eagle3 | 90 | 1.320 | 1.430 | 0.060 | 1.550 | 1.25 times, K = 2 |"
-    alone = {"steps": 90, "tau": [[1.3, 1.4]], "validation": [1.5], "speed": {}}
+    alone = {"steps": 90, "tau": [[1.3, 1.4]], "validation": 1.5, "speed": {}}
     assert (
         recipes.line(row("start/eagle1-random"), alone) == "| start/eagle1-random | 90 | 1.300 | 1.400 |  | 1.500 |  |"
     )

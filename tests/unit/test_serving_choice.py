@@ -10,6 +10,7 @@ import pytest
 
 from eagle.decode.generate import Generation, Step
 from eagle.decode.replies import Reply
+from eagle.decode.sampling import Sampling
 from eagle.decode.serving_choice import (
     Measured,
     asked_of,
@@ -183,7 +184,9 @@ def test_costs_of_something_else_are_refused(tmp_path):
     found.check_target(Model("all-1"))
     with pytest.raises(RequestError, match=r"of another model \(base\).*--base-path here --output OTHER"):
         found.check_target(Model("all-2"))
-    found.check_engine(dtype="float32", tensor_parallel_size=1)
+    found.check_engine(dtype="float32", tensor_parallel_size=1, hardware="a machine", vllm="0.32.0")
+    with pytest.raises(RequestError, match=r"vllm is 0\.32\.0 there and 0\.33\.0 here; hardware is a machine there"):
+        found.check_engine(vllm="0.33.0", hardware="another")
     with pytest.raises(RequestError, match="dtype is float32 there and bfloat16 here; tensor_parallel_size is 1 there"):
         found.check_engine(dtype="bfloat16", tensor_parallel_size=2)
     found.check_shape(EIGHT)
@@ -197,8 +200,8 @@ def test_costs_of_something_else_are_refused(tmp_path):
     ("content", "said"),
     [
         ({"tau": 2}, "not what python -m eagle.vllm.step_costs of this version writes"),
-        ({"format": 1, "measured": []}, "holds no measurement yet"),
-        (None, "has the base model alone and no draft yet"),
+        ({"format": 1, "is_finished": False, "measured": []}, "is not finished.*it goes on"),
+        (None, "has the base model alone and no draft"),
     ],
 )
 def test_files_that_hold_too_little_are_refused(tmp_path, content, said):
@@ -209,7 +212,7 @@ def test_files_that_hold_too_little_are_refused(tmp_path, content, said):
         read_step_costs(path)
 
 
-ASKED = asked_of([[1, 2], [3]], 1, 64, 0.0)
+ASKED = asked_of([[1, 2], [3]], 64)
 REPORT = {
     "base": "base", "target": "all-1", "draft": "other/run", "shape": ONE.to_json(), "asked": ASKED,
     "accepted_per_position": [0.5, 0.25],
@@ -222,8 +225,10 @@ REPORT = {
         ({}, None),
         ({"mode": "tree"}, "of --mode tree"),
         ({"target": "all-2"}, "of another base model"),
-        ({"asked": asked_of([[1, 2], [4]], 1, 64, 0.0)}, "the prompts differ"),
-        ({"asked": asked_of([[1, 2], [3]], 2, 128, 0.0)}, "num_turns 2 there and 1 here, max_new_tokens 128 there"),
+        ({"asked": asked_of([[1, 2], [4]], 64)}, "the prompts differ"),
+        ({"asked": asked_of([[1, 2], [3]], 64, [(), ("And?",)])}, "the prompts, num_turns 2 there and 1 here differ"),
+        ({"asked": asked_of([[1, 2], [3]], 64, (), Sampling(1.0, top_p=0.5))}, "temperature 1.0 .* top_p 0.5 there"),
+        ({"asked": asked_of([[1, 2], [3]], 128)}, "max_new_tokens 128 there"),
         ({"shape": None}, None),
     ],
 )

@@ -90,8 +90,14 @@ def test_runs_of_different_engines_are_not_mixed(asked, tmp_path):
     speedup.main([*words, "--runs", "1"])
     (first,) = (tmp_path / "work").glob("k3-run1-*.json")
     first.write_text(first.read_text().replace("0.32.0", "0.31.0"))
-    with pytest.raises(RequestError, match=r"holds runs of vLLM 0.31.0 on cpu and of vLLM 0.32.0 on cpu"):
+    refusal = r"holds runs of vLLM 0.31.0 on cpu and of vLLM 0.32.0 on cpu"
+    with pytest.raises(RequestError, match=refusal):
         speedup.main([*words, "--runs", "2"])
+    (exact,) = (tmp_path / "work").glob("k3-float32-*.json")
+    exact.write_text(exact.read_text().replace("0.32.0", "0.31.0"))
+    assert speedup.main([*words, "--runs", "1"]) == 0, "all of them are of 0.31"
+    with pytest.raises(RequestError, match=refusal):
+        speedup.main([*words, "--runs", "1", "--num_speculative_tokens", "3", "1"])
 
 
 def test_the_machine_is_the_engines(asked, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from eagle.decode.step_costs import Shape as DraftShape
 from eagle.decode.step_costs import read_step_costs
+from eagle.device import describe
 from eagle.drafts.saved import load_draft
 from eagle.entry import run
 from eagle.target.identity import Identity
@@ -224,7 +225,8 @@ def test_verify_weighs_the_draft(pair, monkeypatch, capsys, tmp_path) -> None:
     mine = DraftShape(**report["shape"])
     assert (mine.family, mine.draft_vocab_size) == ("eagle3", 400)
     one = {mine: {1: {1: 12.0, 2: 13.0, 3: 14.0}}}
-    costs = write_costs(tmp_path / "costs.json", {1: 10.0}, one, report["target"])
+    here = describe(torch.device("cpu"))
+    costs = write_costs(tmp_path / "costs.json", {1: 10.0}, one, report["target"], hardware=here)
     assert verify("--step_costs", costs, "--against", tmp_path / "other.json") == 0
     shown = capsys.readouterr().out
     # 3, 2 and 1 of 4 drafts were accepted so far: 1.75 / 1.2, 2.25 / 1.3, 2.5 / 1.4.
@@ -239,9 +241,15 @@ def test_verify_weighs_the_draft(pair, monkeypatch, capsys, tmp_path) -> None:
     assert verify("--against", tmp_path / "other.json") == 2
     assert not (tmp_path / "report.json").exists()
     capsys.readouterr()
-    write_costs(costs, {1: 10.0}, one, report["target"], device="another", dtype="bfloat16")
+    write_costs(costs, {1: 10.0}, one, report["target"])
     assert verify("--step_costs", costs) == 2
-    assert "device is another there and cpu here" in " ".join(capsys.readouterr().err.split())
+    assert "hardware is a machine there and cpu " in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "report.json").exists()
+    write_costs(costs, {1: 10.0}, one, report["target"], hardware=here, device="another", dtype="bfloat16", vllm="0.1")
+    assert verify("--step_costs", costs) == 2
+    assert "vllm is 0.1 there and 0.32.0 here; device is another there and cpu here" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert "serving" not in json.loads((tmp_path / "report.json").read_text())
     write_costs(costs, {1: 10.0}, one, "all-of-another")
     assert verify("--step_costs", costs) == 2
@@ -253,7 +261,8 @@ def test_an_unknown_shape_is_refused_before_an_engine_starts(tmp_path, monkeypat
     exported = export(target, draft, tmp_path / "export", "v1")["v1"]
     asked = engines(monkeypatch, RESULT, RESULT)
     named = Identity(target, Weights(target)).current
-    costs = write_costs(tmp_path / "costs.json", {1: 10.0}, {shape(): {1: {1: 12.0}}}, named)
+    here = describe(torch.device("cpu"))
+    costs = write_costs(tmp_path / "costs.json", {1: 10.0}, {shape(): {1: {1: 12.0}}}, named, hardware=here)
     words = ["--base-path", target, "--draft-path", exported, "--num_prompts", 2, "--step_costs", costs]
     assert run(lambda: verify_vllm.main([str(word) for word in words])) == 2
     assert "does not say what a draft like this costs: eagle1, 512 tokens" in " ".join(capsys.readouterr().err.split())

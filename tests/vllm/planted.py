@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,14 @@ def tuned(pair: Pair, folder: Path) -> Pair:
     return Pair(target, draft, exported, pair.method, pair.depth)
 
 
+def changed(pair: Pair, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Pair:
+    """The pair with another draft, exported."""
+    draft = Path(shutil.copytree(pair.draft, folder / "draft"))
+    edit_tensors(draft, change)
+    exported = export(pair.target, draft, folder / "export", "v1")["v1"]
+    return Pair(pair.target, draft, exported, pair.method, pair.depth)
+
+
 def eagle3_pair(folder: Path) -> Pair:
     oracle = write_oracle(folder, Shape(kv_heads=2, rope_theta=500.0))
     exported = export(oracle.target, oracle.draft, folder / "export", "plain")["plain"]
@@ -145,25 +153,27 @@ def gate_of(
     return open_gate(GateOptions(store, **given), checked, exported or pair.exported, family, encoder, pair.depth, NEW)
 
 
-def verdicts(asked: dict[str, tuple[Pair, Path, Gate]], folder: Path) -> dict[str, Verdict]:
-    """By name, the pair, the folder that is served and the gate; those of one folder share an engine."""
-    requests: dict[Path, EngineRequest] = {}
-    for pair, served, gate in asked.values():
-        if served not in requests:
-            requests[served] = EngineRequest(
+def verdicts(asked: dict[str, tuple[Pair, Path, Gate]], folder: Path, dtypes: Mapping[str, str]) -> dict[str, Verdict]:
+    """By name, the pair, the folder that is served and the gate; those of one folder and dtype share an engine. dtypes:
+    of engines that do not compute in float32."""
+    requests: dict[tuple[Path, str], EngineRequest] = {}
+    for name, (pair, served, gate) in asked.items():
+        dtype = dtypes.get(name, "float32")
+        if (served, dtype) not in requests:
+            requests[served, dtype] = EngineRequest(
                 str(pair.target), random_prompts(1, 16), str(served), method=pair.method,
-                num_speculative_tokens=pair.depth, max_new_tokens=1, dtype="float32", warm_up=False,
+                num_speculative_tokens=pair.depth, max_new_tokens=1, dtype=dtype, warm_up=False,
                 watch_file=str(folder / f"watched-{len(requests)}.pt"),
             )  # fmt: skip
-        wanted = requests[served].watched
+        wanted = requests[served, dtype].watched
         wanted += [one for one in gate.watched() if one not in wanted]
     results = dict(zip(requests, run_engines(list(requests.values()), folder), strict=True))
     found = {}
     for name, (_, served, gate) in asked.items():
-        request = requests[served]
-        watched = load_watched(Path(str(request.watch_file)))
-        own = [watched[request.watched.index(one)] for one in gate.watched()]
-        found[name] = judge(gate, own, results[served].dtype)
+        key = served, dtypes.get(name, "float32")
+        watched = load_watched(Path(str(requests[key].watch_file)))
+        own = [watched[requests[key].watched.index(one)] for one in gate.watched()]
+        found[name] = judge(gate, own, results[key].dtype)
     return found
 
 

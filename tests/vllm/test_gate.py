@@ -27,6 +27,7 @@ from tests.vllm.damage import edit_config, edit_tensors
 from tests.vllm.planted import (
     Pair,
     altered,
+    changed,
     damaged,
     data_file,
     eagle1_pair,
@@ -61,6 +62,17 @@ def other_embedding(pair: Pair) -> Callable[[Path], None]:
 
     embedding = load_file(pair.target / "model.safetensors")["model.embed_tokens.weight"]
     return lambda folder: edit_tensors(folder, lambda t: t.update({"embed_tokens.weight": embedding.roll(1, 0)}))
+
+
+def shake(tensors: Tensors, by: float) -> None:
+    noise = torch.randn(tensors["fc.weight"].shape, generator=torch.Generator().manual_seed(0))
+    tensors["fc.weight"] += by * noise
+
+
+def rounded(states: torch.Tensor) -> torch.Tensor:
+    """To a bit of fraction, which is coarser than any dtype of an engine and as far from float32 as 16 bits may be."""
+    fraction, exponent = torch.frexp(states)
+    return torch.ldexp((fraction * 4).round() / 4, exponent)
 
 
 def shift_map(tensors: Tensors) -> None:
@@ -98,8 +110,14 @@ PROMPTS = {
 STORES = {
     "shifted by one": "features shifted",
     "without the final norm": "final norm of the features",
+    "altered": "features of the engine",
+    "rounded": "dtype",
 }
+#: What is wrong with neither prompts nor store nor export.
+OTHERS = {"another computation": "draft logits", "another draft": "draft and store"}
 SOUND = ("EAGLE-1", "EAGLE-3", "EAGLE-1 that thinks", "EAGLE-1 by itself")
+#: Engines in 16 bits, of drafts that are right now and then; the store of the second is in float32.
+ROUNDED = ("weak in bfloat16", "weak in bfloat16, not so the store")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +138,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
     stores = {
         "shifted by one": altered(store, root / "shifted", lambda states: states.roll(-1, 0)),
         "without the final norm": altered(store, root / "unnormed", lambda states: states * scale[: len(states)]),
+        "altered": altered(store, root / "altered", lambda states: states + states.roll(7, 1)),
+        "rounded": altered(store, root / "rounded", rounded),
     }
+    manifest = stores["rounded"] / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"dtype": "float16"}))
+    weak = changed(one, root / "weak", lambda tensors: shake(tensors, 0.006))
+    untaught = changed(one, root / "untaught", lambda tensors: shake(tensors, 10.0))
+    narrow = make_store(root / "narrow", one.target, data, template["plain"], "eagle1", "--dtype", "bfloat16")
     plain = template["plain"]
     asked: dict[str, tuple[Pair, Path, Gate]] = {
         "EAGLE-1": (one, one.exported, gate_of(one, store, plain)),
@@ -137,6 +162,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
         ),
         **{name: (one, one.exported, gate_of(one, path, plain)) for name, path in stores.items()},
     }  # fmt: skip
+    asked["another computation"] = (one, root / "eagle-0", gate_of(one, store, plain))
+    asked["another draft"] = (untaught, untaught.exported, gate_of(untaught, store, plain))
+    asked |= {
+        name: (weak, weak.exported, gate_of(weak, of, plain)) for name, of in zip(ROUNDED, (narrow, store), strict=True)
+    }
     for pair, damages, of in ((one, EAGLE1, store), (three, EAGLE3, wide)):
         for number, (name, (damage, _)) in enumerate(damages.items()):
             folder = damaged(pair, root / f"{pair.method}-{number}", damage or other_embedding(pair))
@@ -147,7 +177,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
     mixed = dataclasses.replace(other, target=one.target)
     asked["another checkpoint"] = (mixed, other.exported, gate_of(mixed, theirs, plain))
     order = sorted(asked, key=lambda name: name not in EAGLE1 and name not in EAGLE3)
-    answers = verdicts({name: asked[name] for name in order}, root)
+    answers = verdicts({name: asked[name] for name in order}, root, dict.fromkeys(ROUNDED, "bfloat16"))
     for name in asked:
         print(f"\n--- {name}", *gate_lines(answers[name]), sep="\n")
     engines = len({served for _, served, _ in asked.values()})
@@ -163,6 +193,19 @@ def test_a_sound_draft_is_said_to_be_sound(found: dict[str, Verdict], name: str)
     assert verdict.engine == verdict.predicted
     assert verdict.engine.rates()[0] > 0.6, "an oracle"
     assert verdict.same[0] == verdict.same[1]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_alone_is_no_cause(found: dict[str, Verdict], name: str) -> None:
+    verdict = found[name]
+    assert verdict.is_sound, gate_lines(verdict)
+    assert 0.05 < verdict.engine.rates()[0] < 0.9, "neither always nor never right"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_left_is_named(found: dict[str, Verdict], name: str) -> None:
+    verdict = found[name]
+    assert [one.name for one in verdict.causes] == [OTHERS[name]], gate_lines(verdict)
 
 
 @pytest.mark.parametrize("name", [*PROMPTS, *STORES])
