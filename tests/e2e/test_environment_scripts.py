@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from benchmarks import speedup
 from tests.e2e.commands import ROOT
+from tests.unit.test_docs import own_command
 
 #: Stands for every interpreter here: makes environments that hold itself, and installs nothing. Where $DIES is in its
-#: command line it ends, as a killed one does.
+#: command line it ends, as a killed one does. Every command line is added to $LOG.
 PYTHON = """#!/bin/bash
+printf '%q ' "$@" >> "${LOG:-/dev/null}"; echo >> "${LOG:-/dev/null}"
 case "$*" in *"${DIES:-nothing dies}"*) exit 9 ;; esac
 case "$*" in *find_spec*) [ -n "${HAS_VLLM:-}" ]; exit ;; esac
 case "$*" in
@@ -194,6 +198,23 @@ def test_the_quickstart_keeps_the_families_apart(checkout, draft, behind, comman
 def test_the_quickstart_knows_two_families(checkout):
     result = by_hand(checkout, "runs/quickstart.sh", EAGLE_ENV="current", DRAFT="medusa")
     assert result.returncode == 2 and "DRAFT=medusa: expected eagle1 or eagle3" in result.stderr
+
+
+def test_every_command_of_the_speed_run_is_one_that_our_parsers_take(checkout, tmp_path):
+    """The interpreter does nothing and succeeds, so the script goes through to its end."""
+    log = tmp_path / "commands"
+    more = {"EAGLE_ENV": "current", "OMP_NUM_THREADS": "2", "DESTINATION": ".venv-vllm", "LOG": str(log)}
+    result = by_hand(checkout, "runs/speedrun.sh", **more)
+    assert result.returncode == 0, result.stderr
+    lines, steps = [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines()], []
+    for command, arguments in filter(None, map(own_command, lines)):
+        command.make_parser().parse_args(arguments)  # ends the test where it does not
+        steps.append(command.name)
+    step_5 = "convert_eagle_ckpt_to_vllm_compatible.py"
+    assert steps == ["tools/regenerate.py", "allocation.py", "eagle.train.main", step_5]
+    (proof,) = [words for words in lines if words[:1] == ["benchmarks/speedup.py"]]
+    asked = speedup.parse_args(proof[1:])
+    assert asked.num_speculative_tokens == [3] and str(asked.prompts) == "speedrun/1600/held-out.jsonl"
 
 
 def test_an_interpreter_too_old_removes_nothing(script):
