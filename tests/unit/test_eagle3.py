@@ -132,6 +132,9 @@ def test_coverage():
     assert coverage(counts, np.array([0, 2, 3])).share == pytest.approx(17 / 18)
     assert not coverage(counts, np.array([0, 2, 3])).is_low
     assert coverage(np.array([9, 1]), np.array([0])).enough == 1, "just enough"
+    found = coverage(np.array([1, 0, 95, 0, 4]), np.arange(5))
+    assert found.most == 1 and found.describe().endswith("100.0% of the supervised positions; 1 of them are 95%")
+    assert coverage(np.array([1, 0, 95, 0, 4]), np.array([2])).describe().endswith("95.0% of the supervised positions")
 
 
 def test_a_new_draft_takes_the_targets_head(target: Path):
