@@ -22,8 +22,9 @@ import torch
 from eagle.errors import RequestError, WorkError
 from eagle.progress import is_first_here, progress_bar
 from eagle.store.classic_dumps import ClassicFolder, Head, is_dump_name, read_head
+from eagle.store.completeness import differing_nodes, missing_nodes, wrong_counts
 from eagle.store.damage import Damage, Damaged, exhausted
-from eagle.store.manifest import MANIFEST, NODES_SHARE, check_no_reshard, describe_features, read_manifest
+from eagle.store.manifest import MANIFEST, check_no_reshard, describe_features, read_manifest
 from eagle.store.record import Record, RecordSource, StoredRecord
 from eagle.store.shard import Shard, is_shard_name
 from eagle.target.features import HIDDEN_STATE
@@ -155,6 +156,10 @@ class FeatureStore:
         """The digest of the data that a record is of; "" where it is not known."""
         return self._digests[self._numbers[index]]
 
+    def data_digests(self) -> set[str]:
+        """Of all data that records are of; "" where it is not known."""
+        return set(self._digests)
+
     def place(self, index: int) -> tuple[str, int]:
         """The file of a record, relative to the folder, and its position in it."""
         path, position = self.sources[self._numbers[index]].place(int(self._positions[index]))
@@ -260,39 +265,15 @@ class FeatureStore:
         """The folders of jobs whose data generation has not come to its end."""
         return [path.parent for path, manifest in self.manifests.items() if not manifest.get("complete")]
 
-    def _node_jobs(self) -> list[list[dict]]:
-        """The manifests of jobs over several machines, job by job: those of one data file and number of nodes."""
-        jobs: dict[tuple[str | None, int], list[dict]] = {}
-        for manifest in self.manifests.values():
-            nodes = manifest.get("options", {}).get("num_nodes", 1)
-            if nodes > 1 and "resharded_into" not in manifest:
-                jobs.setdefault((manifest["data"].get("digest"), nodes), []).append(manifest)
-        return list(jobs.values())
-
     def missing_nodes(self) -> list[str]:
-        """Which nodes of jobs over several machines have no store below the folder, in words."""
-        found = []
-        for job in self._node_jobs():
-            count = job[0]["options"]["num_nodes"]
-            missing = set(range(count)) - {manifest["options"]["node_rank"] for manifest in job}
-            if missing:
-                found.append(f"{', '.join(map(str, sorted(missing)))} of {count}")
-        return found
+        """As `eagle.store.completeness` says; so do the next two."""
+        return missing_nodes(self.manifests.values())
 
     def differing_nodes(self) -> list[str]:
-        """Options in which the nodes of a job over several machines differ, though they change its records."""
-        found = []
-        for job in self._node_jobs():
-            for name in NODES_SHARE:
-                nodes: dict[object, list[int]] = {}
-                for options in (manifest["options"] for manifest in job):
-                    nodes.setdefault(options.get(name), []).append(options["node_rank"])
-                if len(nodes) > 1:
-                    values = "; ".join(
-                        f"{value} on node {', '.join(map(str, sorted(ranks)))}" for value, ranks in nodes.items()
-                    )
-                    found.append(f"{name} is {values}")
-        return found
+        return differing_nodes(self.manifests.values())
+
+    def wrong_counts(self) -> list[str]:
+        return wrong_counts(self.folder, self.manifests, self.sources)
 
     def notes(self) -> list[str]:
         """What somebody who uses the store should know: what is not there yet, or not of one piece."""
@@ -300,6 +281,8 @@ class FeatureStore:
             *(f"data generation into {folder} has not finished; what is there is used" for folder in self.unfinished()),
             *(f"the store of node {nodes} is not below {self.folder}" for nodes in self.missing_nodes()),
             *(f"the nodes' stores were made with different options: {what}" for what in self.differing_nodes()),
+            # What was left out as damaged has been said.
+            *(f"not all is there that was finished: {what}" for what in ([] if self.damage else self.wrong_counts())),
         ]
 
     def identity(self) -> list[str]:
@@ -339,10 +322,19 @@ class FeatureStore:
 
 
 def _find_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """The finished shards and the dumps below a folder, both sorted; shards in hidden folders are not finished."""
+    """The finished shards and the dumps below a folder, both sorted; shards in hidden folders are not finished.
+
+    A folder may be a link: step 3 goes on in one that was moved to another disk.
+    """
     shards, dumps = [], []
-    for name, _, files in os.walk(root, onerror=_refuse):
+    seen = set()
+    for name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folder = Path(name)
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link to what is there already, or round in a circle
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         is_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
         shards += [folder / file for file in files if is_shard_name(file) and not is_hidden]
         dumps += [folder / file for file in files if is_dump_name(file)]

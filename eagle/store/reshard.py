@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from eagle.entry import run
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, fsync_folder, locked, output_folder, read_json, write_json
+from eagle.store.completeness import LACKED, MIXED
 from eagle.store.manifest import DONE, LOG, MANIFEST
 from eagle.store.reader import FeatureStore
 from eagle.store.record import RecordSource
@@ -56,12 +57,8 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
             return finished
         shutil.rmtree(new / BUILDING, ignore_errors=True)
         store = store or _open(old, parts, leave_out_damaged)
-        if in_place and store.unfinished():
-            raise RequestError(
-                f"data generation into {store.unfinished()[0]} has not finished, and could not be continued once the "
-                "store is resharded in place. Finish it with the same allocation.py command, or name another "
-                "--new_folder."
-            )
+        if in_place:
+            _check_in_place(store)
         present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
         if not in_place and present:
             done = _made_before(store, new, parts)
@@ -70,6 +67,7 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
                     f"--new_folder {new} is not empty ({', '.join(present[:3])}, ...). Name a new folder, or the old "
                     "one to reshard in place."
                 )
+            print(f"{new} was made before, from the same store", flush=True)
             return done
         summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
         (new / BUILDING).rename(new / DELETING)
@@ -129,15 +127,49 @@ def _open(old: Path, parts: int, leave_out_damaged: bool) -> FeatureStore:
     store = skip_damaged(old, "--old_folder") if leave_out_damaged else FeatureStore(old, "--old_folder")
     if len(store) < parts:
         raise RequestError(f"--tp {parts}: {old} holds only {len(store)} records, so some folders would be empty.")
+    if not leave_out_damaged and (wrong := store.wrong_counts()):
+        raise WorkError(
+            f"--old_folder {old} is not whole: {' '.join(wrong)} Put back what is missing, or run its allocation.py "
+            "command again; --skip_damaged goes on with what is there."
+        )
+    for note in store.notes():
+        print(f"note: {note}", flush=True)
     return store
+
+
+def _check_in_place(store: FeatureStore) -> None:
+    """Raises: RequestError for a store that could not be continued once it is resharded, or is not all its own."""
+    if store.unfinished() or store.missing_nodes():
+        what = f"data generation into {(store.unfinished() or [store.folder])[0]} has not finished"
+        if not store.unfinished():
+            what = f"the store of node {store.missing_nodes()[0]} is not below {store.folder}"
+        raise RequestError(
+            f"{what}, and could not be continued once the store is resharded in place. Finish it with the same "
+            "allocation.py command, put the other nodes' stores beside it, or name another --new_folder."
+        )
+    root = store.folder.resolve()
+    for source in store.sources:
+        if root not in source.path.resolve().parents:
+            raise RequestError(
+                f"{source.path} is behind a link, at {source.path.resolve()}, which resharding in place would have to "
+                "delete. Name another --new_folder, or move it here."
+            )
+
+
+#: Of a manifest: what the records are, by which a store that was made anew is told from the one that was resharded.
+_MADE_OF = (
+    "target", "tokenizer", "data", "dtype", "features", "options", "engine", "records", "tokens", "complete",
+    LACKED, MIXED,
+)  # fmt: skip
 
 
 def _made_before(store: FeatureStore, new: Path, parts: int) -> list[Part] | None:
     """What `new` holds, where a run of the same command on the same records has come to its end before."""
     path = new / MANIFEST
     manifest = read_json(path, "a store's manifest") if path.is_file() else {}
-    wanted = {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
-    wanted |= {"records": len(store), "tokens": store.tokens}
+    merged = _merged_manifest(store)
+    wanted = {name: merged.get(name) for name in _MADE_OF}
+    wanted |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         return None
     done = [read_json(new / str(part) / DONE, "a part's counts") for part in range(parts)]
@@ -228,11 +260,15 @@ def _merged_manifest(store: FeatureStore) -> dict:
             "complete": True,
         }
     first = manifests[0]
-    for other in manifests[1:]:
-        if (other["data"]["digest"], other["target"]) != (first["data"]["digest"], first["target"]):
-            raise RequestError(
-                f"--old_folder {store.folder} holds stores of different data or targets; reshard them one by one."
-            )
+    differ = any(
+        (one["data"]["digest"], one["target"]) != (first["data"]["digest"], first["target"]) for one in manifests
+    )
+    # Dumps beside it would be taken for conversations of its data: they are numbered from 0, too.
+    if differ or store.data_digests() != {first["data"]["digest"] or ""}:
+        raise RequestError(
+            f"--old_folder {store.folder} holds stores of different data or targets, or dumps beside a store; reshard "
+            "them one by one."
+        )
     merged = dict(first)
     for key in ("dropped", "repaired"):
         merged[key] = dict(sum((Counter(manifest.get(key, {})) for manifest in manifests), Counter()))
@@ -243,7 +279,12 @@ def _merged_manifest(store: FeatureStore) -> dict:
             for row in rows
         ]
     merged |= {"records": len(store), "tokens": store.tokens}
-    merged["complete"] = all(manifest.get("complete") for manifest in manifests)
+    if "supervised_tokens" in first:
+        merged["supervised_tokens"] = sum(manifest.get("supervised_tokens", 0) for manifest in manifests)
+    merged["complete"] = not store.unfinished()
+    merged |= {
+        name: found for name, found in ((LACKED, store.missing_nodes()), (MIXED, store.differing_nodes())) if found
+    }
     return merged
 
 

@@ -25,10 +25,9 @@ import torch
 from eagle.data.cleaning import Tally
 from eagle.entry import run
 from eagle.errors import WorkError
-from eagle.files import existing_path, read_json
+from eagle.files import existing_path
 from eagle.progress import progress_bar
 from eagle.store.damage import Damaged
-from eagle.store.manifest import DONE
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
 from eagle.target.features import describe_feature
@@ -48,8 +47,9 @@ class Summary:
     supervised_tokens: tokens that belong to a reply. lengths: records by the lower edge of their bin. damage: one
     message for every file or record that cannot be read, and for every count that is not what was promised.
     unsupervised: which records have no supervised position, so that training leaves them out. first_dropped: by reason,
-    the first record that was left out. missing_nodes, differing_nodes: of jobs over several machines, in words: which
-    are not here, and which options are not the same on all. All the rest is about the records that can be read.
+    the first record that was left out. resharded: whether another store was cut into this one. missing_nodes,
+    differing_nodes: of jobs over several machines, in words: which are not here, and which options are not the same on
+    all. All the rest is about the records that can be read.
     """
 
     records: int
@@ -66,6 +66,7 @@ class Summary:
     repaired: dict[str, int]
     first_dropped: dict[str, dict]
     complete: bool
+    resharded: bool
     content_digest: str
     token_digest: str
     unsupervised: list[str]
@@ -89,7 +90,10 @@ class Summary:
             lines.append(f"  {_bin_name(edge):>12} tokens  {count:>9,}  {'█' * round(40 * count / widest)}")
         lines += Tally.from_json(asdict(self)).lines()
         if not self.complete and not self.missing_nodes:
-            lines.append("data generation has not finished; the same allocation.py command continues it")
+            again = "the same allocation.py command continues it"
+            if self.resharded:
+                again = "finish the store that this was made from, and reshard that again"
+            lines.append(f"data generation has not finished; {again}")
         if self.unsupervised:
             more = f", and {len(self.unsupervised) - _SHOWN:,} more" if len(self.unsupervised) > _SHOWN else ""
             lines.append(
@@ -122,9 +126,9 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         tokens_alone = _digest(record.input_ids, record.loss_mask)
         digests.append(record.conversation.to_bytes(8, "big") + tokens_alone + _digest(*record.features().values()))
     tally, damage = Tally(), list(store.damage.messages)
-    for path, manifest in store.manifests.items():
+    damage += store.wrong_counts()
+    for manifest in store.manifests.values():
         tally.add(Tally.from_json({"dropped": {}, "repaired": {}} | manifest))
-        damage += _wrong_counts(path.parent, manifest, store)
     content, token_content = hashlib.sha256(), hashlib.sha256()
     for digest in sorted(digests):
         conversation, rest = digest[:8][::-1], digest[8:]
@@ -145,6 +149,7 @@ def check_store(folder: Path, flag: str = "DIR") -> Summary:
         lengths=dict(sorted(lengths.items())),
         **tally.to_json(),
         complete=not store.unfinished() and not missing_nodes,
+        resharded=any("resharded_into" in manifest for manifest in store.manifests.values()),
         content_digest=content.hexdigest(),
         token_digest=token_content.hexdigest(),
         unsupervised=store.unsupervised(),
@@ -200,26 +205,6 @@ def _digest(*tensors: torch.Tensor) -> bytes:
     for tensor in tensors:
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-def _wrong_counts(folder: Path, manifest: dict, store: FeatureStore) -> list[str]:
-    """What the manifest and the workers' ``done.json`` promise and the shards do not hold."""
-    promises = [(path.parent, read_json(path, "a worker's counts")) for path in folder.glob(f"*/{DONE}")]
-    if manifest.get("complete"):
-        promises.append((folder, manifest))
-    held: dict[Path, Counter[str]] = {}
-    for source in store.sources:
-        for place in source.path.parents:
-            held.setdefault(place, Counter()).update(records=len(source), tokens=int(source.lengths.sum()))
-            if place == store.folder:
-                break
-    wrong = []
-    for place, promised in promises:
-        for name in ("records", "tokens"):
-            count = held.get(place, Counter())[name]
-            if promised.get(name) not in (None, count):
-                wrong.append(f"{place} should hold {promised[name]:,} {name}, but {count:,} are there.")
-    return wrong
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
 from eagle.store.reshard import preview, reshard
@@ -80,3 +80,89 @@ def test_what_is_cut_off_a_large_file_is_one_file(tmp_path, monkeypatch):
     reshard(root, tmp_path / "new", 3)
     assert len(list((tmp_path / "new").rglob("shard-*.safetensors"))) == 3
     assert len(FeatureStore(tmp_path / "new")) == 200
+
+
+def finished(root, lengths, **more):
+    """A store whose manifest says what is in it."""
+    make_store(root, lengths)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest |= {"records": len(lengths), "tokens": int(sum(lengths)), "supervised_tokens": int(sum(lengths)), **more}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def test_a_folder_behind_a_link_belongs_to_the_store(tmp_path):
+    root = finished(tmp_path / "store", [20] * 12)
+    (root / "1").rename(tmp_path / "elsewhere")
+    (root / "1").symlink_to(tmp_path / "elsewhere")
+    (root / "2" / "round").symlink_to(root)
+    store = FeatureStore(root)
+    assert len(store) == 12 and store.notes() == []
+    with pytest.raises(RequestError, match=r"is behind a link, at .*elsewhere"):
+        reshard(root, root, 2)
+    reshard(root, tmp_path / "new", 2)
+    assert len(FeatureStore(tmp_path / "new")) == 12 and (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_store_that_is_not_whole_is_said_to_be_and_not_resharded(tmp_path, capsys):
+    root = finished(tmp_path / "store", [20] * 12)
+    next((root / "1").glob("shard-*")).unlink()
+    (note,) = FeatureStore(root).notes()[:1]
+    assert "not all is there that was finished" in note and "should hold 12 records, but 8 are there" in note
+    with pytest.raises(WorkError, match=r"is not whole: .*should hold 12 records, but 8 are there.*--skip_damaged"):
+        reshard(root, tmp_path / "new", 2)
+    assert not (tmp_path / "new").exists()
+    reshard(root, tmp_path / "new", 2, leave_out_damaged=True)
+    assert "should hold 12 records" in capsys.readouterr().out and len(FeatureStore(tmp_path / "new")) == 8
+    assert len(FeatureStore(tmp_path / "new" / "0").notes()) == 0, "a folder of it is not the whole"
+
+
+def test_what_nodes_lack_and_differ_in_is_not_forgotten(tmp_path, capsys):
+    shared = {"num_nodes": 3, "conversations": 24, "shares": [0.5, 0.5]}
+    for rank, seed in ((0, 1), (1, 2)):
+        root, options = tmp_path / "job" / f"node-{rank}", shared | {"node_rank": rank, "seed": seed}
+        records = [Record(12 * rank + one.conversation, one.input_ids, one.loss_mask, one.hidden_state)
+                   for one in FeatureStore(make_store(tmp_path / f"node-{rank}", [20 + rank] * 12))]  # fmt: skip
+        writer = ShardWriter(root / "0")
+        for record in records:
+            writer.add(record)
+        writer.close_shard()
+        manifest = json.loads((tmp_path / f"node-{rank}" / "manifest.json").read_text()) | {"options": options}
+        manifest |= {"records": 12, "tokens": 12 * (20 + rank), "supervised_tokens": 12 * (20 + rank)}
+        (root / "manifest.json").write_text(json.dumps(manifest))
+    notes = FeatureStore(tmp_path / "job").notes()
+    assert any("node 2 of 3" in note for note in notes) and any("seed is 1 on node 0; 2 on node 1" in n for n in notes)
+    with pytest.raises(RequestError, match="the store of node 2 of 3 is not below"):
+        reshard(tmp_path / "job", tmp_path / "job", 2)
+    capsys.readouterr()
+    reshard(tmp_path / "job", tmp_path / "new", 2)
+    said = capsys.readouterr().out
+    again = FeatureStore(tmp_path / "new").notes()
+    assert all(f"note: {note}" in said for note in notes)
+    assert [note.replace(str(tmp_path / "new"), str(tmp_path / "job")) for note in again] == notes
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["supervised_tokens"] == 12 * 41
+
+
+def test_dumps_beside_a_store_are_not_made_its_conversations(tmp_path):
+    finished(tmp_path / "all" / "store", [20] * 6)
+    old = tmp_path / "all" / "old"
+    old.mkdir()
+    for number in range(6):
+        dump = {"input_ids": torch.arange(9), "loss_mask": torch.ones(9), "hidden_state": torch.zeros(9, 1)}
+        torch.save({name: tensor.to(torch.bfloat16) if name == "hidden_state" else tensor
+                    for name, tensor in dump.items()}, old / f"data_{number}.ckpt")  # fmt: skip
+    assert len(FeatureStore(tmp_path / "all")) == 12
+    with pytest.raises(RequestError, match="or dumps beside a store; reshard them one by one"):
+        reshard(tmp_path / "all", tmp_path / "all", 2)
+    assert len(FeatureStore(tmp_path / "all")) == 12
+
+
+def test_a_store_that_was_made_anew_is_not_the_one_that_was_resharded(tmp_path, capsys):
+    finished(tmp_path / "store", [20] * 12, dtype="bfloat16")
+    reshard(tmp_path / "store", tmp_path / "new", 2)
+    assert len(reshard(tmp_path / "store", tmp_path / "new", 2)) == 2
+    assert "was made before, from the same store" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text()) | {"dtype": "float16"}
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RequestError, match="is not empty"):
+        reshard(tmp_path / "store", tmp_path / "new", 2)
