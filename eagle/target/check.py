@@ -28,7 +28,8 @@ _FLOATING = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class CheckedTarget:
-    """A base model that can be worked with. weights: those of the file that was named, else as transformers reads."""
+    """A base model that can be worked with. weights: those of the file that was named, else as transformers reads; of a
+    file that is one part of these and holds not all that a draft takes, all of them."""
 
     config: ModelConfig
     weights: Weights
@@ -48,7 +49,18 @@ def check_target(folder: Path, flag: str, weight_name: str | None = None, use: U
     if weights.weight_name is None or (not config.quantization and expected.keys() <= set(weights.names())):
         return CheckedTarget(config, weights, Identity(folder, weights))
     whole = Weights(folder, flag=flag) if first_weight_file(folder) else weights
+    family = TARGET_FAMILIES[config.family]
+    taken = {family.embedding} if config.tie_word_embeddings else {family.embedding, family.head}
+    if not taken <= set(weights.names()) and _is_part(weights, whole):
+        _check_tensors(whole, expected, config)
+        return CheckedTarget(config, whole, Identity(folder, whole))
     return CheckedTarget(config, weights, Identity(folder, whole))
+
+
+def _is_part(named: Weights, whole: Weights) -> bool:
+    """Whether the file that was named is one of those that transformers reads, as the guide's example is."""
+    names = set(whole.names())
+    return all(name in names and whole.file_of(name) == named.file_of(name) for name in named.names())
 
 
 def check_config(folder: Path, flag: str, use: Use = Use.PLAIN) -> ModelConfig:

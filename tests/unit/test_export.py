@@ -253,6 +253,24 @@ def test_base_models_in_every_file_layout(tmp_path: Path, layout: str, shards: s
     assert torch.equal(read(folder)[1]["lm_head.weight"], read_head(Weights(base), load_config(base)))
 
 
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_any_part_of_the_base_model_may_be_named(tmp_path: Path, suffix: str) -> None:
+    """As the guide's example names the one that holds the lm_head."""
+    base = make_target(tmp_path / "base", layout=suffix, max_shard_size="50KB")
+    draft, parts = make_draft(tmp_path / "draft", base), sorted(base.glob(f"*-of-*.{suffix}"))
+    whole = export(base, draft, tmp_path / "whole", "both")
+    assert len(parts) > 1
+    for part in parts:
+        folders = export(base, draft, tmp_path / part.stem, "both", base_weight_name=part.name)
+        assert {name: hashes(folder)["model.safetensors"] for name, folder in folders.items()} == {
+            name: hashes(folder)["model.safetensors"] for name, folder in whole.items()
+        }
+    other = make_target(tmp_path / "other", layout=suffix, max_shard_size="50KB", seed=1)
+    for part in parts:
+        with pytest.raises(RequestError, match="embedding of its own, which is not the base model"):
+            export(other, draft, tmp_path / "out", "v1", base_weight_name=part.name)
+
+
 def test_a_file_name_that_is_not_there_is_answered_with_those_that_are(
     llama: tuple[Path, Path], tmp_path: Path
 ) -> None:

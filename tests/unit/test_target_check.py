@@ -152,10 +152,16 @@ def test_pieces_are_the_tensors_bytes_in_every_layout(tmp_path):
 
 def test_a_named_file_may_hold_a_part(tmp_path):
     folder = make_target(tmp_path / "m", max_shard_size="40KB")
-    part = next(folder.glob("model-00001*")).name
-    checked = check_target(folder, "--base-path", part)
-    assert set(checked.weights.names()) < set(expected_tensors(checked.config))
-    assert checked.identity.current == check_target(folder, "--base-path").identity.current
+    whole = check_target(folder, "--base-path")
+    part = next(folder.glob("model-00001*"))
+    checked = check_target(folder, "--base-path", part.name)
+    assert checked.weights.names() == whole.weights.names() == sorted(expected_tensors(checked.config))
+    assert checked.identity.current == whole.identity.current
+    # One that transformers does not read is taken as it is.
+    shutil.copy(part, folder / "own.safetensors")
+    checked = check_target(folder, "--base-path", "own.safetensors")
+    assert set(checked.weights.names()) < set(whole.weights.names())
+    assert checked.identity.current == whole.identity.current
 
 
 @pytest.mark.parametrize(
