@@ -29,7 +29,7 @@ from eagle.device import choose_kind, cores, describe, peak_memory, process_peak
 from eagle.drafts.alignment import Example
 from eagle.drafts.eagle1.closed_form_start import sizes
 from eagle.drafts.eagle1.network import Eagle1Network
-from eagle.drafts.normal_equations import RIDGE, NormalEquations, solve
+from eagle.drafts.normal_equations import NormalEquations, add_ridge, solve
 from eagle.entry import run
 from eagle.errors import WorkError
 from eagle.files import write_json
@@ -151,7 +151,8 @@ def summed_plainly(
 
 
 def solved_plainly(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-    left = xx + RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=torch.float64)
+    left = xx.clone()
+    add_ridge(left)
     return torch.cholesky_solve(xy, torch.linalg.cholesky(left)).T.float().contiguous()
 
 

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.data import mixture
 from eagle.data.cleaning import Dropped, Tally
-from eagle.data.reader import open_records
-from eagle.data.record_file import Records
+from eagle.data.reader import existing_records, open_records
+from eagle.data.record_file import Records, notes_of
 from eagle.data.sharegpt.formats import record_id
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
-from eagle.files import existing_path
 from eagle.regenerate.dialogue import Dialogue, read_dialogue
+from eagle.text import visible
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,12 +90,13 @@ def held_out(records: Records, order: Sequence[int], taken: int, args: argparse.
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    path = existing_path(args.data_path, "--data_path", "path")
+    path = existing_records(args.data_path, "--data_path")
     if args.output.exists():
         raise RequestError(f"--output {args.output} is there already. Name another, or remove it.")
     if min(args.end_num, args.num_prompts) < 1:
         raise RequestError("--end_num and --num_prompts: expected 1 or more.")
     records = open_records(path, allow_truncated=args.allow_truncated)
+    print("".join(visible(f"note: {note}\n") for note in notes_of(records)), end="")
     order = mixture.choose(args.seed, [len(records)], len(records)).tolist()
     found = held_out(records, order, args.end_num, args)
     if len(found) < args.num_prompts:

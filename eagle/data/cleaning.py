@@ -33,8 +33,8 @@ TOOL_NAMES = ("tools", "functions")
 CALL_NAMES = ("tool_calls", "function_call")
 TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
 TEXT_PARTS = ("text", "input_text", "output_text")
-#: Where servers put what a model thought before it replied.
-REASONING_NAMES = ("reasoning_content", "reasoning")
+#: Where servers put what a model thought before it replied; the last is Ollama's, and that of Hugging Face's messages.
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 
 #: Why a record was left out, in the words the report and the manifest use. Files hold a reason's place in this list: a
 #: new one goes to the end.

@@ -11,7 +11,7 @@ A split is named behind the folder, ``FOLDER/train``, whether there is such a fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ DICT, STATE = "dataset_dict.json", "state.json"
 _STATE = "what save_to_disk of `datasets` writes"
 #: What lies beside records and is none.
 _BESIDE = (DICT, STATE, "dataset_info.json", "dataset_infos.json", "config.json")
+#: What tools/regenerate.py puts behind a file's name to name the report on its records, which lies beside them too.
+REPORT = ".report.json"
 #: What tells that a folder is something else, what it is, and where it belongs.
 _FOREIGN = (
     (("shard-*.safetensors", "*/shard-*.safetensors", "data_*.ckpt"), "a store of features", "--tmpdir"),
@@ -138,11 +140,12 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
     return own
 
 
-def _holds_records(path: Path, suffixes: Iterable[str]) -> bool:
+def _holds_records(path: Path, suffixes: Sequence[str]) -> bool:
     name = path.name.lower()
     for packed in _PACKED:
         name = name.removesuffix(packed)
-    return name.endswith(tuple(suffixes)) and path.name not in _BESIDE and path.is_file()
+    is_report = name.endswith(REPORT) and name.removesuffix(REPORT).endswith(tuple(suffixes))
+    return name.endswith(tuple(suffixes)) and path.name not in _BESIDE and not is_report and path.is_file()
 
 
 def _split_of(path: Path) -> str:

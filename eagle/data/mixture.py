@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from eagle.data.reader import open_records
-from eagle.data.record_file import JoinedRecords, Records, joined_digest
+from eagle.data.record_file import JoinedRecords, Records, joined_digest, notes_of
 from eagle.data.token_source import refuse_other_formats
 from eagle.data.tokens import Tokens
 from eagle.errors import RequestError, WorkError
@@ -168,17 +168,7 @@ class Data:
 
     def notes(self, end_num: int | None) -> list[str]:
         """What is used of them, and what is left out."""
-        found, files = list(self.records.notes), self.records.files
-        for file in files:
-            if damage := file.damage:
-                name = f"{file.path}: " if len(files) > 1 else ""
-                found.append(
-                    f"--allow_truncated: {name}record {damage.record}, from byte {damage.byte}, is not whole and is "
-                    f"left out; {len(file):,} whole records are used"
-                )
-        if end_num and end_num > len(self.records):
-            held = "the file holds" if len(files) == 1 else "the files hold"
-            found.append(f"--end_num {end_num:,}: {held} {len(self.records):,} conversations; all are used")
+        found = notes_of(self.records, end_num)
         if self.weighted and end_num is None:
             found.append("without --end_num, as many conversations are used as have these shares without repeating any")
         return found

@@ -138,6 +138,25 @@ class JoinedRecords:
         return part, index - self._starts[part]
 
 
+def notes_of(records: Records, end_num: int | None = None) -> list[str]:
+    """What is left out of records that somebody named: other splits, the end of a damaged file.
+
+    end_num: how many of them were asked for.
+    """
+    found, files = list(records.notes), records.files
+    for file in files:
+        if damage := file.damage:
+            name = f"{file.path}: " if len(files) > 1 else ""
+            found.append(
+                f"--allow_truncated: {name}record {damage.record}, from byte {damage.byte}, is not whole and is "
+                f"left out; {len(file):,} whole records are used"
+            )
+    if end_num and end_num > len(records):
+        held = "the file holds" if len(files) == 1 else "the files hold"
+        found.append(f"--end_num {end_num:,}: {held} {len(records):,} conversations; all are used")
+    return found
+
+
 def joined_digest(digests: Sequence[str]) -> str:
     """sha256 over those of several files; of a single one its own."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

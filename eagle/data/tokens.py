@@ -37,6 +37,7 @@ import torch
 from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally, earliest
 from eagle.data.loss_mask import Encoded, Encoder
 from eagle.data.record_file import Records
+from eagle.data.regenerated import check_regenerated
 from eagle.data.token_source import encode_record
 from eagle.device import cores
 from eagle.errors import WorkError
@@ -185,8 +186,9 @@ def encode_all(
 
     processes: how many to use (default: one for every core, as far as there is work for them).
 
-    Raises: WorkError where one of them is killed.
+    Raises: WorkError where one of them is killed; RequestError as `check_regenerated`.
     """
+    check_regenerated(records, encoder)
     # In the order of the file, which a Parquet file is read in once; then back into the job's.
     order = np.argsort(indices, kind="stable")
     sorted_indices = np.asarray(indices)[order].tolist()

@@ -21,7 +21,8 @@ from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import DROP_REASONS, REPAIRS, Dropped, Tally
 from eagle.data.loss_mask import Aligned, Encoder, load_encoder
 from eagle.data.reader import open_records
-from eagle.data.record_file import Records
+from eagle.data.record_file import Records, notes_of
+from eagle.data.regenerated import check_regenerated
 from eagle.data.template_variables import FLAG, HELP, parse_kwargs
 from eagle.data.token_source import align_record, encode_record
 from eagle.entry import HelpFormatter, run
@@ -236,9 +237,10 @@ def main(argv: list[str] | None = None) -> int:
         args.chat_template,
         chat_template_kwargs=parse_kwargs(args.chat_template_kwargs),
     )
+    told = [f"--{name}" for name in ("chat_template", "chat_template_kwargs") if getattr(args, name)]
+    notes = [*notes_of(records), *check_regenerated(records, encoder, told), *encoder.notes()]
     indices = range(args.start, min(args.start + args.num, len(records)))
     shown = [show_record(records, encoder, index, args.max_length) for index in indices]
-    notes = [*records.notes, *encoder.notes()]
     if args.html:
         title = f"What is trained on: {args.data_path.name}"
         about = f"Base model {model.resolve().name}, chat template {encoder.template_name}, "

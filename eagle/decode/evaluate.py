@@ -224,7 +224,8 @@ def estimate_sizes(decoder: SpeculativeDecoder, drafting: DraftOptions, replies:
     drafters = {size: drafting.drafter(target.device, decoder.sampling, size) for size in sizes(drafting.count)}
     lengths = sorted(reply.prompt_tokens + len(reply.drafted.tokens) // 2 for reply in replies)
     acceptance = Acceptance.of((step for reply in replies for step in reply.drafted.steps), depth)
-    return estimate(target, decoder.draft, drafters, acceptance, context=max(8, lengths[len(lengths) // 2]))
+    context = max(8, lengths[len(lengths) // 2])
+    return estimate(target, decoder.draft, drafters, acceptance, context, decoder.sampling)
 
 
 def what_is_asked(

@@ -86,7 +86,7 @@ class SpeculativeDecoder:
         ids = torch.tensor(prompt, device=device)
         features = target.features(ids, cache, names=self.names)
         cache.keep(len(prompt))
-        root = self._choose(target.logits(features[HIDDEN_STATE][-1:]))
+        root = self.sampling.choose(target.logits(features[HIDDEN_STATE][-1:]), self.generator)
         more = result.add(root.tolist(), max_new_tokens, stop)
         clock.mark()
         verdicts: list[Verdict] = []
@@ -117,17 +117,12 @@ class SpeculativeDecoder:
     def choices(self, logits: torch.Tensor, proposal: Proposal) -> torch.Tensor:
         """The target's token ``[N+1]`` behind each node, from its logits ``[N+1, V]``."""
         if proposal.q is None or proposal.children is None:
-            return self._choose(logits)
+            return self.sampling.choose(logits, self.generator)
         p = self.sampling.distribution(logits)
         choices = draw(p, self.generator).squeeze(1)
         candidates = torch.where(proposal.children < 0, -1, proposal.tokens[proposal.children])
         choices[proposal.parent_nodes] = settle(p[proposal.parent_nodes], proposal.q, candidates, self.generator)
         return choices
-
-    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.sampling.greedy:
-            return logits.argmax(-1)
-        return draw(self.sampling.distribution(logits), self.generator).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -141,8 +136,7 @@ def generate_alone(
     while more:
         hidden_state = target.features(tokens, cache)[HIDDEN_STATE]
         cache.keep(len(tokens))
-        logits = target.logits(hidden_state[-1:])
-        tokens = logits.argmax(-1) if sampling.greedy else draw(sampling.distribution(logits), generator).squeeze(1)
+        tokens = sampling.choose(target.logits(hidden_state[-1:]), generator)
         more = result.add(tokens.tolist(), max_new_tokens, stop)
         if not result.prefill_seconds:
             result.prefill_seconds = time.perf_counter() - started

@@ -11,6 +11,7 @@ import torch
 
 from eagle.decode.acceptance_counts import Acceptance
 from eagle.decode.drafter import Drafter, DraftRunner, Proposal
+from eagle.decode.generate import SpeculativeDecoder
 from eagle.decode.sampling import Sampling
 from eagle.decode.target import Target
 from eagle.device import synchronize
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 #: Rounds over all sizes: this many at least, and more (up to as many) for so many seconds.
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 4, 20, 15.0
+_GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +40,22 @@ class Estimate:
 
 @torch.inference_mode()
 def estimate(
-    target: Target, draft: DraftNetwork, drafters: dict[int, Drafter], acceptance: Acceptance, context: int
+    target: Target,
+    draft: DraftNetwork,
+    drafters: dict[int, Drafter],
+    acceptance: Acceptance,
+    context: int,
+    sampling: Sampling = _GREEDY,
 ) -> list[Estimate]:
     """Time a step of each drafter, and of the target alone, behind `context` tokens.
 
     drafters: by the number of tokens they draft, ascending; each drafts the first nodes of the tree that `acceptance`
-    was measured with.
+    was measured with. sampling: how tokens are chosen, on either side as in decoding; the drafters' own.
     """
     device = target.device
-    sampling = Sampling()
-    generator = sampling.generator(device)
+    # What it chooses behind a tree does not depend on its drafter.
+    decoder = SpeculativeDecoder(target, draft, next(iter(drafters.values())), sampling)
+    generator = decoder.generator
     widest = max(drafter.nodes + drafter.rows for drafter in drafters.values())
     ids = torch.randint(target.config.vocab_size, (context,), device=device)
     cache, runner = target.new_cache(context + widest + 8), DraftRunner(draft, target.head, context + widest + 8)
@@ -58,8 +66,11 @@ def estimate(
     # As many true rows as a step usually brings are taken in before drafting.
     rows = min(context, max(1, round(acceptance.tau())))
 
+    def next_token() -> torch.Tensor:
+        return sampling.choose(target.logits(target.features(ids[:1], cache)[HIDDEN_STATE]), generator)
+
     def step_alone() -> tuple[float, float]:
-        return 0.0, timed(lambda: target.logits(target.features(ids[:1], cache)[HIDDEN_STATE]).argmax(-1), device)[0]
+        return 0.0, timed(next_token, device)[0]
 
     def step(drafter: Drafter) -> tuple[float, float]:
         runner.cache.forget(context)
@@ -70,7 +81,7 @@ def estimate(
         def verify() -> torch.Tensor:
             shape = (proposal.tree.depths, proposal.tree.ancestors)
             found = target.features(proposal.tokens, cache, shape, names)
-            return target.logits(found[HIDDEN_STATE]).argmax(-1)
+            return decoder.choices(target.logits(found[HIDDEN_STATE]), proposal)
 
         drafting, proposal = timed(draft_tree, device)
         return drafting, timed(verify, device)[0]

@@ -48,6 +48,10 @@ class Sampling:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities
 
+    def choose(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The next token ``[...]`` behind each of the logits ``[..., V]``."""
+        return logits.argmax(-1) if self.greedy else draw(self.distribution(logits), generator).squeeze(-1)
+
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator, count: int = 1) -> torch.Tensor:
     """`count` different tokens ``[..., count]`` for each distribution ``[..., V]``, drawn one after another without

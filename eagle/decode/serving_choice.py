@@ -16,7 +16,7 @@ from typing import Any
 
 from eagle.decode.diagnosis import tau_of
 from eagle.decode.sampling import Sampling
-from eagle.decode.step_costs import FLAG, Shape, StepCosts
+from eagle.decode.step_costs import COMMAND, FLAG, Shape, StepCosts
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 
@@ -74,14 +74,25 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """A shape of which too little was measured for a judgement. tokens: the K that were not; is_whole: all of them."""
+
+    shape: Shape
+    tokens: list[int]
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """At one batch size. curves: the best first. never: shapes that could not be worth more at any acceptance."""
+    """At one batch size. curves: the best first. never: shapes that could not be worth more at any acceptance, at any K
+    of the file. gaps: shapes of which that is not known, since some K was not measured."""
 
     batch_size: int
     alone_ms: float
     curves: list[Curve]
     needs: list[Need]
     never: list[Shape]
+    gaps: list[Gap]
 
     @property
     def best(self) -> Curve:
@@ -119,7 +130,10 @@ def rate_of(tau: float, tokens: int) -> float | None:
 
 
 def need(costs: StepCosts, shape: Shape, batch: int, worth: float) -> Need | None:
-    """What the shape needs for more than `worth` times the target's speed, at the K that asks least of each token."""
+    """What the shape needs for more than `worth` times the target's speed, at the K that asks least of each token.
+
+    None where no acceptance is enough at any K whose cost is known; `gap` says of which it is not.
+    """
     found, alone = [], costs.alone(batch).ms
     for tokens in range(1, costs.most_tokens + 1):
         if (cost := costs.cost(shape, tokens, batch)) is not None:
@@ -127,6 +141,13 @@ def need(costs: StepCosts, shape: Shape, batch: int, worth: float) -> Need | Non
             if (rate := rate_of(tau, tokens)) is not None:
                 found.append(Need(shape, tokens, tau, rate))
     return min(found, key=lambda one: one.rate, default=None)
+
+
+def gap(costs: StepCosts, shape: Shape, batch: int) -> Gap | None:
+    """Which costs of the shape are not known, of K 1 to the largest that was measured of any; None where all are."""
+    every = range(1, costs.most_tokens + 1)
+    missing = [tokens for tokens in every if costs.cost(shape, tokens, batch) is None]
+    return Gap(shape, missing, len(missing) == len(every)) if missing else None
 
 
 def choose(costs: StepCosts, drafts: Sequence[Measured]) -> list[Choice]:
@@ -138,12 +159,15 @@ def choose(costs: StepCosts, drafts: Sequence[Measured]) -> list[Choice]:
             continue
         curves.sort(key=lambda one: -one.best.speedup)
         worth = max(1.0, curves[0].best.speedup)
-        known = {draft.shape for draft in drafts}
-        others = [shape for shape in costs.shapes if shape not in known]
+        # A draft that was measured and has no cost at this batch size is not judged by its acceptance either.
+        judged = {one.draft.shape for one in curves}
+        others = [one for one in dict.fromkeys((*(d.shape for d in drafts), *costs.shapes)) if one not in judged]
         needs = {shape: need(costs, shape, batch, worth) for shape in others}
-        never = [shape for shape, one in needs.items() if one is None]
         asked = [one for one in needs.values() if one is not None]
-        choices.append(Choice(batch, costs.alone(batch).ms, curves, asked, never))
+        gaps = {shape: gap(costs, shape, batch) for shape, one in needs.items() if one is None}
+        never = [shape for shape, one in gaps.items() if one is None]
+        unknown = [one for one in gaps.values() if one is not None]
+        choices.append(Choice(batch, costs.alone(batch).ms, curves, asked, never, unknown))
     return choices
 
 
@@ -240,6 +264,7 @@ def _to_json(choice: Choice) -> dict[str, Any]:
         ],
         "needs": [dataclasses.asdict(one) for one in choice.needs],
         "never": [one.to_json() for one in choice.never],
+        "not_measured": [dataclasses.asdict(one) for one in choice.gaps],
     }
 
 
@@ -262,7 +287,7 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
             cells = {point["num_speculative_tokens"]: point for point in one["points"]}
             yield f"  {_named(one):{width}}" + "".join(_cell(cells.get(k)) for k in columns)
         yield f"  {_verdict(choice)}"
-        yield from (f"  {line}" for line in _needs(choice))
+        yield from (f"  {line}" for line in _needs(choice, report["most_tokens"]))
     curves = [one for choice in report["batches"] for one in choice["curves"]]
     if any(point["is_between"] for one in curves for point in one["points"]):
         yield "~: the cost was not measured and lies on the line between two that were."
@@ -271,6 +296,8 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
             f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft "
             f"{report['most_tokens']} at once to have all judged that were measured."
         )
+    if any(choice["not_measured"] for choice in report["batches"]):
+        yield f"What was not measured is added by {COMMAND} with the same --output, for that batch size, shape and K."
     yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
 
 
@@ -302,7 +329,8 @@ def _verdict(choice: dict[str, Any]) -> str:
     return f"Best: {named}, K {tokens}: {speedup:.2f} times{estimated}.{doubt}"
 
 
-def _needs(choice: dict[str, Any]) -> Iterator[str]:
+def _needs(choice: dict[str, Any], most: int) -> Iterator[str]:
+    """most: the largest K that was measured of any shape."""
     more = "more than that" if choice["pays"] else "anything"
     for one in choice["needs"]:
         yield (
@@ -310,7 +338,16 @@ def _needs(choice: dict[str, Any]) -> Iterator[str]:
             f"{one['num_speculative_tokens']} ({one['rate']:.2f} of the tokens accepted that follow accepted ones)"
         )
     for one in choice["never"]:
-        yield f"{_size(one)} could not be worth {more}, however much were accepted"
+        yield f"{_size(one)} could not be worth {more} at any K up to {most}, however much were accepted"
+    for one in choice["not_measured"]:
+        size, tokens = _size(one["shape"]), ", ".join(map(str, one["tokens"]))
+        if one["is_whole"]:
+            yield f"{size} was not measured at this batch size, so nothing is said of it"
+        else:
+            yield (
+                f"{size} was not measured at K {tokens} with this batch size; at the others it could not be worth "
+                f"{more}, however much were accepted"
+            )
 
 
 def refuse_without_costs(paths: Sequence[Path] | None) -> None:

@@ -194,8 +194,8 @@ def read_step_costs(path: Path) -> StepCosts:
         points[one["num_speculative_tokens"]] = cost_of(one["rounds_ms"])
     if not content["is_finished"]:
         raise RequestError(
-            f"{FLAG} {path} is not finished: what was not measured yet would be left out of the choice. Run the same "
-            f"{COMMAND} again; it goes on."
+            f"{FLAG} {path} is not finished: what was not measured yet would be left out of the choice. Run every "
+            f"{COMMAND} again that was interrupted; it goes on."
         )
     if all(shape is None for shape, _ in found):
         raise RequestError(f"{FLAG} {path} has the base model alone and no draft. Run {COMMAND} with one.")

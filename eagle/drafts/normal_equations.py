@@ -34,8 +34,9 @@ PIECE, SHORT_PIECE = 2048, 1024
 SLAB = 256
 #: Bytes of the sums that are exchanged between processes at once.
 EXCHANGED = 16 << 20
-#: Relative to the mean diagonal of the normal equations: enough to make them well-posed, too little to bias.
-RIDGE = 1e-4
+#: Relative to every number on the diagonal of the normal equations, since embeddings and layers' inputs differ in scale
+#: by orders of magnitude: enough to make them well-posed, too little to bias. And of their mean, for what is 0.
+RIDGE, LEAST = 1e-4, 1e-12
 
 #: A conversation, and the tokens ``[N]``, features ``[N, W]`` and targets ``[N, H]`` of its supervised positions.
 Rows = tuple[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -265,8 +266,14 @@ def solve(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
 
     Raises: WorkError where the equations have no solution.
     """
-    xx.diagonal().add_(RIDGE * xx.diagonal().mean())
+    add_ridge(xx)
     return solve_exactly(xx, xy)
+
+
+def add_ridge(xx: torch.Tensor) -> None:
+    """To the diagonal of the equations. xx: as in `solve`."""
+    diagonal = xx.diagonal()
+    diagonal += RIDGE * diagonal + LEAST * diagonal.mean()
 
 
 def solve_exactly(xx: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:

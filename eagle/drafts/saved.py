@@ -158,6 +158,22 @@ def start_folder(path: Path, flag: str, family: DraftFamily) -> Path:
     return source
 
 
+#: What of a draft's config decides what its weights compute.
+_COMPUTES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling",
+)  # fmt: skip
+
+
+def network_differences(saved: ModelConfig, config: ModelConfig) -> list[str]:
+    """In what a saved draft computes otherwise than one of `config`, in words."""
+    return [
+        f"{name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here"
+        for name in _COMPUTES
+        if getattr(saved, name) != getattr(config, name)
+    ]
+
+
 def warm_start(
     network: DraftNetwork,
     path: Path,
@@ -180,18 +196,22 @@ def warm_start(
             f"{name} is {config.extra.get(name)!r} there and {value!r} here"
             for name, value in network.config.extra.items()
             if config.extra.get(name) != value
-        ]
+        ] + network_differences(config, network.config)
         if differing:
             raise RequestError(
                 f"{flag} {source} is a draft of other choices: {'; '.join(differing)}. Leave these to it, or start "
                 "from another draft."
             )
+        notes = []
+    else:  # its layer is always the base model's, whatever its config says, in export as well
+        differing = network_differences(load_draft_config(source, family), network.config)
+        notes = [f"{flag} {source}: {what}; it goes on as here" for what in differing]
     optional = family.optional(state)
     kept = {name: tensor for name, tensor in state.items() if name not in (*family.targets_own, *optional)}
     with said_of(f"{flag} {source}"):
         kept = family.filled(network.config, kept, head)
     load_trained_state(network, kept, f"{flag} {source}")
-    return [f"{flag} {source} has {what}; it is left out" for what in optional.values() if what]
+    return notes + [f"{flag} {source} has {what}; it is left out" for what in optional.values() if what]
 
 
 def read_saved(

@@ -14,6 +14,7 @@ from eagle.errors import RequestError
 from eagle.generate.source_options import EngineOptions
 from eagle.target.config import ModelConfig
 from eagle.target.families import TARGET_FAMILIES
+from eagle.target.refusals import unsteady_rope
 
 #: vLLM's options that are decided here, and not by ``--engine_args``.
 FIXED = {
@@ -94,6 +95,7 @@ def check_engine(config: ModelConfig, arguments: Mapping[str, Any], longest: int
     Raises: RequestError where vLLM does not compute this target's features.
     """
     _check_no_quantizing(config, arguments)
+    check_steady(config, longest, flag)
     positions = _positions(config)
     if longest > positions:
         raise RequestError(
@@ -103,10 +105,17 @@ def check_engine(config: ModelConfig, arguments: Mapping[str, Any], longest: int
     return check_engine_family(config)
 
 
+def check_steady(config: ModelConfig, longest: int, flag: str) -> None:
+    """Raises: RequestError for records so long that no source computes their features alike in every batch."""
+    positions = config.max_position_embeddings
+    if why := unsteady_rope(config.rope_scaling, positions, longest):
+        raise RequestError(f"{flag} {longest}: {why} Use {flag} {positions}.")
+
+
 def _positions(config: ModelConfig) -> int:
     """How many positions vLLM has angles for."""
     rope, most = config.rope_scaling or {}, config.max_position_embeddings
-    if rope.get("rope_type") in ("linear", "dynamic"):
+    if rope.get("rope_type") == "linear":
         return int(most * rope["factor"])
     if rope.get("rope_type") == "yarn":
         return int(rope.get("original_max_position_embeddings", most) * rope["factor"])

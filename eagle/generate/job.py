@@ -17,6 +17,7 @@ from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.mixture import Data, Outcome, open_data, outcomes
 from eagle.data.record_file import Records
+from eagle.data.regenerated import check_regenerated
 from eagle.data.template_variables import shown
 from eagle.data.tokens import LENGTH_BLOCK, TOKENS, Tokens, encode_all, key_of, load_tokens, save_tokens
 from eagle.device import Card
@@ -25,7 +26,7 @@ from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
 from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
-from eagle.generate.engine_check import check_engine, shaping, vllm_of
+from eagle.generate.engine_check import check_engine, check_steady, shaping, vllm_of
 from eagle.generate.progress import finished
 from eagle.generate.request import GenerationRequest
 from eagle.generate.sources import DEFAULT_SOURCE
@@ -94,6 +95,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     check_computes(parse_dtype(request.dtype), kind)
     device.check_indices(kind, request.npu_indices)
     should_compile(request.compile, kind, 0)  # refuses what its workers would have to
+    check_steady(config, request.max_length, "--max_length")
     engine = {}
     if request.is_engine:
         check_engine(config, request.engine.arguments, request.max_length, "--max_length")
@@ -182,12 +184,15 @@ def began_with(request: GenerationRequest) -> dict | None:
 
 
 def _notes(request: GenerationRequest, data: Data, encoder: Encoder, config: ModelConfig) -> list[str]:
+    """For people. Raises: RequestError as `check_regenerated`."""
     longest = config.max_position_embeddings
+    told = [f"--{name}" for name in ("chat_template", "chat_template_kwargs") if getattr(request, name)]
     notes = [
         f"chat template: {encoder.template_name}",
         *([config.quantization.note()] if config.quantization else []),
         *encoder.notes(),
         *data.notes(request.end_num),
+        *check_regenerated(data.records, encoder, told),
     ]
     if request.max_length > longest:
         notes.append(f"--max_length {request.max_length} is more than the {longest} positions the model was made for")

@@ -62,18 +62,16 @@ class WorkerProcess:
 
     def _listen(self, stream: IO[bytes]) -> None:
         for line in stream:
-            try:
-                said = json.loads(line)
-            except ValueError:  # something else printed; it belongs with the worker's words
+            said = _read_message(line)
+            if said is None:  # something else printed; it belongs with the worker's words
                 with self.log.open("ab") as log:
                     log.write(line)
-                continue
-            if "hopeless" in said:
+            elif "hopeless" in said:
                 self.is_hopeless = True
-                continue
-            self.progress = said
-            if self.starting is None:
-                self.starting = self.progress
+            else:
+                self.progress = said
+                if self.starting is None:
+                    self.starting = self.progress
 
     def last_words(self, count: int) -> str:
         """The last so many lines of what it had to say, of a worker that has ended."""
@@ -83,6 +81,18 @@ class WorkerProcess:
         if self.is_engine:  # whose logs are long, and end with what everything else then died of
             return engines.last_words(log)
         return "\n".join(f"    {line}" for line in log.splitlines()[-count:]) or "    (it said nothing)"
+
+
+def _read_message(line: bytes) -> dict | None:
+    """What a worker says of itself, None for any other line: libraries print there too, and a bare number is JSON."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict):
+        return None
+    is_progress = all(type(said.get(name)) is int for name in ("records", "tokens"))
+    return said if "hopeless" in said or is_progress else None
 
 
 def worker_variables(job: Job, number: int) -> dict[str, str]:

@@ -22,7 +22,8 @@ from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import stop_tokens
 from eagle.data.reader import open_records
-from eagle.data.record_file import Records
+from eagle.data.record_file import Records, notes_of
+from eagle.data.regenerated import made_with, report_path
 from eagle.data.sharegpt.convert import ShareGPTWriter
 from eagle.data.token_source import refuse_other_formats
 from eagle.device import choose_kind, torch_device
@@ -54,15 +55,14 @@ OWN_BATCH, OWN_WAITING = 32, 3
 END_FAILED = f"end_{FAILED}"
 
 
-def regenerate(request: RegenerateRequest) -> int:
-    """Raises: FileNotFoundError, RequestError, WorkError."""
+def regenerate(request: RegenerateRequest, kind: str, python: Path | None) -> int:
+    """kind, python: what answers, as `engine_kind` found it. Raises: FileNotFoundError, RequestError, WorkError."""
     config = load_config(request.model_name, use=Use.SERVED)
     journal, report = journal_path(request.output), report_path(request.output)
     begun = read_header(journal)
     date = datetime.date.fromisoformat(begun["date"]) if begun and "date" in begun else None
     encoder = load_encoder(request.model_name, config, request.chat_template, date, request.chat_template_kwargs)
     records = open_records(request.data_path, allow_truncated=request.allow_truncated)
-    kind, python = engine_kind(request)
     options = options_of(request, config, encoder, records) | {"engine": kind}
     if kind == "vllm":
         options["engine_args"] = deciding(request.engine_args)
@@ -77,7 +77,8 @@ def regenerate(request: RegenerateRequest) -> int:
     if not conversations.indices:
         raise WorkError("\n".join(["No conversation can be asked:", *chosen_lines(conversations)]))
     print(f"{len(conversations.indices):,} conversations, {conversations.questions:,} questions")
-    for note in encoder.notes():
+    notes = notes_of(records, request.end_num)
+    for note in [*notes, *encoder.notes()]:
         print(visible(f"  note: {note}"))
     stop = stop_tokens(request.model_name, config, encoder)
     with engine_for(request, config, encoder, conversations, stop, python) as (engine, name):
@@ -94,7 +95,8 @@ def regenerate(request: RegenerateRequest) -> int:
             engine.stop()
             counted = write_output(request, conversations, kept, encoder, asking.counts)
             lines = [*chosen_lines(conversations), *result_lines(counted, asking.counts)]
-            write_json(report, {"options": kept.options, **to_json(conversations, counted), "made_by": provenance()})
+            made = {"made_with": made_with(request.model_name, encoder), "notes": notes, "made_by": provenance()}
+            write_json(report, {"options": kept.options, **to_json(conversations, counted), **made})
             if not counted[END_FAILED]:
                 kept.remove()
     print(f"{request.output}: {counted['records']:,} conversations, {counted['replies']:,} replies")
@@ -106,10 +108,6 @@ def regenerate(request: RegenerateRequest) -> int:
             f"came is kept in {journal}."
         )
     return 0
-
-
-def report_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.report.json")
 
 
 def options_of(request: RegenerateRequest, config: ModelConfig, encoder: Encoder, records: Records) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from eagle.device import KINDS
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter
 from eagle.given import given, refuse_idle
-from eagle.regenerate.job import OWN_BATCH, regenerate
+from eagle.regenerate.job import OWN_BATCH, engine_kind, regenerate
 from eagle.regenerate.request import AUTO, ENGINES, RegenerateRequest, idle_flags
 
 
@@ -66,5 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     parsed = {"server": tuple(args.server), "chat_template_kwargs": parse_kwargs(args.chat_template_kwargs)}
     request = RegenerateRequest(**{**vars(args), **parsed})
-    refuse_idle(given(make_parser(), argv), idle_flags(request))
-    return regenerate(request)
+    kind, python = engine_kind(request)
+    refuse_idle(given(make_parser(), argv), idle_flags(request, kind))
+    return regenerate(request, kind, python)

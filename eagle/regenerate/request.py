@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.data.reader import existing_records
 from eagle.decode.sampling import Sampling
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError
@@ -72,7 +73,7 @@ class RegenerateRequest:
     def check_paths(self) -> None:
         """Raises: FileNotFoundError, RequestError."""
         existing_path(self.model_name, "--model_name", "folder")
-        existing_path(self.data_path, "--data_path", "path")
+        existing_records(self.data_path, "--data_path")
         if self.engine_python is not None:
             existing_path(self.engine_python, "--engine_python", "file")
         if self.output.suffix.lower() not in (".json", ".jsonl"):
@@ -88,19 +89,29 @@ class RegenerateRequest:
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
-def idle_flags(request: RegenerateRequest) -> dict[str, str]:
-    """Flags that do nothing beside the others, by name: why, and what to do instead."""
+def idle_flags(request: RegenerateRequest, kind: str) -> dict[str, str]:
+    """Flags that do nothing beside the others, by name: why, and what to do instead.
+
+    kind: what answers, as `eagle.regenerate.job.engine_kind` found it: --engine auto is either.
+    """
     idle: dict[str, str] = {}
     if request.server:
         why = "--server names a server that runs already. Leave one of the two out."
         idle = dict.fromkeys(("engine", "engine_python", "engine_args", "dtype", "device"), why)
     else:
         idle["served_model"] = "it is what a server calls the model, and --server names none. Leave it out."
-    if request.engine == "own" and not request.server:
-        why = "it is vLLM's, and --engine own decodes without. Leave one of the two out."
+    if kind == "own":
+        why = (
+            "it is vLLM's, and --engine own decodes without. Leave one of the two out."
+            if request.engine == "own"
+            else "it is vLLM's, and there is no vLLM here. Name the interpreter of one with --engine_python, or leave "
+            "it out."
+        )
         idle |= dict.fromkeys(("engine_python", "engine_args", "retries", "max_outage", "timeout"), why)
-    if request.engine == "vllm" and not request.server:
-        idle["device"] = "vLLM takes the device that it was built for. Leave it out."
+    if kind == "vllm":
+        idle["device"] = "vLLM takes the device that it was built for. Leave it out" + (
+            "." if request.engine == "vllm" or request.engine_python else ", or add --engine own to decode without."
+        )
     if request.temperature == 0:
         why = "replies are greedy without --temperature. Leave it out, or add --temperature 1."
         idle |= {"top_p": why, "top_k": why}

@@ -102,12 +102,12 @@ class ClassicFolder:
             counts.append(supervised_counts(np.concatenate(masks), offsets, max_len))
         return np.concatenate(counts)
 
-    def token_counts(self, size: int) -> np.ndarray:
+    def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray:
         """How often each token is supervised: see `eagle.store.record.token_counts`."""
         counts = np.zeros(size, dtype=np.int64)
         for position in range(len(self)):
             record = self.read(position, features=False)
-            counts += token_counts(record.input_ids.numpy(), record.loss_mask.numpy(), size)
+            counts += token_counts(record.input_ids.numpy()[:max_len], record.loss_mask.numpy()[:max_len], size)
         return counts
 
     def read(self, position: int, *, features: bool = True) -> Record:

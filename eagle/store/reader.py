@@ -25,7 +25,7 @@ from eagle.store.classic_dumps import ClassicFolder, Head, is_dump_name, read_he
 from eagle.store.completeness import differing_nodes, missing_nodes, wrong_counts
 from eagle.store.damage import Damage, Damaged, exhausted
 from eagle.store.manifest import MANIFEST, check_no_reshard, describe_features, read_manifest
-from eagle.store.record import Record, RecordSource, StoredRecord
+from eagle.store.record import Record, RecordSource, StoredRecord, digest_of
 from eagle.store.shard import Shard, is_shard_name
 from eagle.target.features import HIDDEN_STATE
 
@@ -246,9 +246,9 @@ class FeatureStore:
         """How many positions of every record ``[R]`` a draft is trained on, without reading its features."""
         return np.concatenate([source.supervised(max_len) for source in self.sources])[self._order]
 
-    def token_counts(self, size: int) -> np.ndarray:
-        """How often each of the target's `size` tokens belongs to a reply, ``[size]``."""
-        return np.sum([source.token_counts(size) for source in self.sources], axis=0)
+    def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray:
+        """How often each of the target's `size` tokens belongs to a reply, ``[size]``; of records cut to `max_len`."""
+        return np.sum([source.token_counts(size, max_len) for source in self.sources], axis=0)
 
     def unsupervised(self) -> list[str]:
         """The records without a supervised position, in words."""
@@ -301,6 +301,15 @@ class FeatureStore:
             for digest, source in zip(self._digests, self.sources, strict=True)
         }
         return sorted(found)
+
+    def records_digest(self) -> str | None:
+        """Of which conversations it holds and how long each is, however they are sharded; None where nobody knows."""
+        manifests = self.manifests.values()
+        tokenizers = {one["data"].get("digest"): (one.get("tokenizer") or {}).get("digest") for one in manifests}
+        if not self.data_digests() <= tokenizers.keys() - {None}:
+            return None
+        conversations = np.concatenate([source.conversations for source in self.sources])[self._order]
+        return digest_of(repr(sorted(tokenizers.items())), conversations, self.lengths)
 
     def check_target(self, digest: str, basepath: Path, as_in: Callable[[str], str] | None = None) -> None:
         """Raises: RequestError where a manifest names another target than the one with that fingerprint.

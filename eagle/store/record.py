@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -143,6 +144,22 @@ def token_counts(input_ids: np.ndarray, loss_mask: np.ndarray, size: int) -> np.
     return np.bincount(own, minlength=size)
 
 
+def within(loss_mask: np.ndarray, offsets: np.ndarray, max_len: int | None) -> np.ndarray:
+    """The loss masks ``[N]`` of records that begin at these offsets, 0 behind the first `max_len` tokens of each."""
+    if max_len is None:
+        return loss_mask
+    places = np.arange(len(loss_mask)) - np.repeat(offsets[:-1], np.diff(offsets))
+    return loss_mask * (places < max_len)
+
+
+def digest_of(data: str, conversations: np.ndarray, lengths: np.ndarray) -> str:
+    """Of records, by the data they are of, their conversations and how long each is ``[R]``."""
+    digest = hashlib.sha256(data.encode())
+    for array in (conversations, lengths):
+        digest.update(np.asarray(array).astype("<i8").tobytes())
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
 def checksum(*arrays: np.ndarray) -> int:
     crc = 0
     for array in arrays:
@@ -176,5 +193,5 @@ class RecordSource(Protocol):
         """See `supervised_counts`; of the records in their order."""
         ...
 
-    def token_counts(self, size: int) -> np.ndarray: ...
+    def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray: ...
     def leave_out(self, positions: Sequence[int]) -> None: ...

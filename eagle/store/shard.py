@@ -33,7 +33,7 @@ from eagle.files import fsync_folder
 from eagle.store.damage import Damaged, Replaced, exhausted
 from eagle.store.dtypes import Packed
 from eagle.store.open_files import OPEN, Restamped, Span, Stamp, stamp_of
-from eagle.store.record import Record, StoredRecord, checksum, supervised_counts, token_counts
+from eagle.store.record import Record, StoredRecord, checksum, supervised_counts, token_counts, within
 from eagle.target.features import HIDDEN_STATE, states_in
 from eagle.tensor_file import DTYPE_CODES, Entry, NotWhole, read_array, read_header, write_pieces
 
@@ -268,7 +268,7 @@ class Shard:
         counts = supervised_counts(mask.numpy(), self.offsets, max_len)
         return counts if self._kept is None else counts[self._kept]
 
-    def token_counts(self, size: int) -> np.ndarray:
+    def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray:
         """How often each token is supervised: see `eagle.store.record.token_counts`."""
         names = ("input_ids", "loss_mask")
         ids, mask = (
@@ -279,7 +279,7 @@ class Shard:
             for number in self._kept:
                 own[self.offsets[number] : self.offsets[number + 1]] = True
             mask = mask * own
-        return token_counts(ids, mask, size)
+        return token_counts(ids, within(mask, self.offsets, max_len), size)
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.

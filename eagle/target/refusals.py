@@ -81,6 +81,19 @@ def unknown_rope(raw: dict[str, Any]) -> str | None:
     return None
 
 
+def unsteady_rope(rope: dict[str, Any] | None, positions: int, longest: int) -> str | None:
+    """Why features of records of up to `longest` tokens would be no property of a record. rope: scaling, as read.
+    positions: the model's.
+    """
+    if (rope or {}).get("rope_type") != "dynamic" or longest <= positions:
+        return None
+    return (
+        f"the base model has {positions} positions and a rope of type 'dynamic', whose angles past them are by the "
+        "longest record of a batch in transformers, and not in vLLM's table. Features of a record would depend on its "
+        "neighbours."
+    )
+
+
 def weights_elsewhere(raw: dict[str, Any]) -> str | None:
     found = raw.get("transformers_weights")
     if not found:

@@ -106,9 +106,10 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "acceptance rate) or lk_hybrid (begins as a cross-entropy and turns to the acceptance rate as that grows)",
         choices=tuple(TOKEN_LOSSES),
     )  # fmt: skip
-    add("ttt_steps", int, "draft steps unrolled in training; more than 1 trains on the draft's own features too")
-    add("ttt_decay", float, "weight of each draft step's token loss against the one before (default: 1; eagle3 0.8)")
-    add("noise", float, "half-width of the uniform noise on the features")
+    add("ttt_steps", int, "draft steps unrolled in training (eagle3 takes 3); more than 1 trains on the draft's own "
+        "features too")  # fmt: skip
+    add("ttt_decay", float, "weight of each draft step's token loss against the one before (eagle3 takes 0.8)")
+    add("noise", float, "half-width of the uniform noise on the features (eagle3 takes 0)")
     add("init", str, f"how the draft starts: {' (the best linear draft) or '.join(INITS)}, or the folder of any draft")
     add("init_positions", int, "at most this many supervised positions for the closed-form start")
     add("val_ratio", float, "share of the conversations held out for validation")

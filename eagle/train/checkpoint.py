@@ -22,18 +22,22 @@ from typing import Any
 import torch
 
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
+from eagle.drafts.interface import DraftFamily
 from eagle.drafts.network import DraftNetwork
 from eagle.drafts.saved import (
     BEST,
     LAST,
     STATE,
+    load_draft_config,
     load_trained_state,
+    network_differences,
     read_draft_state,
     resolve_pointer,
     save_draft,
 )
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder, read_json, write_json
+from eagle.target.config import ModelConfig
 from eagle.target.weights import Weights
 
 OPTIMIZER = "optimizer.pt"
@@ -143,6 +147,18 @@ def restore(folder: Path, model: DraftNetwork) -> dict[str, Any]:
     own = {name: state[name] for name in model.own_state() if name in state}
     load_trained_state(model, own, str(folder))
     return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+
+
+def check_same_network(folder: Path, config: ModelConfig, family: DraftFamily) -> None:
+    """config: of the draft that is to go on from the checkpoint.
+
+    Raises: RequestError where the checkpoint's computes otherwise, though its weights may fit.
+    """
+    if differing := network_differences(load_draft_config(folder, family), config):
+        raise RequestError(
+            f"--cpdir {folder.parent} holds checkpoints of another draft: {'; '.join(differing)}. Repeat that run's "
+            "--configpath (or leave it out as it did) to continue it, or name another folder."
+        )
 
 
 def check_same_run(cpdir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

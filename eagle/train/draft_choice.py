@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from eagle.drafts.coverage import Coverage
 from eagle.drafts.families import DRAFT_FAMILIES, check_served
-from eagle.drafts.saved import start_folder
+from eagle.drafts.saved import load_draft_config, start_folder
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import aux_layers, describe_feature, holder_of, states_in
@@ -23,7 +24,12 @@ def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str
     family = options.family
     check_served(family, target)
     choices = family.choices(options.choices, widths, f"--tmpdir {options.tmpdir}")
-    config = family.config(target, config_file(options), choices)
+    file = config_file(options)
+    config = family.config(target, file, choices)
+    if file and file != options.configpath:  # it goes on as the network that its weights were trained in
+        saved = load_draft_config(file.parent, family)
+        own = {name: getattr(saved, name) for name in ("rope_theta", "rope_scaling", "rms_norm_eps")}
+        config = dataclasses.replace(config, **own)
     if target.window is not None and options.max_len > target.window:
         raise RequestError(
             f"--max_len {options.max_len}: the base model attends to the last {target.window} tokens, and vLLM limits "

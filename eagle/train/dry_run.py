@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -24,6 +24,7 @@ from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
+from eagle.text import visible
 from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.engine import check_engine, describe_engine
 from eagle.train.loader import AHEAD
@@ -66,7 +67,8 @@ def planned_coverage(setting: Setting, options: TrainOptions) -> Coverage | None
     tmpdir, vocabulary = options.tmpdir, setting.config.vocab_size
     if tmpdir is None or options.init not in options.family.starts:
         return None
-    counts = functools.cache(lambda: FeatureStore(tmpdir).token_counts(vocabulary))
+    store = FeatureStore(tmpdir, skip_damaged=options.skip_damaged)
+    counts = functools.cache(lambda: store.token_counts(vocabulary, options.max_len))
     ids = options.family.chosen(setting.config, counts)
     return None if ids is None else coverage(counts(), ids)
 
@@ -75,7 +77,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     """What the run that was asked for would be."""
     target, family = planned_target(options), options.family
     kind = accelerator.device.type
-    store = _store(options.tmpdir, target, options.max_len)
+    store = _store(options, target)
     compute = device.compute_dtype(accelerator.mixed_precision).itemsize
     fused, fused_masked = (attention_is_fused(accelerator.device, compute, masked) for masked in (False, True))
     trunk = 0
@@ -146,12 +148,15 @@ class StoreSizes:
     tokens: int | None = None
 
 
-def _store(tmpdir: Path | None, target: ModelConfig, max_len: int) -> StoreSizes:
-    """Of a store; without one, by the base model's dtype."""
+def _store(options: TrainOptions, target: ModelConfig) -> StoreSizes:
+    """Of a store; without one, by the base model's dtype. Of a damaged file only what is in its head is found here."""
+    tmpdir, max_len = options.tmpdir, options.max_len
     if tmpdir is None:
         named = {"float32": 4, "float16": 2, "bfloat16": 2}
         return StoreSizes(0, named.get((target.dtype or "bfloat16").removeprefix("torch."), 2), {})
-    store = FeatureStore(tmpdir)
+    store = FeatureStore(tmpdir, skip_damaged=options.skip_damaged)
+    for message in store.damage.messages:
+        print(visible(f"warning: left out: {message}"), file=sys.stderr)
     if store.hidden_size != target.hidden_size:
         raise RequestError(
             f"--tmpdir {tmpdir} holds features of size {store.hidden_size}, but the base model has hidden_size "

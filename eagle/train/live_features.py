@@ -19,14 +19,16 @@ import torch
 
 from eagle.data.loss_mask import load_encoder
 from eagle.data.mixture import DataPath, choose, open_data, outcome_lines, outcomes, spelled
+from eagle.data.regenerated import check_regenerated
 from eagle.data.template_variables import shown
 from eagle.data.tokens import encode_all
 from eagle.dtypes import parse_dtype
 from eagle.errors import RequestError
+from eagle.generate.engine_check import check_steady
 from eagle.generate.source_options import FeatureSource, SourceOptions
 from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, open_source
 from eagle.store.manifest import describe_features
-from eagle.store.record import Record, StoredRecord, supervised_counts, token_counts
+from eagle.store.record import Record, StoredRecord, digest_of, supervised_counts, token_counts, within
 from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.target.quantization import Use
@@ -62,6 +64,7 @@ class LiveFeatures:
         self, source: LiveSource, basepath: Path, device: torch.device, widths: dict[str, int], processes: int = 1
     ) -> None:
         config = load_config(basepath, use=Use.SERVED)  # checked by then, for the source it has
+        check_steady(config, source.max_length, "--max_len")
         data = open_data(source.data_path, source.end_num, allow_truncated=source.allow_truncated)
         records = data.records
         # A template that writes the date is told the data's, so that a run goes on next week as it began.
@@ -85,7 +88,8 @@ class LiveFeatures:
             )
         self.lengths = self.tokens_of.lengths[self._places]
         self.widths = widths
-        self._notes = [*encoder.notes(), *data.notes(source.end_num)]
+        told = [f"--{name}" for name in ("chat_template", "chat_template_kwargs") if getattr(source, name)]
+        self._notes = [*encoder.notes(), *data.notes(source.end_num), *check_regenerated(records, encoder, told)]
         if data.shares:
             self._notes += outcome_lines(outcomes(self.tokens_of, chosen.tolist(), data.to_json()["sources"]))
         self.data_digest = data.digest
@@ -129,9 +133,14 @@ class LiveFeatures:
         counts = supervised_counts(self.tokens_of.loss_mask, self.tokens_of.offsets, max_len)
         return counts[self._places]
 
-    def token_counts(self, size: int) -> np.ndarray:
+    def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray:
         """As `eagle.store.reader.FeatureStore.token_counts`."""
-        return token_counts(self.tokens_of.input_ids, self.tokens_of.loss_mask, size)
+        known = self.tokens_of
+        return token_counts(known.input_ids, within(known.loss_mask, known.offsets, max_len), size)
+
+    def records_digest(self) -> str:
+        """As `FeatureStore.records_digest`; a template that writes the date may write another one."""
+        return digest_of(self.data_digest, self.conversations, self.lengths)
 
     def token_digest(self) -> str:
         """Of all tokens and masks: templates that write a date write that of each machine's own copy of the data."""

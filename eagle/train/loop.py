@@ -212,7 +212,7 @@ class Trainer:
         # Positions that count, per unrolled step, over all micro-batches and processes.
         valid = [chain_supervision(batch.supervised, options.ttt_steps).flatten(1).sum(1) for batch in group]
         counts = accelerator.reduce(torch.stack(valid).sum(0).to(accelerator.device, torch.float32))
-        sums = torch.zeros(3, device=accelerator.device)
+        sums = torch.zeros(4, device=accelerator.device)
         for number, batch in enumerate(loader.on_device(group), 1):
             with no_sync(accelerator, model) if number < len(group) else torch.enable_grad():
                 found = self._losses(model, batch, counts)
@@ -220,13 +220,14 @@ class Trainer:
                 loss = self.objective.total(feature_loss, token_loss)
                 # DDP averages over processes; the sum over the global batch is wanted.
                 accelerator.backward(loss * self.processes)
-            correct = found.agrees[0].sum()
-            sums += torch.stack([feature_loss.detach().float(), token_loss.detach().float(), correct.float()])
+            first = found.token[0] / counts[0].clamp_min(1)
+            parts = (feature_loss, token_loss, first, found.agrees[0].sum())
+            sums += torch.stack([part.detach().float() for part in parts])
         save_now = accelerator.is_main_process and self._save_is_due()
         flag = torch.tensor([float(save_now)], device=accelerator.device)
         norm = clip(accelerator, model, self.optimizer, options.grad_clip or math.inf)
         said = torch.cat([sums, flag, norm.to(accelerator.device, torch.float32).reshape(1)])
-        feature_loss, token_loss, correct, save, norms = accelerator.reduce(said).tolist()
+        feature_loss, token_loss, first_loss, correct, save, norms = accelerator.reduce(said).tolist()
         lr = float(self.scheduler.get_last_lr()[0])
         # Gradients that overflow in float16 are its scaler's business.
         judged = feature_loss + token_loss + (norms if accelerator.scaler is None else 0)
@@ -239,6 +240,7 @@ class Trainer:
             loss=self.objective.total(feature_loss, token_loss),
             feature_loss=feature_loss,
             token_loss=token_loss,
+            token_loss_step_1=first_loss,
             accuracy=correct / max(float(counts[0]), 1.0),
             supervised_tokens=int(counts[0]),
             lr=lr,

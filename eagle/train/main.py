@@ -129,6 +129,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     engine = check_engine(options, target, accelerator.device) if options.is_engine else None
     held = open_store(options, accelerator, identity) if options.tmpdir else None
     config = draft_config(options, target, held.widths if held else {})
+    if saved:
+        checkpoint.check_same_network(saved[0], config, family)
     store: RecordStore = held or live_features(options, accelerator, family.features(config))
     where = f"--tmpdir {options.tmpdir}"
     if options.data_path:
@@ -154,7 +156,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
 
     @functools.cache
     def counts() -> np.ndarray:
-        return store.token_counts(target.vocab_size)
+        return store.token_counts(target.vocab_size, options.max_len)
 
     if not saved and options.init in family.starts:
         family.prepare(draft, head, read_norm(weights, target), counts)
@@ -181,6 +183,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         "records": len(store),
         "tokens": store.tokens,
         "features": store.identity(),
+        "conversations": store.records_digest(),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         **settings,
@@ -190,6 +193,9 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         run_identity["engine_args"] = chosen
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
         del run_identity["draft"]
+    # And did not say which conversations they were of; classic dumps do not, either.
+    if run_identity["conversations"] is None or (before is not None and "conversations" not in before):
+        del run_identity["conversations"]
     # And no other weights, and no engine.
     only_ones = {"ttt_decay": 1.0, "freeze_head": False, "ema": 0.0, "feature_source": DEFAULT_SOURCE}
     for name, only in only_ones.items():

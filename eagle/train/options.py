@@ -126,6 +126,11 @@ class TrainOptions:
         if self.report_to not in TRACKERS:
             raise RequestError(f"--report_to {self.report_to}: expected one of {', '.join(TRACKERS)}.")
         self.save_interval()
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"--{name} {value}: expected a number.")
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"--seed {self.seed}: expected 0 to {2**32 - 1:,}.")
         for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "grad_clip", "patience"):
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 0 or more.")

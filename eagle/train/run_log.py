@@ -18,11 +18,16 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step over the global batch. The losses and the accuracy are means over its supervised tokens."""
+    """One optimizer step over the global batch. The losses and the accuracy are means over its supervised tokens.
+
+    token_loss: what is trained, of all unrolled steps by their weights. token_loss_step_1: of the first, of which the
+    accuracy is, and what validation calls its token loss.
+    """
 
     loss: float
     feature_loss: float
     token_loss: float
+    token_loss_step_1: float
     accuracy: float
     supervised_tokens: int
     lr: float

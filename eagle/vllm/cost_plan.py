@@ -13,6 +13,7 @@ from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.interface import DraftFamily
 from eagle.drafts.saved import read_saved, save_draft
 from eagle.errors import RequestError
+from eagle.given import refuse_idle
 from eagle.target.check import CheckedTarget
 from eagle.target.weights import read_head
 from eagle.vllm.export import export
@@ -53,6 +54,8 @@ def plans_of(wanted: Wanted, checked: CheckedTarget) -> tuple[list[Plan], dict[s
 
     Raises: RequestError.
     """
+    kinds = list(dict.fromkeys(DRAFT_FAMILIES if wanted.drafts is None else wanted.drafts))
+    _refuse_unread(wanted, kinds)
     target, every = checked.config, list(range(1, wanted.most + 1))
     few = sorted({1, (wanted.most + 1) // 2, wanted.most})
     sizes = sorted(set(wanted.sizes or (min(size, target.vocab_size) for size in VOCABULARIES)))
@@ -62,7 +65,7 @@ def plans_of(wanted: Wanted, checked: CheckedTarget) -> tuple[list[Plan], dict[s
         shape = shape_of_saved(wanted.draft, checked)
         family = DRAFT_FAMILIES[shape.family]
         plans[shape] = Plan(shape, family, DraftChoices(), serving_of(target, family), every, wanted.draft)
-    for name in dict.fromkeys(DRAFT_FAMILIES if wanted.drafts is None else wanted.drafts):
+    for name in kinds:
         family = DRAFT_FAMILIES[name]
         made = [DraftChoices(wanted.aux_layers, size) for size in sizes] if family.has_own_vocabulary else _NO_CHOICE
         try:
@@ -82,6 +85,22 @@ def plans_of(wanted: Wanted, checked: CheckedTarget) -> tuple[list[Plan], dict[s
         )
         raise RequestError(f"There is no draft to measure{why}")
     return list(plans.values()), left_out
+
+
+def _refuse_unread(wanted: Wanted, kinds: list[str]) -> None:
+    """Raises: RequestError for flags that no draft which is made would read."""
+    if any(DRAFT_FAMILIES[name].has_own_vocabulary for name in kinds):
+        return
+    read_by = [name for name, family in DRAFT_FAMILIES.items() if family.has_own_vocabulary]
+    typed = {
+        name: separator.join(map(str, value))
+        for name, separator, value in (
+            ("draft_vocab_sizes", " ", wanted.sizes), ("aux_layers", ",", wanted.aux_layers),
+        )
+        if value is not None
+    }  # fmt: skip
+    why = f"it is of {' or '.join(read_by)} drafts, and --drafts names none. Leave it out, or name them there."
+    refuse_idle(typed, dict.fromkeys(typed, why))
 
 
 def shape_of_saved(folder: Path, checked: CheckedTarget) -> Shape:

@@ -1,15 +1,19 @@
-"""The file of step costs while it is being measured: begun, gone on with, shown."""
+"""The file of step costs while it is being measured: begun, gone on with, shown.
+
+Several requests may have had their measurements put into one file, and each of them may have been interrupted. So the
+file says what all of them wanted, and is finished once it has all of that.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from eagle.decode.step_costs import COMMAND, FORMAT, Cost, Shape, cost_of
+from eagle.decode.step_costs import COMMAND, FORMAT, Cost, Shape, cost_of, is_settled
 from eagle.device import choose_kind, describe, torch_device
 from eagle.errors import RequestError
 from eagle.files import read_json, write_json
@@ -23,6 +27,10 @@ HOW = (
     "share the next quickest round was slower. A K or a vocabulary that is not here "
     "and lies between two that are is taken to lie on the line between them."
 )
+
+
+#: A shape (None without a draft), a number of tokens and a batch size.
+Point = tuple[Shape | None, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class Costs:
             "engine": {},
             "is_finished": False,
             "not_served": {},
+            "wanted": [],
             "measured": [],
             "made_by": provenance(),
         }
@@ -94,6 +103,28 @@ class Costs:
             )
         for name in ("engine", "measured"):
             self.content[name] = found[name]
+        # Older files do not say what was wanted, and are finished once the last request is.
+        self.content["wanted"] = found.get("wanted", [])
+
+    def want(self, points: Iterable[Point], rounds: int) -> None:
+        """Note what a request is to measure, in so many rounds at most. The last one that names a point decides."""
+        asked = dict.fromkeys(points)
+        kept = [one for one in self.content["wanted"] if _key(one) not in asked]
+        self.content["wanted"] = kept + [{**_named(*point), "rounds": rounds} for point in asked]
+
+    def is_left(self, point: Point, rounds: int) -> bool:
+        """Whether it takes another start of its engine: fewer than `rounds` were made, and no two of them agree."""
+        had = self.rounds(*point)
+        return len(had) < rounds and not is_settled(had)
+
+    def missing(self) -> list[Point]:
+        """What this request and earlier ones wanted and is not measured."""
+        return [point for one in self.content["wanted"] if self.is_left(point := _key(one), one["rounds"])]
+
+    def finish(self) -> None:
+        """Write it, as finished where nothing is missing."""
+        self.content["is_finished"] = not self.missing()
+        self.write()
 
     def rounds(self, shape: Shape | None, tokens: int, batch: int) -> list[list[float]]:
         return next((one["rounds_ms"] for one in self.content["measured"] if _key(one) == (shape, tokens, batch)), [])
@@ -128,9 +159,7 @@ class Costs:
             rounds = [*self.rounds(shape, tokens, batch), windows]
             cost = cost_of(rounds)
             one = {
-                "draft": shape.to_json() if shape else None,
-                "num_speculative_tokens": tokens,
-                "batch_size": batch,
+                **_named(shape, tokens, batch),
                 "quickest_ms": cost.ms,
                 "median_ms": median(ms for windows in rounds for ms in windows),
                 "spread": cost.spread,
@@ -162,7 +191,11 @@ def is_eager(asked: bool, device: str) -> bool:
     return asked or device == "cpu"
 
 
-def _key(one: dict[str, Any]) -> tuple[Shape | None, int, int]:
+def _named(shape: Shape | None, tokens: int, batch: int) -> dict[str, Any]:
+    return {"draft": shape.to_json() if shape else None, "num_speculative_tokens": tokens, "batch_size": batch}
+
+
+def _key(one: dict[str, Any]) -> Point:
     return Shape(**one["draft"]) if one["draft"] else None, one["num_speculative_tokens"], one["batch_size"]
 
 

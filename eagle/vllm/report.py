@@ -9,6 +9,7 @@ from typing import Any
 from eagle.data.loss_mask import Encoder
 from eagle.data.prompts import Prompt
 from eagle.vllm.engine import EngineRequest, EngineResult
+from eagle.vllm.serving import AUTO
 
 #: How many tokens of both continuations a difference shows.
 _SHOWN = 12
@@ -43,8 +44,13 @@ def build_report(
     without: EngineResult | None,
     prompts: list[Prompt],
     encoder: Encoder,
+    native: EngineResult | None = None,
 ) -> dict[str, Any]:
-    """Everything measured, for people and for report.json. without: None where that engine was left out."""
+    """Everything measured, for people and for report.json.
+
+    without: the engine that was compared, of the same class of the target; None where it was left out. native: one
+    without the draft by vLLM's own class, where that is another one: the speed to beat is what would be served.
+    """
     found = differences(without.outputs, with_draft.outputs) if without else []
     first = None
     if found:
@@ -55,7 +61,8 @@ def build_report(
             "without": encoder.tokenizer.decode(found[0].without),
             "with": encoder.tokenizer.decode(found[0].with_draft),
         }
-    speed, alone = with_draft.tokens_per_second(), without.tokens_per_second() if without else None
+    served = native or without
+    speed, alone = with_draft.tokens_per_second(), served.tokens_per_second() if served else None
     return {
         "loaded": True,
         "base": request.model,
@@ -77,8 +84,10 @@ def build_report(
         "acceptance": with_draft.acceptance(),
         "accepted_per_position": [count / max(1, with_draft.drafts) for count in with_draft.accepted_per_position],
         "tau": with_draft.tau(),
+        "model_impl": request.model_impl,
         "tokens_per_second": speed,
         "tokens_per_second_without": alone,
+        "model_impl_without": (AUTO if native else request.model_impl) if served else None,
         "speed_ratio": speed / alone if alone else None,
     }
 
@@ -110,9 +119,15 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"drafted tokens, {report['acceptance']:.3f})",
         f"tau       {report['tau']:.3f} tokens per forward pass of the target",
         f"speed     {report['tokens_per_second']:.1f} tokens/s with the draft"
-        + (f", {report['tokens_per_second_without']:.1f} without: ratio {report['speed_ratio']:.2f}" if alone else ""),
+        + (f", {alone:.1f} without{_natively(report)}: ratio {report['speed_ratio']:.2f}" if alone else ""),
     ]
     return lines
+
+
+def _natively(report: dict[str, Any]) -> str:
+    if report["model_impl"] == report["model_impl_without"]:
+        return ""
+    return f" (by vLLM's own class of the base model, where the draft needs --model-impl {report['model_impl']})"
 
 
 def _rounding(dtype: str) -> str:

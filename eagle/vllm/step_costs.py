@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eagle.decode.step_costs import COMMAND, Shape, is_settled
+from eagle.decode.step_costs import COMMAND, Shape
 from eagle.device import choose_kind
 from eagle.drafts.choices import parse_layers
 from eagle.drafts.families import DRAFT_FAMILIES
@@ -30,7 +30,7 @@ from eagle.files import existing_path, output_folder
 from eagle.target.check import CheckedTarget, check_target
 from eagle.target.quantization import Use
 from eagle.vllm.cost_plan import VOCABULARIES, Plan, Wanted, make_draft, plans_of
-from eagle.vllm.costs_file import Costs, Options
+from eagle.vllm.costs_file import Costs, Options, Point
 from eagle.vllm.engine import EngineRequest, run_engine, run_engines
 from eagle.vllm.timing import Timing
 from eagle.vllm.verify import check_vllm, resolve_export
@@ -92,16 +92,24 @@ class Visit:
         return f"{self.shape}, K {self.tokens}" if self.plan else "no draft"
 
 
+def engines(plans: Sequence[Plan]) -> list[tuple[Plan | None, int]]:
+    """A plan and a number of tokens each, the first without a draft."""
+    return [(None, 0), *((plan, tokens) for plan in plans for tokens in plan.tokens)]
+
+
+def points(plans: Sequence[Plan], options: Options) -> list[Point]:
+    """All that is to be measured."""
+    every = [(plan.shape if plan else None, tokens) for plan, tokens in engines(plans)]
+    return [(shape, tokens, batch) for shape, tokens in every for batch in options.batch_sizes]
+
+
 def visits(plans: Sequence[Plan], costs: Costs, options: Options, number: int) -> list[Visit]:
     """Which engines round `number` (from 1) still has to start: those that it has not started, and of which no two
     rounds agree."""
-    every: list[tuple[Plan | None, int]] = [(None, 0)]
-    every += [(plan, tokens) for plan in plans for tokens in plan.tokens]
     found = []
-    for plan, tokens in every:
+    for plan, tokens in engines(plans):
         shape = plan.shape if plan else None
-        rounds = {batch: costs.rounds(shape, tokens, batch) for batch in options.batch_sizes}
-        batches = [batch for batch, had in rounds.items() if len(had) < number and not is_settled(had)]
+        batches = [batch for batch in options.batch_sizes if costs.is_left((shape, tokens, batch), number)]
         if batches:
             found.append(Visit(plan, tokens, batches))
     return found
@@ -175,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     costs.content["not_served"] = left_out
     for name, why in left_out.items():
         print(f"note: {name} is left out: {why}")
+    costs.want(points(plans, options), options.rounds)
     starts = len(visits(plans, costs, options, options.rounds))
     print(
         f"vLLM {version}: {starts} engines to start, up to {options.rounds} times each"
@@ -183,9 +192,15 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     measure(args.base_path, checked, plans, costs, options)
-    costs.content["is_finished"] = True
-    costs.write()
+    costs.finish()
     print("\n".join(costs.lines()))
+    if missing := costs.missing():
+        shown = "; ".join(f"{shape or 'no draft'}, K {tokens}, batch {batch}" for shape, tokens, batch in missing[:4])
+        print(
+            f"{args.output} is not finished: an earlier request, which was interrupted, also wanted {shown}"
+            f"{', ...' if len(missing) > 4 else ''}. Repeat that request, or measure into another file."
+        )
+        return 0
     print(
         f"{args.output}: give it to eagle.evaluate or eagle.vllm.verify with --step_costs, to be told which K, which "
         "draft vocabulary and which kind of draft pay here."

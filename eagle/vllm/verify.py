@@ -4,10 +4,11 @@
         --num_speculative_tokens 3 --dtype float32 --output report.json
 
 Needs vLLM 0.9 or newer in this environment. Two engines are started one after the other, each in its own process: with
-the draft and without it. Both get the same token ids and decode greedily. With --tmpdir the store that the draft was
-trained on says what should be accepted, and why it is not where it is not (`eagle.vllm.gate`). Exit codes: 0 the draft
-works; 1 it does not load, is never accepted, changes the output where rounding is no excuse (float32), or is accepted
-otherwise than the store makes expect; 2 the request is wrong.
+the draft and without it. Both get the same token ids and decode greedily. Where the draft needs transformers' class of
+the base model, a third without it runs vLLM's own class, which is what the speed is compared with. With --tmpdir the
+store that the draft was trained on says what should be accepted, and why it is not where it is not (`eagle.vllm.gate`).
+Exit codes: 0 the draft works; 1 it does not load, is never accepted, changes the output where rounding is no excuse
+(float32), or is accepted otherwise than the store makes expect; 2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -293,11 +294,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             write_json(args.output, {"loaded": False, "reason": str(error), "made_by": provenance()})
         raise
-    without = None
+    without = native = None
     if not args.no_baseline:
         print("starting it without", flush=True)
-        without = run_engine(dataclasses.replace(asked, draft=None, watched=[]))
-    report = build_report(request, with_draft, without, prompts, encoder)
+        alone = dataclasses.replace(asked, draft=None, watched=[])
+        without = run_engine(alone)
+        if alone.model_impl != AUTO:
+            # Only the draft needs that class: without one nobody would serve the model by it.
+            print("starting it without, by vLLM's own class", flush=True)
+            native = run_engine(dataclasses.replace(alone, model_impl=AUTO))
+    report = build_report(request, with_draft, without, prompts, encoder, native)
     if variables:
         report["chat_template_kwargs"] = variables
     print(visible("\n".join(report_lines(report))))

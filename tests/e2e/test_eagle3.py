@@ -444,6 +444,37 @@ def test_damaged_auxiliary_features(
     assert "1 record" in said and (tmp_path / "run" / "state_2").is_dir()
 
 
+def test_the_plan_leaves_out_what_is_damaged(
+    stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(stores["llama"], tmp_path / "store"))
+    path = shard_paths(store / "0")[1]
+    path.write_bytes(path.read_bytes()[:200])
+    words = ["--dry_run", "--draft", "eagle3", "--tmpdir", store, "--basepath", targets["llama"]]
+    assert ask(train.main, capsys, *words).code == 1
+    answer = ask(train.main, capsys, *words, "--skip_damaged")
+    assert answer.code == 0 and "peak" in answer.out and "warning: left out:" in answer.error
+
+
+def test_a_network_of_other_sizes_is_not_gone_on_with(
+    stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose weights would fit: four heads of 8, and two of 16."""
+    config = json.loads((targets["llama"] / "config.json").read_text())
+    (tmp_path / "wide.json").write_text(
+        json.dumps(
+            config | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 1}
+        )
+    )
+    words = options(targets["llama"], tmp_path / "run", "--tmpdir", stores["llama"], "--max_steps", 1)
+    wide = ["--configpath", tmp_path / "wide.json"]
+    assert ask(train.main, capsys, *words, *wide).code == 0
+    answer = ask(train.main, capsys, *words)
+    assert answer.code == 2
+    assert "num_attention_heads is 2 there and 4 here" in answer.error and "--configpath" in answer.error
+    assert ask(train.main, capsys, *words, *wide).code == 0
+
+
 def test_the_plan_says_the_draft(stores: dict[str, Path], targets: dict[str, Path], tmp_path: Path) -> None:
     """With everything, and from the draft's config alone."""
     words = ["--dry_run", "--draft", "eagle3", "--draft_vocab_size", DRAFTED]

@@ -13,6 +13,7 @@ from eagle.train import main as train
 from eagle.train.live_features import LiveFeatures, LiveSource
 from tests.e2e.commands import ask, inside
 from tests.e2e.test_training import TOLERANCE, steps_of, weights
+from tests.tiny import conversations, write_sharegpt
 
 #: Of a tiny target's features.
 WIDTHS = {"hidden_state": 32}
@@ -72,3 +73,20 @@ def test_wrong_requests(wrong: list, says: str, llama: Path, tmp_path: Path, cap
     assert answer.code == 2
     assert says in answer.error
     assert not (tmp_path / "run").exists()
+
+
+def test_other_conversations_of_the_same_size_are_not_gone_on_with(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Cut to --max_len, all conversations are alike in number and length."""
+    records = conversations(24, turns=1)
+    for record in records:
+        question, reply = record["conversations"]
+        question["value"], reply["value"] = "Why?", 20 * reply["value"]
+    data = write_sharegpt(tmp_path / "data.json", records)
+    common = ["--basepath", llama, "--cpdir", tmp_path / "run", "--data_path", data, "--end_num", 12, "--max_len", 64]
+    common += ["--dtype", "float32"]
+    assert ask(train.main, capsys, *common, "--max_steps", 1).code == 0
+    answer = ask(train.main, capsys, *common, "--max_steps", 1, "--data_seed", 7)
+    assert answer.code == 2 and "conversations was 'sha256" in answer.error
+    assert ask(train.main, capsys, *common, "--max_steps", 1).code == 0

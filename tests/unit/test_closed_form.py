@@ -19,7 +19,7 @@ from eagle.drafts.eagle1 import closed_form_start
 from eagle.drafts.eagle1.closed_form_start import closed_form, sizes, start_from
 from eagle.drafts.eagle1.network import Eagle1Network
 from eagle.drafts.memory import Setting
-from eagle.drafts.normal_equations import RIDGE, DoubleSum, NormalEquations, PairSum, solve
+from eagle.drafts.normal_equations import LEAST, RIDGE, DoubleSum, NormalEquations, PairSum, solve
 from eagle.drafts.starts import StartData
 from eagle.errors import FailedElsewhere, WorkError
 from eagle.files import ROOT
@@ -71,7 +71,7 @@ def by_formula(model: Eagle1Network, examples: list[Example]) -> torch.Tensor:
     ).double()
     y = torch.cat([e.targets[c] for e, c in zip(examples, chosen, strict=True)]).double()
     left = x.T @ x
-    left += RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=torch.float64)
+    left += torch.diag(RIDGE * left.diagonal() + LEAST * left.diagonal().mean())
     return torch.linalg.solve(left, x.T @ y).T
 
 
@@ -130,6 +130,14 @@ def test_two_float32_numbers_are_nearly_a_float64():
     assert error(pair.large.double(), double.rows(0, 4)) > 1e-9
 
 
+def test_what_is_small_beside_the_rest_is_found_too():
+    """A token's embedding is often a thousand times smaller than a feature: in other units the draft is the same."""
+    x, y = torch.randn(400, 16, dtype=torch.float64), torch.randn(400, 8, dtype=torch.float64)
+    units = torch.tensor([1e-3] * 8 + [1.0] * 8, dtype=torch.float64)
+    one, other = (solve((rows.T @ rows).triu(), rows.T @ y) for rows in (x, x * units))
+    torch.testing.assert_close(other * units, one, rtol=1e-4, atol=1e-6)
+
+
 def test_the_solution_is_in_the_memory_of_what_is_given():
     x, y = torch.randn(200, 16, dtype=torch.float64), torch.randn(200, 8, dtype=torch.float64)
     xx, xy = (x.T @ x).triu(), x.T @ y
@@ -137,7 +145,7 @@ def test_the_solution_is_in_the_memory_of_what_is_given():
     found = solve(xx, xy)
     assert found.data_ptr() == xy.data_ptr() and found.shape == (8, 16)
     left = x.T @ x
-    left += RIDGE * left.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    left += torch.diag(RIDGE * left.diagonal() + LEAST * left.diagonal().mean())
     torch.testing.assert_close(xx, torch.linalg.cholesky(left).T)
     torch.testing.assert_close(found, torch.linalg.solve(left, x.T @ y).T)
     assert torch.get_num_threads() == threads

@@ -207,6 +207,16 @@ def test_mended(turns, kept, repaired):
     assert dict(tally.repaired) == repaired
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_field_of_its_own_is_put_before_the_reply(name):
+    """`thinking` is that of Ollama and of Hugging Face's messages."""
+    reply = {"role": "assistant", "content": "four", name: "2 + 2"}
+    messages = clean_record({"messages": [{"role": "user", "content": "?"}, reply]}, Tally())
+    assert messages[1]["content"] == "<think>\n2 + 2\n</think>\n\nfour"
+    messages = clean_record({"messages": [{"role": "user", "content": "?"}, {**reply, name: True}]}, Tally())
+    assert messages[1]["content"] == "four"
+
+
 @pytest.mark.parametrize("said", [{"user": "a", "assistant": "b"}, {"assistant": "b", "user": "a"}])
 def test_a_turn_of_two_is_a_question_and_its_reply_whatever_its_keys_order(said):
     """In a table the fields may be in alphabetical order."""

@@ -1,12 +1,15 @@
 """From steps to the numbers of a report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from eagle.decode import generate, recommendation
 from eagle.decode.acceptance_counts import Acceptance
-from eagle.decode.drafter import DynamicDrafter, StaticDrafter
+from eagle.decode.drafter import DraftOptions, DynamicDrafter, StaticDrafter
+from eagle.decode.evaluate import estimate_sizes
 from eagle.decode.generate import Generation, SpeculativeDecoder, Step, generate_alone
 from eagle.decode.picture import draw_report
 from eagle.decode.recommendation import Estimate, fastest, lowest
@@ -135,6 +138,29 @@ def test_the_ends_of_the_curve_are_explained(nodes, said):
     slow = [Estimate(one.nodes, one.draft_seconds, 0.001 if one.nodes == nodes else 1.0, one.tau) for one in ESTIMATES]
     assert fastest(slow).nodes == nodes
     assert said in "\n".join(report_lines(full_report([reply("", [1, 2], [1, 2], CHAIN)], slow)))
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.0, [(0, 0), (0, 0)]), (1.0, [(0, 1), (3, 101)])])
+def test_sampling_and_acceptance_have_their_share_of_the_estimate(tmp_path, monkeypatch, temperature, expected):
+    """By a clock that a distribution moves by 1 and the acceptance rule by 100, and nothing else."""
+    target, sampling, now = tiny_target(make_target(tmp_path)), Sampling(temperature=temperature), [0.0]
+
+    def costs(ticks, work):
+        def counted(*args):
+            now[0] += ticks
+            return work(*args)
+
+        return counted
+
+    monkeypatch.setattr(recommendation, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Sampling, "distribution", costs(1, Sampling.distribution))
+    monkeypatch.setattr(generate, "settle", costs(100, generate.settle))
+    drafter = StaticDrafter(chain_paths(3), CPU, sampling)
+    decoder = SpeculativeDecoder(target, random_draft(target), drafter, sampling)
+    found = estimate_sizes(decoder, DraftOptions("chain", 3), [reply("", [1, 2], None, CHAIN)])
+    alone, *_, longest = found
+    assert [one.nodes for one in found] == [0, 1, 2, 3]
+    assert [(one.draft_seconds, one.target_seconds) for one in (alone, longest)] == expected
 
 
 def test_costs_survive_a_busy_machine():

@@ -23,7 +23,7 @@ def run(losses: list[float], tokens: int | list[int] = 100) -> None:
     growth = LossGrowth()
     counts = tokens if isinstance(tokens, list) else [tokens] * len(losses)
     for step, (loss, count) in enumerate(zip(losses, counts, strict=True), 1):
-        growth.check(step, StepResult(loss, 0.0, loss, 0.0, count, 1e-3), [batch(step), batch(1000 + step)])
+        growth.check(step, StepResult(loss, 0.0, loss, loss, 0.0, count, 1e-3), [batch(step), batch(1000 + step)])
 
 
 def test_a_loss_that_falls_or_jumps_once_is_let_be():

@@ -70,6 +70,27 @@ def test_numbered_records_are_not_parts_of_one_conversation(data):
     assert len(chosen(data, "--end_num", "20", "--num_prompts", "40")) == 40
 
 
+def test_a_split_of_a_folder_and_what_is_left_out_is_said(data, tmp_path, capsys):
+    expected = chosen(data, "--end_num", "20", "--num_prompts", "12")
+    folder = tmp_path / "uc" / "data"
+    folder.mkdir(parents=True)
+    lines = [json.dumps(record) for record in json.loads(data.read_text())]
+    (folder / "train-00000-of-00001.jsonl").write_text("\n".join([*lines, '{"conver']))
+    (folder / "test-00000-of-00001.jsonl").write_text("\n".join(lines[:9]))
+    capsys.readouterr()
+    split = folder.parent / "train"
+    for path, notes in ((split, 1), (folder.parent, 2)):
+        words = ["--data_path", str(path), "--allow_truncated", "--end_num", "20", "--num_prompts", "12"]
+        output = tmp_path / f"held-{notes}.jsonl"
+        assert main([*words, "--output", str(output)]) == 0
+        assert [prompt.turns[0] for prompt in load_prompts(output)] == expected
+        said = capsys.readouterr().out
+        assert said.count("note: ") == notes and f"note: --allow_truncated: record {COUNT}, from byte" in said
+        assert ("of its splits, train is used" in said) == (path != split)
+    with pytest.raises(FileNotFoundError, match="no-such"):
+        main(["--data_path", str(folder.parent / "no-such"), "--end_num", "20", "--output", str(tmp_path / "x")])
+
+
 def test_too_few_are_refused_and_nothing_is_overwritten(data):
     output = data.with_name("held.jsonl")
     words = ["--data_path", str(data), "--output", str(output), "--end_num", "58"]

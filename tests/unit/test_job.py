@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from eagle.errors import RequestError
+from eagle.generate import job
 from eagle.generate.dealing import node_share
 from eagle.generate.job import claim_outdir, resolve
 from eagle.generate.request import GenerationRequest, parse_engine_args, parse_indices
 from eagle.store.manifest import DONE, MANIFEST
 from eagle.store.record import Record
 from eagle.store.shard import shard_name, write_shard
+from eagle.target.config import load_config
 from tests.tiny import conversations, make_target, write_sharegpt
 
 
@@ -84,6 +86,18 @@ def test_card_groups(tmp_path, inputs, cards, each, groups):
 def test_wrong_options(tmp_path, inputs, changes, says):
     with pytest.raises(RequestError, match=says):
         request(inputs, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("source", ["transformers", "vllm"])
+def test_no_record_is_longer_than_a_dynamic_rope_is_steady(tmp_path, inputs, monkeypatch, source):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model, data = make_target(tmp_path / "model", rope_parameters=rope), inputs[1]
+    monkeypatch.setattr(job, "vllm_of", lambda *_: "0.32.0")
+    most = load_config(model).max_position_embeddings
+    wanted = {"feature_source": source, "max_length": most}
+    assert resolve(request((model, data), tmp_path / "store", **wanted)).manifest["options"]["max_length"] == most
+    with pytest.raises(RequestError, match=f"--max_length {most + 1}: .* 'dynamic'.*Use --max_length {most}\\.$"):
+        resolve(request((model, data), tmp_path / "store", **wanted | {"max_length": most + 1}))
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "enforce_eager=0", ""])

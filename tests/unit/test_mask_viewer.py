@@ -1,5 +1,6 @@
 """The mask viewer: what it colours is what is trained on, in the terminal and on the page."""
 
+import json
 from html.parser import HTMLParser
 
 import pytest
@@ -78,6 +79,13 @@ def test_terminal(inputs):
     assert "left out: no 'conversations' list" in to_terminal(show_record(records, encoder, 4, 4096), colour=False)
     cut = show_record(records, encoder, 0, shown.tokens - 3)
     assert cut.tokens == shown.tokens - 3 and "cut to --max_length" in cut.caption()
+
+
+def test_what_is_left_out_of_the_data_is_said(inputs, tmp_path, capsys):
+    data = tmp_path / "cut.jsonl"
+    data.write_text("\n".join([*map(json.dumps, conversations(2)), '{"conver']))
+    assert run(lambda: main(["--model_name", str(inputs[0]), "--data_path", str(data), "--allow_truncated"])) == 0
+    assert "note: --allow_truncated: record 2, from byte" in capsys.readouterr().out
 
 
 def test_command(inputs, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from eagle.errors import RequestError
 from eagle.train.arguments import parse_args
 from eagle.train.options import TrainOptions, rate_as_in
 
@@ -43,3 +44,18 @@ def test_a_run_whose_default_rate_was_another_is_not_gone_on_with():
     assert rate_as_in({"lr": None}, 1e-3, 576) == 1e-3, "which is not what that run says"
     assert rate_as_in({"lr": 1e-3}, 5e-4, 576) == 5e-4
     assert rate_as_in(None, options().learning_rate(4096), 4096) == 7.03125e-05, "as one would type it"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--lr", "nan"), "--lr nan: expected a number"),
+        (("--grad_clip", "nan"), "--grad_clip nan"),
+        (("--noise", "inf"), "--noise inf"),
+        (("--seed", "-1"), "--seed -1: expected 0 to 4,294,967,295"),
+        (("--seed", "4294967296"), "--seed 4294967296"),
+    ],
+)
+def test_numbers_that_nothing_can_be_done_with_are_refused(words, says):
+    with pytest.raises(RequestError, match=says):
+        options(*words)

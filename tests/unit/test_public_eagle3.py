@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 
 from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.target import load_target
+from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import load_draft, warm_start
 from eagle.errors import RequestError
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, read_embedding, read_head
+from eagle.train.draft_choice import draft_config
+from eagle.train.options import TrainOptions
 from eagle.vllm.export import export
 from tests.tiny import make_target
 from tests.unit.exports import read
@@ -206,6 +209,24 @@ def test_the_whole_vocabulary(base: Path, tmp_path: Path, form: str, has_head: b
         loaded.lm_head.weight.copy_(head)  # as a new draft's is
     assert warm_start(loaded, source, "--init", DRAFT_FAMILIES["eagle3"], target, lambda: head) == []
     assert torch.equal(loaded.lm_head.weight, found["lm_head.weight"])
+
+
+def test_training_goes_on_in_the_network_that_the_weights_are_of(tmp_path: Path):
+    """As it is measured and exported: by its own rotary settings, which a public config often does not say."""
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    base = make_target(tmp_path / "base", layers=LAYERS, rope_parameters=rope)
+    target, weights = load_config(base), Weights(base)
+    source = write(tmp_path / "draft", PLAIN | {"rms_norm_eps": 1e-3}, draft() | d2t())
+    options = TrainOptions(tmp_path / "run", base, tmpdir=tmp_path, draft="eagle3", init=str(source))
+    config = draft_config(options, target, {})
+    assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-3) and target.rope_theta == 500.0
+    family, head = DRAFT_FAMILIES["eagle3"], read_head(weights, target)
+    network = family.build(config, read_embedding(weights, target).float(), draft())
+    assert warm_start(network, source, "--init", family, target, lambda: head) == []
+    new = family.config(target, None, DraftChoices((2, 3, 4), D))
+    other = family.build(new, read_embedding(weights, target).float(), draft())
+    with pytest.raises(RequestError, match=r"rms_norm_eps is 0.001 there and 1e-06 here; rope_theta is 10000.0 there"):
+        warm_start(other, source, "--init", family, target, lambda: head)
 
 
 #: What is not read: config, tensors, what is said.

@@ -167,6 +167,9 @@ def test_a_repository_of_the_hub(tmp_path):
         (["sft/train-00000-of-00001.jsonl", "gen/train-00000-of-00001.jsonl"], "gen", [1]),
         (["sft/train-00000-of-00001.jsonl", "gen/train-00000-of-00001.jsonl"], "sft/train", [0]),
         (["data.jsonl", "model/tokenizer.json", "model/config.json"], "", [0]),
+        (["own.jsonl", "own.jsonl.report.json"], "", [0]),
+        (["own.json", "own.json.report.json"], "", [0]),
+        (["bug.report.json"], "", [0]),
     ],
 )  # fmt: skip
 def test_which_files_are_read(tmp_path, files, split, read):

@@ -114,6 +114,7 @@ def test_where_one_of_two_rests_the_other_is_asked():
     [
         ({"content": "yes"}, "stop", (STOP, "yes")),
         ({"content": "yes", "reasoning_content": "hm"}, "stop", (STOP, "<think>\nhm\n</think>\n\nyes")),
+        ({"content": "yes", "thinking": "hm"}, "stop", (STOP, "<think>\nhm\n</think>\n\nyes")),
         ({"content": "<think>hm</think>yes", "reasoning": "hm"}, "stop", (STOP, "<think>hm</think>yes")),
         ({"content": None}, "stop", (STOP, "")),
         ({"content": "ye"}, "length", (LENGTH, "ye")),

@@ -13,6 +13,7 @@ import torch
 from eagle.data.prompts import encode_messages
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate import job
+from eagle.regenerate import own_server as own_servers
 from eagle.regenerate.address import Address
 from eagle.regenerate.conversations import Conversations
 from eagle.regenerate.journal import Journal, journal_path
@@ -250,6 +251,48 @@ def test_a_server_without_a_list_of_models(capsys, target, encoder, data):
 def test_requests_that_are_wrong(target, data, more, told):
     with pytest.raises(RequestError, match=told):
         main([*words(target, data), *more])
+
+
+def test_what_is_left_out_of_the_data_is_said_and_in_the_report(capsys, target, encoder, tmp_path):
+    """A split is named as the message says; of the folder alone, train is taken."""
+    folder = tmp_path / "uc"
+    folder.mkdir()
+    lines = [json.dumps(record) for record in conversations(COUNT)]
+    (folder / "train-00000-of-00001.jsonl").write_text("\n".join([*lines, '{"conver']))
+    (folder / "test-00000-of-00001.jsonl").write_text("\n".join(lines[:2]))
+    for name, count, parts in (
+        (folder, COUNT, ["of its splits, train is used", f"record {COUNT}, from byte", "--end_num 99: "]),
+        (folder / "train", COUNT, [f"record {COUNT}, from byte", "--end_num 99: "]),
+        (folder / "test", 2, ["--end_num 99: the file holds 2 conversations"]),
+    ):
+        given = words(target, name, "--output", tmp_path / "own.jsonl", "--end_num", 99, "--allow_truncated")
+        with FakeServer(encoder) as server:
+            assert main([*given, "--overwrite", "--server", server.url]) == 0
+        said = capsys.readouterr().out
+        notes = json.loads((tmp_path / "own.jsonl.report.json").read_text())["notes"]
+        assert len(notes) == len(parts) and f"{count} conversations, " in said
+        for note, part in zip(notes, parts, strict=True):
+            assert part in note and f"  note: {note}\n" in said
+
+
+@pytest.mark.parametrize(
+    ("has_vllm", "more", "told"),
+    [
+        (False, ["--engine_args=-tp 2"], "--engine_args -tp 2 would do nothing: .* there is no vLLM here. Name the "),
+        (False, ["--retries", "3"], "--retries 3 would do nothing: .* with --engine_python, or leave it out"),
+        (False, ["--timeout", "9"], "--timeout 9.0 would do nothing"),
+        (False, ["--engine", "own", "--max_outage", "9"], "--max_outage 9.0 would do nothing: .* --engine own decodes"),
+        (True, ["--engine", "own", "--retries", "3"], "--retries 3 would do nothing: .* --engine own decodes"),
+        (True, ["--device", "cpu"], "--device cpu would do nothing: vLLM takes .*, or add --engine own"),
+        (True, ["--engine", "vllm", "--device", "cpu"], "--device cpu would do nothing: vLLM .* Leave it out.$"),
+    ],
+)
+def test_flags_of_the_engine_that_is_not_taken(target, data, monkeypatch, has_vllm, more, told):
+    """--engine auto takes what is there; what is said of the other would do nothing."""
+    monkeypatch.setattr(own_servers, "installed_vllm", lambda: "0.32.0" if has_vllm else None)
+    with pytest.raises(RequestError, match=told):
+        main([*words(target, data), *more])
+    assert sorted(path.name for path in data.parent.iterdir()) == ["data.json"]
 
 
 def test_an_engine_computes_in_the_dtype_of_the_base_model(tmp_path):

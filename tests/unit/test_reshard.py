@@ -166,3 +166,21 @@ def test_a_store_that_was_made_anew_is_not_the_one_that_was_resharded(tmp_path, 
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RequestError, match="is not empty"):
         reshard(tmp_path / "store", tmp_path / "new", 2)
+
+
+def test_which_records_they_are_is_known_however_they_are_cut(tmp_path):
+    for name, lengths in (("store", [20, 21] * 6), ("swapped", [21, 20] * 6)):
+        finished(tmp_path / name, lengths, tokenizer={"digest": "t"})
+    reshard(tmp_path / "store", tmp_path / "new", 2)
+    own = FeatureStore(tmp_path / "store").records_digest()
+    assert own == FeatureStore(tmp_path / "new").records_digest() is not None
+    assert own != FeatureStore(tmp_path / "swapped").records_digest()
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": {"digest": "another"}}))
+    assert FeatureStore(tmp_path / "new").records_digest() != own
+
+
+def test_tokens_behind_the_cut_are_not_counted(tmp_path):
+    store = FeatureStore(make_store(tmp_path, [4, 9, 2]))
+    assert store.token_counts(12).tolist() == [3, 3, 2, 2, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert store.token_counts(12, 3).tolist() == [3, 3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0]

@@ -88,7 +88,7 @@ def test_transformers_code_is_asked_for_where_it_is_needed(
     assert "does not hand over what the draft reads" in note
     asked = engines(monkeypatch, RESULT, RESULT)
     assert call(oracle.target, folder) == 0
-    assert [request.model_impl for request in asked] == ["transformers", "transformers"]
+    assert [request.model_impl for request in asked] == ["transformers", "transformers", "auto"]
     assert flag in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ from eagle.decode.generate import Generation, Step
 from eagle.decode.replies import Reply
 from eagle.decode.sampling import Sampling
 from eagle.decode.serving_choice import (
+    Gap,
     Measured,
     asked_of,
     choose,
@@ -115,6 +116,31 @@ def test_what_the_other_family_would_need(tmp_path):
     # No draft of K tokens has a τ above K + 1.
     assert rate_of(2.0, 1) == pytest.approx(1.0) and rate_of(2.1, 1) is None
     assert need(costs(tmp_path, {1: 10.0}, {ONE: {1: {1: 25.0}}}), ONE, 1, 1.0) is None
+
+
+def test_what_was_not_measured_is_not_called_hopeless(tmp_path):
+    """ONE at batch 1 alone and too dear there, TWO at K 1 alone and too dear there."""
+    drafts = {
+        EIGHT: {batch: {1: 12.0, 2: 13.0} for batch in (1, 32)},
+        ONE: {1: {1: 25.0, 2: 40.0}},
+        TWO: {1: {1: 11.0, 2: 12.0}, 32: {1: 25.0}},
+    }
+    found = costs(tmp_path, {1: 10.0, 32: 10.0}, drafts)
+    one, many = choose(found, [Measured("d", EIGHT, (0.5, 0.3))])
+    assert (one.never, one.gaps) == ([ONE], []) and [asked.shape for asked in one.needs] == [TWO]
+    assert (many.never, many.needs) == ([], [])
+    assert many.gaps == [Gap(ONE, [1, 2], True), Gap(TWO, [2], False)]
+    report = serving_report(found, [Measured("d", EIGHT, (0.5, 0.3))])
+    json.dumps(report)
+    first, second = shown(report).split("batch 32")
+    assert "eagle1 of 49,152 could not be worth more than that at any K up to 2, however much were accepted" in first
+    assert "was not measured" not in first and "could not be worth more than that at any K" not in second
+    assert "eagle1 of 49,152 was not measured at this batch size, so nothing is said of it" in second
+    assert "eagle3 of 2,048 was not measured at K 2 with this batch size; at the others it could not be" in second
+    assert "What was not measured is added by python -m eagle.vllm.step_costs" in second
+    # So is a draft whose acceptance is known: nothing weighs it at batch 32.
+    both = [Measured("d", EIGHT, (0.5, 0.3)), Measured("e", ONE, (0.9, 0.9))]
+    assert Gap(ONE, [1, 2], True) in choose(found, both)[1].gaps
 
 
 def test_measured_drafts_are_a_real_choice(tmp_path):

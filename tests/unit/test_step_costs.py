@@ -126,6 +126,45 @@ def test_what_is_there_is_not_measured_again(
     ]  # fmt: skip
 
 
+def test_a_file_is_finished_once_every_request_is(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    engine, output = Engines(monkeypatch), tmp_path / "costs.json"
+    first = ("--drafts", "eagle1", "--num_speculative_tokens", 2, "--batch_sizes", 1, "--rounds", 1)
+    engine.fails_at = 3
+    assert call(pair[0], output, *first) == 1  # its K 2 is missing
+    engine.fails_at = 0
+    other = ("--drafts", "eagle3", "--draft_vocab_sizes", 64, "--aux_layers", "1,3,5", "--rounds", 1)
+    other = (*other, "--num_speculative_tokens", 1, "--batch_sizes", 1)
+    assert call(pair[0], output, *other) == 0
+    shown = capsys.readouterr().out
+    assert "is not finished: an earlier request, which was interrupted, also wanted eagle1, 512 tokens, K 2" in shown
+    assert not json.loads(output.read_text())["is_finished"] and "give it to eagle.evaluate" not in shown
+    assert call(pair[0], output, *first) == 0
+    assert json.loads(output.read_text())["is_finished"]
+    assert {one.family for one in read_step_costs(output).shapes} == {"eagle1", "eagle3"}
+    # A file that does not say what was wanted is finished with its last request.
+    content = json.loads(output.read_text())
+    del content["wanted"]
+    output.write_text(json.dumps(content | {"is_finished": False}))
+    assert call(pair[0], output, *other) == 0 and json.loads(output.read_text())["is_finished"]
+
+
+def test_rounds_that_are_left_are_missing_too(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every point was measured once, and the engine fails in the second round."""
+    engine, output = Engines(monkeypatch), tmp_path / "costs.json"
+    first = ("--drafts", "eagle1", "--num_speculative_tokens", 1, "--batch_sizes", 1)
+    engine.fails_at = 4
+    assert call(pair[0], output, *first) == 1
+    engine.fails_at = 0
+    assert call(pair[0], output, *first, "--batch_sizes", 2) == 0
+    assert not json.loads(output.read_text())["is_finished"]
+    assert call(pair[0], output, *first, "--rounds", 1) == 0  # which is what is wanted of them now
+    assert json.loads(output.read_text())["is_finished"]
+
+
 def test_rounds_end_where_two_agree(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     engine = Engines(monkeypatch)
     asked = ("--drafts", "eagle1", "--num_speculative_tokens", 1, "--batch_sizes", 1)
@@ -151,6 +190,12 @@ def test_rounds_end_where_two_agree(pair: tuple[Path, Path], monkeypatch: pytest
         (("--context", 2000), "the base model has 1024. Lower --context"),
         (("--draft_vocab_sizes", 9999, "--aux_layers", "1,3,5"), "--draft_vocab_size 9999: expected 1 to 512"),
         (("--drafts",), "There is no draft to measure. Name a kind with --drafts, or one with --draft-path."),
+        (
+            ("--drafts", "eagle1", "--draft_vocab_sizes", 64, 256, "--aux_layers", "1,3,5"),
+            "--draft_vocab_sizes 64 256 would do nothing: it is of eagle3 drafts, and --drafts names none. Leave it "
+            "out, or name them there. --aux_layers 1,3,5 would do nothing: it is of eagle3 drafts",
+        ),
+        (("--aux_layers", "1,3,5", "--drafts"), "--aux_layers 1,3,5 would do nothing"),
     ],
 )
 def test_wrong_requests(pair, monkeypatch, capsys, tmp_path, arguments, said) -> None:

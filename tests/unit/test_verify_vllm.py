@@ -18,6 +18,7 @@ from eagle.vllm import report as vllm_report
 from eagle.vllm import verify as verify_vllm
 from eagle.vllm.engine import EngineError, EngineRequest, EngineResult, last_words, read_counters
 from eagle.vllm.export import export
+from eagle.vllm.serving import Serving
 from tests.oracle import Shape, write_pair
 from tests.oracle3 import write_oracle
 
@@ -93,6 +94,37 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
     assert report["accepted_per_position"] == [0.75, 0.5, 0.25]
     assert "made_by" in report
     assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()  # nobody asked for it
+
+
+def test_the_speed_to_beat_is_the_one_that_would_be_served(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where only the draft needs transformers' class, which is slower: outputs are compared with that one's."""
+    asked: list[EngineRequest] = []
+    rounded = dataclasses.replace(RESULT, outputs=[[5, 6, 7, 9], [9, 10]], seconds=1.5)  # of another class
+    results = [RESULT, dataclasses.replace(RESULT, seconds=3.0), rounded]
+
+    def answer(request: EngineRequest) -> EngineResult:
+        asked.append(request)
+        return results[len(asked) - 1]
+
+    monkeypatch.setattr(verify_vllm, "installed_vllm", lambda: "0.32.0")
+    monkeypatch.setattr(verify_vllm, "serving_of", lambda config, family: Serving("transformers"))
+    monkeypatch.setattr(verify_vllm, "run_engine", answer)
+    assert call(*pair, "--output", tmp_path / "report.json") == 0
+    assert [(one.draft is None, one.model_impl) for one in asked] == [
+        (False, "transformers"), (True, "transformers"), (True, "auto"),
+    ]  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "identical with and without the draft" in shown
+    assert "3.0 tokens/s with the draft, 4.0 without (by vLLM's own class of the base model, " in shown
+    assert "where the draft needs --model-impl transformers): ratio 0.75" in shown
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["identical"] is True and report["speed_ratio"] == 0.75
+    assert (report["model_impl"], report["model_impl_without"]) == ("transformers", "auto")
+    asked.clear()
+    assert call(*pair, "--no_baseline") == 0 and len(asked) == 1
+    assert "3.0 tokens/s with the draft\n" in capsys.readouterr().out
 
 
 def test_without_the_other_engine_nothing_is_compared(

@@ -130,6 +130,7 @@ def test_this_environment_has_no_engine():
         ({"rope_type": "linear", "factor": 2.0}, 128),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, 32),
+        ({"rope_type": "dynamic", "factor": 2.0}, 64),  # whose table has a row a position, and no more
     ],
 )
 def test_no_record_is_longer_than_the_table_of_angles(model, rope, most):

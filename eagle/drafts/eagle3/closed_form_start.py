@@ -22,12 +22,10 @@ from eagle.drafts.eagle3.draft_config import AUX_LAYERS
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.layers import Attention
 from eagle.drafts.network import DraftNetwork
-from eagle.drafts.normal_equations import NormalEquations, Sizes, all_cores, solve_exactly
+from eagle.drafts.normal_equations import NormalEquations, Sizes, add_ridge, all_cores, solve_exactly
 from eagle.drafts.starts import StartData
 from eagle.target.config import ModelConfig
 
-#: Of every diagonal entry: layers' inputs differ in scale by orders of magnitude, and are all to be used.
-RIDGE = 1e-4
 #: Root mean square of ``fc``'s weights. The norms behind a state leave its scale free; this large, the optimizer's
 #: first steps, of one size for all weights, do not undo what was fitted.
 FC_SCALE = 0.1
@@ -91,8 +89,7 @@ def linear_draft(
 
     Raises: WorkError where the equations have no solution.
     """
-    diagonal = xx.diagonal()
-    diagonal += RIDGE * diagonal + 1e-12 * diagonal.mean()
+    add_ridge(xx)
     cross = xx[:token, token:]
     with all_cores():
         # By what is read: of the tokens' part and of what is wanted that which it explains.
