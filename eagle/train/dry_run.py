@@ -67,8 +67,11 @@ def planned_coverage(setting: Setting, options: TrainOptions) -> Coverage | None
     tmpdir, vocabulary = options.tmpdir, setting.config.vocab_size
     if tmpdir is None or options.init not in options.family.starts:
         return None
-    store = FeatureStore(tmpdir, skip_damaged=options.skip_damaged)
-    counts = functools.cache(lambda: store.token_counts(vocabulary, options.max_len))
+
+    @functools.cache
+    def counts() -> np.ndarray:  # of a store that is opened for a draft that asks
+        return FeatureStore(tmpdir, skip_damaged=options.skip_damaged).token_counts(vocabulary, options.max_len)
+
     ids = options.family.chosen(setting.config, counts)
     return None if ids is None else coverage(counts(), ids)
 
