@@ -37,7 +37,7 @@ from eagle.vllm import convert
 from tests.e2e.commands import Answer, ask, start
 from tests.e2e.conftest import draft_of
 from tests.e2e.killed import train_and_die
-from tests.e2e.test_interrupted_generation import wait_until, workers_of
+from tests.e2e.test_interrupted_generation import go_on, wait_until, workers_of
 from tests.e2e.test_training import steps_of, trained
 from tests.tiny import conversations, make_target, write_sharegpt
 
@@ -177,11 +177,10 @@ def test_ended_before_the_first_shard(how: signal.Signals, job: list[object], tm
         os.kill(worker, signal.SIGSTOP)
     if how == signal.SIGKILL:
         os.kill(workers[0], how)
-        os.kill(workers[1], signal.SIGCONT)
+        go_on(workers[1:])
     else:
         process.send_signal(how)
-        for worker in workers:
-            os.kill(worker, signal.SIGCONT)
+        go_on(workers)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (1 if how == signal.SIGKILL else 130)
     assert ("Nothing was finished, so the folder is left as it was" in err) == (how == signal.SIGKILL)
