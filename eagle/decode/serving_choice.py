@@ -151,7 +151,8 @@ def gap(costs: StepCosts, shape: Shape, batch: int) -> Gap | None:
 
 
 def choose(costs: StepCosts, drafts: Sequence[Measured]) -> list[Choice]:
-    """For every batch size of the costs. drafts: measured or estimated, each of a shape that the costs know."""
+    """For every batch size of the costs at which one of the drafts was timed. drafts: measured or estimated, each of a
+    shape that the costs know."""
     choices = []
     for batch in costs.batch_sizes:
         curves = [one for draft in drafts if (one := curve(costs, draft, batch)).points]
@@ -229,12 +230,15 @@ def serving_report(costs: StepCosts, drafts: Sequence[Measured]) -> dict[str, An
         costs.check_shape(draft.shape)
     known = {draft.shape for draft in measured}
     drafts = [*measured, *(draft for draft in drafts if draft.estimate and draft.shape not in known)]
+    choices = choose(costs, drafts)
+    judged = {choice.batch_size for choice in choices}
     return {
         "step_costs": str(costs.path),
         "engine": costs.engine,
         "said": costs.describe(),
         "most_tokens": costs.most_tokens,
-        "batches": [_to_json(choice) for choice in choose(costs, drafts)],
+        "batches": [_to_json(choice) for choice in choices],
+        "not_judged": [batch for batch in costs.batch_sizes if batch not in judged],
     }
 
 
@@ -288,6 +292,9 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
             yield f"  {_named(one):{width}}" + "".join(_cell(cells.get(k)) for k in columns)
         yield f"  {_verdict(choice)}"
         yield from (f"  {line}" for line in _needs(choice, report["most_tokens"]))
+    if report["not_judged"]:
+        batches = ", ".join(map(str, report["not_judged"]))
+        yield f"batch {batches}: no draft whose acceptance is known was measured there, so nothing is said of it."
     curves = [one for choice in report["batches"] for one in choice["curves"]]
     if any(point["is_between"] for one in curves for point in one["points"]):
         yield "~: the cost was not measured and lies on the line between two that were."
@@ -296,7 +303,7 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
             f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft "
             f"{report['most_tokens']} at once to have all judged that were measured."
         )
-    if any(choice["not_measured"] for choice in report["batches"]):
+    if report["not_judged"] or any(choice["not_measured"] for choice in report["batches"]):
         yield f"What was not measured is added by {COMMAND} with the same --output, for that batch size, shape and K."
     yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
 

@@ -143,6 +143,18 @@ def test_what_was_not_measured_is_not_called_hopeless(tmp_path):
     assert Gap(ONE, [1, 2], True) in choose(found, both)[1].gaps
 
 
+def test_a_batch_size_at_which_the_draft_was_not_timed_is_named(tmp_path):
+    drafts = {EIGHT: {1: {1: 12.0}, 16: {1: 12.0}}, ONE: {1: {1: 14.0}}}
+    found = costs(tmp_path, {1: 10.0, 16: 10.0}, drafts)
+    report = serving_report(found, [Measured("d", ONE, (0.9,))])
+    assert [one["batch_size"] for one in report["batches"]] == [1] and report["not_judged"] == [16]
+    said = shown(report)
+    assert "batch 16: no draft whose acceptance is known was measured there, so nothing is said of it." in said
+    assert "What was not measured is added by python -m eagle.vllm.step_costs" in said
+    both = serving_report(found, [Measured("d", ONE, (0.9,)), Measured("e", EIGHT, (0.5,))])
+    assert both["not_judged"] == [] and "no draft whose acceptance" not in shown(both)
+
+
 def test_measured_drafts_are_a_real_choice(tmp_path):
     drafts = {EIGHT: {1: {1: 12.0}}, ONE: {1: {1: 14.0}}}
     found = costs(tmp_path, {1: 10.0}, drafts)
