@@ -94,7 +94,7 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     add("warmup_ratio", float, "share of the run's steps spent warming up; then linear to zero")
     add("weight_decay", float, "AdamW's weight decay")
     add("ema", float, "what is validated and saved is an average of the weights, of which so much is kept with every "
-        "step, e.g. 0.999; 0: the weights themselves")  # fmt: skip
+        "step, less in the first ones, e.g. 0.999; 0: the weights themselves")  # fmt: skip
     add("beta1", float, "AdamW's first beta")
     add("beta2", float, "AdamW's second beta")
     add("grad_clip", float, "clip the gradient's norm to this; 0 does not clip")
