@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eagle.data import mixture
 from eagle.data.cleaning import Dropped, Tally
-from eagle.data.reader import existing_records, open_records
+from eagle.data.reader import existing_records, open_records, refuse_to_change
 from eagle.data.record_file import Records, notes_of
 from eagle.data.sharegpt.formats import record_id
 from eagle.entry import HelpFormatter, run
@@ -91,6 +91,9 @@ def held_out(records: Records, order: Sequence[int], taken: int, args: argparse.
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     path = existing_records(args.data_path, "--data_path")
+    if args.output.suffix.lower() != ".jsonl":
+        raise RequestError(f"--output {args.output}: expected a name that ends in .jsonl, by which it is read.")
+    refuse_to_change(path, "--data_path", args.output)
     if args.output.exists():
         raise RequestError(f"--output {args.output} is there already. Name another, or remove it.")
     if min(args.end_num, args.num_prompts) < 1:

@@ -168,6 +168,15 @@ def first_of(fields: dict[str, Any], *names: str) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
+def first_said(fields: dict[str, Any], *names: str) -> Any:
+    """As `first_of`, of the fields that are not blank either: a column of text is "" where a record lacks it."""
+    return first_of({name: value for name, value in fields.items() if not _is_blank(value)}, *names)
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
 def clean_record(record: Any, tally: Tally, names: Sequence[str] = CONVERSATION_NAMES) -> list[Message]:
     """The messages of one record: an optional system turn, then user and assistant in turn.
 
@@ -248,10 +257,10 @@ def check_text_alone(record: dict[str, Any]) -> None:
 
 def system_of(record: Any) -> Message | None:
     """The system prompt that stands beside a record's turns. A blank one is none: columns have to hold something."""
-    prompt = first_of(record, *SYSTEM_NAMES) if isinstance(record, dict) else None
+    prompt = first_said(record, *SYSTEM_NAMES) if isinstance(record, dict) else None
     if isinstance(prompt, list):
         prompt = _joined(prompt)
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+    if prompt is None or _is_blank(prompt):
         return None
     return _message("system", prompt)
 
@@ -314,7 +323,7 @@ def _joined(parts: list[Any]) -> str | None:
 
 def _with_reasoning(turn: dict[str, Any], text: str) -> str:
     """A reply as the model wrote it, where a server has put its reasoning into a field of its own."""
-    reasoning = first_of(turn, *REASONING_NAMES)
-    if not isinstance(reasoning, str) or not reasoning.strip() or "</think>" in text:
+    reasoning = first_said(turn, *REASONING_NAMES)
+    if not isinstance(reasoning, str) or "</think>" in text:
         return text
     return f"<think>\n{_message('gpt', reasoning)['content'].strip()}\n</think>\n\n{text.lstrip()}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import re
 import shlex
@@ -160,7 +161,7 @@ class JsonFile(RecordFile):
             if self._skip_whitespace(start) < end:
                 self._add(start, end)
             start = end + 1
-        if not self._is_lines(first):
+        if not self._is_lines(first) or self._is_one_value():
             raise RequestError(self._no_lines(flag))
         # Only the last line can have been cut short, and only where nothing ends it.
         last = self._bytes[self._starts[-1] : self._ends[-1]]
@@ -184,6 +185,12 @@ class JsonFile(RecordFile):
                 break
             start = newline + 1
         return False
+
+    def _is_one_value(self) -> bool:
+        """Whether the first line leaves brackets open and the last one closes some: a value over several lines, of
+        which some may be whole by themselves."""
+        begin, end = (_open_brackets(self._bytes[self._starts[at] : self._ends[at]]) for at in (0, -1))
+        return begin is not None and end is not None and begin > 0 > end
 
     def _no_lines(self, flag: str) -> str:
         try:
@@ -221,11 +228,16 @@ def _is_whole(text: bytes) -> bool:
 
 
 def _is_balanced(text: bytes | mmap.mmap) -> bool:
-    """Whether every bracket and every string of a text closes."""
+    """Whether every bracket and every string of a text closes, none before it opens."""
+    return _open_brackets(text, least=0) == 0
+
+
+def _open_brackets(text: bytes | mmap.mmap, least: float = -math.inf) -> int | None:
+    """How many more brackets open than close; None where a string does not end, or where it is less than `least`."""
     depth = 0
     for token in _TOKEN.finditer(text):
         character = token.group()[:1]
         depth += (character in b"[{") - (character in b"]}")
-        if depth < 0 or (character == b'"' and not token.group(1)):
-            return False
-    return depth == 0
+        if depth < least or (character == b'"' and not token.group(1)):
+            return None
+    return depth

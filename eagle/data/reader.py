@@ -98,7 +98,21 @@ def _open_file(path: Path, allow_truncated: bool, flag: str) -> RecordFile:
 
 def existing_records(path: Path, flag: str) -> Path:
     """`path`, where a file or folder of records, or a split of one, is there. Raises: as `existing_path`."""
-    return path if is_split(path, SHARD_SUFFIXES) else existing_path(path, flag)
+    return path if are_records(path) else existing_path(path, flag)
+
+
+def are_records(path: Path) -> bool:
+    """Whether a file or folder, or a split of one, is there."""
+    return path.exists() or is_split(path, SHARD_SUFFIXES)
+
+
+def refuse_to_change(path: Path, flag: str, output: Path) -> None:
+    """Raises: RequestError for an output that is the records of `flag`, or would lie among them."""
+    if output.exists() and path.exists() and output.samefile(path):
+        raise RequestError(f"--output {output} is also what {flag} names, which is never changed. Name another.")
+    folder = path if path.exists() else path.parent  # of a split
+    if folder.is_dir() and folder.resolve() in output.resolve().parents:
+        raise RequestError(f"--output {output} lies in {flag} {folder}, which is never changed. Name another.")
 
 
 def refuse_by_first_bytes(path: Path, flag: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from eagle.data.cleaning import CONVERSATION_NAMES, Dropped, Tally, clean_record, described, first_of
 from eagle.data.json_file import TooDeep
-from eagle.data.loss_mask import Aligned, Encoded, Encoder, cut
+from eagle.data.loss_mask import Aligned, Encoded, Encoder, cut, is_supervised
 from eagle.data.reader import convert_command
 from eagle.data.record_file import Records
 from eagle.data.rows import aligned_rows, rows_of
@@ -104,7 +104,7 @@ def _source(record: Any) -> TokenSource:
     return next(source for source in TOKEN_SOURCES.values() if source.handles(record))
 
 
-def _is_tokens(record: Any) -> bool:
+def is_tokens(record: Any) -> bool:
     """Both lists; or one of them where there is no conversation either, so that the report says what is amiss."""
     if not isinstance(record, dict):
         return False
@@ -152,8 +152,9 @@ def _encode_tokens(record: Any, encoder: Encoder, max_length: int, tally: Tally)
 def _align_tokens(record: Any, encoder: Encoder, at_least: int | None) -> list[Aligned]:
     aligned = []
     for ids, mask in _checked_rows(record, encoder):
-        text, offsets = _decode(ids.tolist(), encoder.tokenizer)
-        aligned.append(Aligned(text, ids, mask, offsets))
+        if is_supervised(mask[:at_least]):  # the others are not trained
+            text, offsets = _decode(ids.tolist(), encoder.tokenizer)
+            aligned.append(Aligned(text, ids, mask, offsets))
     return aligned
 
 
@@ -205,7 +206,7 @@ def _other_format(*_: Any) -> Any:
 
 #: The kinds of records by name. The first that handles a record has it; the last handles any, and says what is amiss.
 TOKEN_SOURCES = {
-    "tokens": TokenSource(_is_tokens, _encode_tokens, _align_tokens),
+    "tokens": TokenSource(is_tokens, _encode_tokens, _align_tokens),
     "other formats": TokenSource(_is_other_format, _other_format, _other_format),
     "messages": TokenSource(lambda record: True, _encode_messages, _align_messages),
 }

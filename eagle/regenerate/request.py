@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.data.reader import existing_records
+from eagle.data.reader import existing_records, refuse_to_change
 from eagle.decode.sampling import Sampling
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError
@@ -80,8 +80,7 @@ class RegenerateRequest:
             raise RequestError(f"--output {self.output}: expected a name that ends in .json or .jsonl (JSON Lines).")
         if self.output.is_dir():
             raise RequestError(f"--output {self.output} is a folder; expected the name of a file.")
-        if self.output.exists() and self.data_path.is_file() and self.output.samefile(self.data_path):
-            raise RequestError(f"--output {self.output} is also the input, which is never changed. Name another.")
+        refuse_to_change(self.data_path, "--data_path", self.output)
 
     @property
     def sampling(self) -> Sampling:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from eagle.data.cleaning import REASONING_NAMES, Message, first_of
+from eagle.data.cleaning import REASONING_NAMES, Message, first_said
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate.address import KEY_VARIABLE
@@ -204,8 +204,8 @@ class ServedTarget:
             if message.get("refusal"):
                 finish = FILTERED
             text = _whole_characters(message.get("content") or "")
-            reasoning = first_of(message, *REASONING_NAMES)
-            if isinstance(reasoning, str) and reasoning.strip() and "</think>" not in text:
+            reasoning = first_said(message, *REASONING_NAMES)
+            if isinstance(reasoning, str) and "</think>" not in text:
                 text = f"<think>\n{_whole_characters(reasoning).strip()}\n</think>\n\n{text.lstrip()}"
             return Said(finish, None, text, counted, context)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

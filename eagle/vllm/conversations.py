@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder
 from eagle.data.mixture import open_data
 from eagle.data.prompts import encode_before_reply
+from eagle.data.reader import are_records
 from eagle.errors import RequestError, WorkError
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
@@ -50,12 +51,12 @@ def held_out(
     seed: int,
     max_len: int,
     longest: int,
-    data_path: Path | None = None,
+    data_path: Sequence[Path] = (),
 ) -> HeldOut:
     """`count` conversations at most, evenly over those that training held out with this split.
 
     encoder: the served one, from the store's manifest, which knows the day that a dated template was told. longest:
-    tokens that the engine takes. data_path: where the conversations are, if not where the manifest says.
+    tokens that the engine takes. data_path: where the conversations are, empty for where the manifest says.
 
     Raises: RequestError where no record is of use, or --data_path is not what the store was made from.
     """
@@ -69,8 +70,9 @@ def held_out(
     served = {digest: _served_prompts(one, data_path, encoder) for digest, one in manifests.items()}
     prompts = {digest: prompt for digest, (prompt, _) in served.items() if prompt is not None}
     unknown = next((why for prompt, why in served.values() if prompt is None), "")
-    if data_path is not None and not prompts:
-        raise RequestError(f"--data_path {data_path}: {unknown or 'the store does not say what it was made from'}.")
+    if data_path and not prompts:
+        named = " ".join(map(str, data_path))
+        raise RequestError(f"--data_path {named}: {unknown or 'the store does not say what it was made from'}.")
     found = []
     for index in chosen.tolist():
         record = store[index].cut(min(max_len, longest))
@@ -88,18 +90,20 @@ def held_out(
 
 
 def _served_prompts(
-    manifest: dict[str, Any], data_path: Path | None, encoder: Callable[[dict[str, Any]], Encoder]
+    manifest: dict[str, Any], data_path: Sequence[Path], encoder: Callable[[dict[str, Any]], Encoder]
 ) -> tuple[Callable[[int], list[int] | None] | None, str]:
     """What gives the served prompt of a conversation by its number; or why there is no such."""
     data = manifest.get("data") or {}
     if not data.get("digest"):
         return None, "the store does not say of which conversations it is"
-    paths = [str(data_path)] if data_path else data["path"] if isinstance(data["path"], list) else [data["path"]]
-    if missing := [path for path in paths if not Path(path).exists()]:
-        return None, f"{missing[0]} is not there; name it with --data_path"
+    known = data["path"] if isinstance(data["path"], list) else [data["path"]]
+    paths = list(map(str, data_path)) or known
+    cure = f"name all {len(known)} with --data_path, in this order" if len(known) > 1 else "name it with --data_path"
+    if missing := [path for path in paths if not are_records(Path(path))]:
+        return None, f"{missing[0]} is not there; {cure}"
     opened = open_data(tuple(paths) if len(paths) > 1 else Path(paths[0]), None, allow_truncated=True)
     if opened.digest != data["digest"]:
-        return None, f"{paths[0]} is not the file that the store was made from; name that with --data_path"
+        return None, f"{' '.join(paths)} is not what the store was made from, {' '.join(known)}; {cure}"
     serving, records = encoder(manifest), opened.records
 
     def prompt(conversation: int) -> list[int] | None:

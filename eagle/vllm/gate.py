@@ -57,12 +57,12 @@ def split_of(trained: Path | None) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True)
 class GateOptions:
     """store: the folder that the draft was trained on. trained: the run or checkpoint that was exported, None where it
-    is not at hand. data_path: the conversations, if not where the store says. conversations: how many at most. The
-    others are training's, by which the store was split; is_split_known: whether the trained run says them."""
+    is not at hand. data_path: the conversations, empty where they are where the store says. conversations: how many at
+    most. The others are training's, by which the store was split; is_split_known: whether the trained run says them."""
 
     store: Path
     trained: Path | None = None
-    data_path: Path | None = None
+    data_path: tuple[Path, ...] = ()
     conversations: int = 16
     val_ratio: float = SPLIT["val_ratio"]
     seed: int = SPLIT["seed"]

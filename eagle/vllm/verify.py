@@ -31,10 +31,10 @@ from eagle.decode.step_costs import FLAG as FLAG_COSTS
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
 from eagle.drafts.foreign import check_is_draft
 from eagle.drafts.interface import DraftFamily
-from eagle.drafts.saved import draft_names
+from eagle.drafts.saved import BEST, LAST, draft_names
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
-from eagle.files import existing_path, read_json, write_json
+from eagle.files import existing_path, output_folder, read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import CheckedTarget, check_target
 from eagle.target.quantization import Use
@@ -109,7 +109,11 @@ def make_parser() -> argparse.ArgumentParser:
         "found",
     )
     parser.add_argument(
-        "--data_path", type=Path, help="with --tmpdir: the conversations, where they are no longer where the store says"
+        "--data_path",
+        type=Path,
+        nargs="+",
+        help="with --tmpdir: the conversations, where they are no longer where the store says; of several all, in the "
+        "same order",
     )
     parser.add_argument("--num_conversations", type=int, default=16, help="with --tmpdir: how many are served at most")
     for name, default in SPLIT.items():
@@ -128,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --step_costs: reports of other drafts on the same prompts, this command's or eagle.evaluate's",
     )
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument(
         "--write-note",
         "--write_note",
@@ -135,6 +140,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="put the measured acceptance into the draft's README.md, which says 'not measured yet' otherwise",
     )
     return parser
+
+
+def check_output(output: Path | None, overwrite: bool) -> None:
+    """Before the engines run. Raises: RequestError for a file that exists, or one that cannot be made."""
+    if output is None:
+        if overwrite:
+            raise RequestError("--overwrite is about --output. Name one, or leave it out.")
+        return
+    if output.is_dir():
+        raise RequestError(f"--output {output} is a folder; expected the name of a file.")
+    if output.exists() and not overwrite:
+        raise RequestError(f"--output {output} exists. Name another file, or pass --overwrite to replace it.")
+    output_folder(output.resolve().parent, "--output")
 
 
 def check_vllm() -> str:
@@ -157,6 +175,12 @@ def resolve_export(path: Path) -> Path:
     Raises: RequestError for a layout that vLLM's present engine does not load.
     """
     existing_path(path, "--draft-path", "folder")
+    if any((path / name).exists() for name in (BEST, LAST)):
+        raise RequestError(
+            f"--draft-path {path} is a training run; expected its export. Make one with "
+            f"convert_eagle_ckpt_to_vllm_compatible.py --base-path ... --draft-path {path}, and name the folder that "
+            "it writes."
+        )
     inside = [path / next(iter(family.layouts)) for family in DRAFT_FAMILIES.values()]
     folder = next((folder for folder in inside if (folder / "config.json").is_file()), path)
     check_is_draft(folder, "--draft-path")
@@ -235,7 +259,7 @@ def gate_options(args: argparse.Namespace) -> GateOptions | None:
                 "another the conversations here are not those that it held out. Leave it out."
             )
     return GateOptions(
-        args.tmpdir, args.trained_path, args.data_path, args.num_conversations, **SPLIT | given | known,
+        args.tmpdir, args.trained_path, tuple(args.data_path or ()), args.num_conversations, **SPLIT | given | known,
         is_split_known=known.keys() == SPLIT.keys(),
     )  # fmt: skip
 
@@ -280,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             f"The longest prompt and its reply need {longest} positions, the base model has "
             f"{config.max_position_embeddings}. Lower --max_new_tokens or leave long prompts out."
         )
+    check_output(args.output, args.overwrite)
     run_by = "" if serving.model_impl == AUTO else f", --model-impl {serving.model_impl}"
     print(f"starting vLLM {version} with the draft{run_by}", flush=True)
     watched: list[Watched] = []

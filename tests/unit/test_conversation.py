@@ -215,6 +215,15 @@ def test_reasoning_in_a_field_of_its_own_is_put_before_the_reply(name):
     assert messages[1]["content"] == "<think>\n2 + 2\n</think>\n\nfour"
     messages = clean_record({"messages": [{"role": "user", "content": "?"}, {**reply, name: True}]}, Tally())
     assert messages[1]["content"] == "four"
+    # A blank field of another name beside it, as in a table, is not in its way.
+    blank = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), " ")
+    messages = clean_record({"messages": [{"role": "user", "content": "?"}, blank | reply]}, Tally())
+    assert messages[1]["content"] == "<think>\n2 + 2\n</think>\n\nfour"
+
+
+def test_a_blank_system_prompt_is_not_in_the_way_of_another():
+    record = {"system": "", "system_prompt": "Be brief.", "conversations": [turn("human", "?"), turn("gpt", "x")]}
+    assert clean_record(record, Tally())[0] == {"role": "system", "content": "Be brief."}
 
 
 @pytest.mark.parametrize("said", [{"user": "a", "assistant": "b"}, {"assistant": "b", "user": "a"}])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import load_draft
 from eagle.entry import run
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.target.config import load_config
 from eagle.target.weights import Weights, fingerprint, read_embedding, read_head
 from eagle.vllm import convert
@@ -335,13 +335,34 @@ def test_a_full_output_folder_is_refused(llama: tuple[Path, Path], tmp_path: Pat
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-def test_an_empty_output_folder_is_used(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert sorted(path.name for path in export(*llama, tmp_path / "out", "v1")["v1"].iterdir()) == [
+@pytest.mark.parametrize("link", [False, True])
+def test_an_empty_output_folder_is_used(link: bool, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    """It is not replaced: it may be a link, or where something is mounted."""
+    (tmp_path / "there").mkdir()
+    output = tmp_path / "out" if link else tmp_path / "there"
+    if link:
+        output.symlink_to(tmp_path / "there")
+    inode = output.stat().st_ino
+    assert sorted(path.name for path in export(*llama, output, "v1")["v1"].iterdir()) == [
         "README.md",
         "config.json",
         "model.safetensors",
     ]
+    assert output.stat().st_ino == inode and output.is_symlink() == link
+    assert {path.name for path in tmp_path.iterdir()} == {"there", output.name}
+
+
+def test_an_empty_output_folder_is_empty_again_after_a_failure(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise WorkError("a rule does not hold")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("eagle.vllm.export.check_export", fail)
+    with pytest.raises(WorkError, match="a rule"):
+        export(*llama, tmp_path / "out", "v1")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
 
 
 def test_inputs_stay_as_they_are(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -319,14 +319,37 @@ def test_stores_of_several_data_files(made: Made, tmp_path: Path) -> None:
     assert all(one.served == one.stored for one in found)
 
 
+def test_a_store_of_a_split_and_one_of_several_paths(made: Made, tmp_path: Path) -> None:
+    """The conversations are found where the store says, and where they were moved to."""
+    plain, target = made.templates["plain"], made.pair.target
+    files = [write_sharegpt(tmp_path / f"{seed}.json", conversations(16, turns=1, seed=seed)) for seed in (5, 6)]
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "train-00000-of-00001.jsonl").write_bytes(
+        b"".join(json.dumps(talk).encode() + b"\n" for talk in json.loads(files[0].read_bytes()))
+    )
+    of_split = make_store(tmp_path / "a", target, tmp_path / "split" / "train", plain, "eagle1")
+    of_two = make_store(tmp_path / "b", target, files[0], plain, "eagle1", "--data_path", str(files[1]))
+    for store in (of_split, of_two):
+        gate = gate_of(made.pair, store, plain)
+        assert not gate.held_out.unknown and all(one.served == one.stored for one in gate.held_out.conversations)
+    moved = tuple(file.rename(tmp_path / f"moved-{file.name}") for file in files)
+    (tmp_path / "split").rename(tmp_path / "elsewhere")
+    said = gate_of(made.pair, of_two, plain).held_out.unknown
+    assert f"{files[0]} is not there; name all 2 with --data_path, in this order" in said
+    for store, named in ((of_split, (tmp_path / "elsewhere" / "train",)), (of_two, moved)):
+        assert not gate_of(made.pair, store, plain, data_path=named).held_out.unknown
+    with pytest.raises(RequestError, match=r"is not what the store was made from, .*name all 2 with --data_path"):
+        gate_of(made.pair, of_two, plain, data_path=moved[:1])
+
+
 def test_what_is_named_wrongly_is_refused(made: Made, tmp_path: Path) -> None:
     plain = made.templates["plain"]
     for named, says in ((tmp_path / "gone.json", "is not there"), (ROOT / "README.md", "expected a JSON array")):
         with pytest.raises((RequestError, FileNotFoundError), match=says):
-            gate_of(made.pair, made.store, plain, data_path=named)
+            gate_of(made.pair, made.store, plain, data_path=(named,))
     other = write_sharegpt(tmp_path / "other.json", conversations(24, turns=1, seed=6))
-    with pytest.raises(RequestError, match=r"--data_path .* is not the file that the store was made from"):
-        gate_of(made.pair, made.store, plain, data_path=other)
+    with pytest.raises(RequestError, match=r"--data_path .* is not what the store was made from"):
+        gate_of(made.pair, made.store, plain, data_path=(other,))
     checked = check_target(made.pair.target, "--base-path")
     asked = (checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU)
     with pytest.raises(RequestError, match=r"--trained-path .* is an EAGLE-1 draft.*Name the run that was exported"):

@@ -49,6 +49,19 @@ def test_nothing_that_step_3_takes_nor_another_part_of_it(data):
     assert len(set(found) & set(more)) >= 8
 
 
+def test_an_output_that_would_be_read_as_text_or_lies_among_the_data(data, tmp_path):
+    words = ["--data_path", str(data), "--end_num", "20", "--num_prompts", "12", "--output"]
+    with pytest.raises(RequestError, match=r"expected a name that ends in \.jsonl"):
+        main([*words, str(tmp_path / "held-out.txt")])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    words[1] = str(folder)
+    data.rename(folder / "data.json")
+    with pytest.raises(RequestError, match="which is never changed"):
+        main([*words, str(folder / "held.jsonl")])
+    assert [path.name for path in folder.iterdir()] == ["data.json"]
+
+
 def test_a_question_that_a_taken_conversation_asks_too_is_left_out(data):
     records = json.loads(data.read_text())
     order = mixture.choose(42, [COUNT], COUNT).tolist()

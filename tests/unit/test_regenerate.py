@@ -147,6 +147,16 @@ def test_system_prompts_are_kept_and_questions_alone_are_enough(capsys, target, 
     assert "dropped 1 no user speaks" in said and "dropped 1 the record offers tools" in said
 
 
+def test_the_replies_are_not_put_among_the_questions(capsys, target, encoder, data, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    data.rename(folder / "data.jsonl")
+    with FakeServer(encoder) as server:
+        said = ask(capsys, server, target, folder, "--output", folder / "own.jsonl", code=2)
+    assert "lies in --data_path" in said and "which is never changed" in said
+    assert not server.asked and [path.name for path in folder.iterdir()] == ["data.jsonl"]
+
+
 def test_sampling_is_told_and_every_request_has_a_seed_of_its_own(capsys, target, encoder, data):
     with FakeServer(encoder) as server:
         ask(capsys, server, target, data, "--temperature", 0.7, "--top_p", 0.8, "--max_new_tokens", 99)

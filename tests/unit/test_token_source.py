@@ -163,6 +163,7 @@ def test_several_rows_of_one_conversation(tmp_path, encoder):
     first, second = encode_record(records, 0, encoder, 4096, tally)
     assert (first.input_ids.tolist(), second.loss_mask.tolist()) == (GOOD["input_ids"], long["loss_mask"])
     assert len(encode_record(records, 1, encoder, 4096, tally)) == 1 and not tally.repaired
+    assert [len(row.input_ids) for row in align_record(records, 0, encoder, 20)] == [len(GOOD["input_ids"])]
     (only,) = encode_record(records, 0, encoder, 32, tally)[1:]
     assert only.input_ids.tolist() == long["input_ids"][:32] and tally.repaired == {"cut_to_max_length": 1}
     assert len(encode_record(records, 0, encoder, 20, tally)) == 1 and tally.repaired == {"cut_to_max_length": 2}

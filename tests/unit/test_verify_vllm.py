@@ -96,6 +96,30 @@ def test_both_engines_get_the_same_tokens_and_all_is_reported(
     assert "not measured yet" in (pair[1] / "v1" / "README.md").read_text()  # nobody asked for it
 
 
+def test_an_output_is_not_overwritten_unasked_and_can_be_written_before_the_engines_start(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = engines(monkeypatch, RESULT, RESULT)
+    precious = tmp_path / "costs.json"
+    precious.write_text("precious")
+    assert call(*pair, "--output", precious) == 2
+    assert "costs.json exists. Name another file, or pass --overwrite" in " ".join(capsys.readouterr().err.split())
+    assert call(*pair, "--output", tmp_path) == 2 and call(*pair, "--output", precious / "report.json") == 2
+    assert call(*pair, "--overwrite") == 2
+    assert precious.read_text() == "precious" and not asked
+    assert call(*pair, "--output", precious, "--overwrite") == 0
+    assert call(*pair, "--output", tmp_path / "new" / "report.json") == 0
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["tau"] == 2.5
+
+
+def test_a_run_is_not_its_export(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    (tmp_path / "run" / "train_options.json").write_text("{}")
+    assert call(pair[0], tmp_path / "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is a training run; expected its export" in said and "has not saved a checkpoint" not in said
+
+
 def test_the_speed_to_beat_is_the_one_that_would_be_served(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

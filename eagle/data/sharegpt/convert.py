@@ -17,11 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from eagle.data.cleaning import Tally
-from eagle.data.reader import existing_records
+from eagle.data.reader import existing_records, refuse_to_change
 from eagle.data.sharegpt.formats import BAD_UNICODE, FORMATS, Columns, Shape, Unusable, detect, record_id, to_turns
 from eagle.data.sharegpt.sources import FLAG, TABLES, Source, TableSource, open_source
+from eagle.data.token_source import is_tokens
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder
+
+TOKENS = "it is tokens already, which step 3 takes as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,7 @@ class ConvertRequest:
             raise RequestError(f"{FLAG} names {twice[0]} more than once; expected each file once. Leave one out.")
         for path in self.input:
             existing_records(path, FLAG)
-            if self.output.exists() and path.exists() and self.output.samefile(path):
-                raise RequestError(f"--output {self.output} is also an input, which is never changed. Name another.")
-            if path.resolve() in self.output.resolve().parents:
-                raise RequestError(
-                    f"--output {self.output} lies in {FLAG} {path}, which is never changed. Name another."
-                )
+            refuse_to_change(path, FLAG, self.output)
         if self.output.is_dir():
             raise RequestError(f"--output {self.output} is a folder; expected the name of a file.")
         if self.output.exists() and not self.overwrite:
@@ -87,6 +85,8 @@ class Conversion:
             self.read += 1
             mended = Tally()
             try:
+                if is_tokens(record):
+                    raise Unusable(TOKENS)
                 turns = to_turns(record, self.shape, mended)
                 name = record_id(record)
                 writer.write({"id": f"{self.prefix}_{index}" if name is None else name, "conversations": turns})
@@ -110,6 +110,11 @@ def plan(request: ConvertRequest) -> list[Conversion]:
         source = open_source(path, request.format, request.allow_truncated)
         told = request.format if request.format in FORMATS else None
         samples = source.samples()
+        if samples and all(map(is_tokens, samples)):
+            raise RequestError(
+                f"{FLAG} {path} holds tokens, which step 3 takes as they are and which would be lost here: name it in "
+                "allocation.py's --data_path, which takes several."
+            )
         try:
             shape, votes = detect(samples, told, request.columns)
         except RequestError as error:

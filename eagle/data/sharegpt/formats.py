@@ -68,7 +68,7 @@ class Columns:
     @classmethod
     def named(cls, prompt: str | None, response: str | None, system: str | None) -> Columns:
         """The columns a user named. Who names the question's column means that one and no context."""
-        prompt, response, system = (name and _plain(name) for name in (prompt, response, system))
+        prompt, response, system = (name and plain_name(name) for name in (prompt, response, system))
         return cls(prompt, response, system, () if prompt else CONTEXT_NAMES)
 
     def __bool__(self) -> bool:
@@ -137,7 +137,7 @@ def shapes_of(record: Any, named: Columns) -> list[Shape]:
 
 
 def _column_shapes(record: dict[str, Any], named: Columns) -> list[Shape]:
-    names = {_plain(name) for name in record}
+    names = {plain_name(name) for name in record}
     if named.system and named.system not in names:
         return []
     prompts = [name for name in ([named.prompt] if named.prompt else PROMPT_NAMES) if name in names]
@@ -167,7 +167,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     return name.strip().lower()
 
 
@@ -175,7 +175,7 @@ def _explain(samples: Sequence[Any], votes: Counter[tuple[Shape, ...]], named: C
     found = Counter(_keys(sample) for sample in samples).most_common(4)
     candidates = list(dict.fromkeys(str(shape) for shapes in votes for shape in shapes))
     lines = [f"ambiguous: it could be {' or '.join(candidates)}." if candidates else "not known."]
-    names = {_plain(name) for sample in samples if isinstance(sample, dict) for name in sample}
+    names = {plain_name(name) for sample in samples if isinstance(sample, dict) for name in sample}
     for name in (named.prompt, named.response, named.system):
         if name and name not in names:
             lines.append(f"No record looked at has the column {name!r}.")
@@ -231,7 +231,7 @@ def record_id(record: Any) -> str | int | None:
     """The id a record brings along, if it does."""
     if not isinstance(record, dict):
         return None
-    row = {_plain(name): value for name, value in record.items()}
+    row = {plain_name(name): value for name, value in record.items()}
     for value in map(row.get, ID_NAMES):
         if (isinstance(value, str) and value.strip()) or (isinstance(value, int) and not isinstance(value, bool)):
             return value
@@ -250,7 +250,7 @@ def _read_columns(record: Any, shape: Shape) -> list[Turn]:
     assert columns and columns.prompt and columns.response
     if not isinstance(record, dict):
         raise Unusable(OTHER_SHAPE)
-    row = {_plain(name): value for name, value in record.items()}
+    row = {plain_name(name): value for name, value in record.items()}
     if columns.prompt not in row or columns.response not in row:
         raise Unusable(OTHER_SHAPE)
     context = [row.get(name) for name in columns.context if name not in (columns.prompt, columns.response)]

@@ -5,9 +5,6 @@ A record that cannot be read comes as the `Unusable` that says why, so that the 
 
 from __future__ import annotations
 
-import csv
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +15,8 @@ from eagle.data.json_file import TooDeep
 from eagle.data.parquet_file import is_parquet
 from eagle.data.reader import SUFFIXES, TABLE_SUFFIXES, first_character, open_records, refuse_by_first_bytes
 from eagle.data.sharegpt.formats import Unusable, is_turn
+from eagle.data.sharegpt.tables import FLAG, TABLES, TableSource
 from eagle.errors import RequestError
-
-FLAG = "--input"
-TABLES = ("csv", "tsv")
-BAD_QUOTES = "the row's quotes do not match"
-WRONG_WIDTH = "the row has more or fewer cells than the header"
 
 
 class Source(Protocol):
@@ -79,97 +72,6 @@ class RecordSource:
             return Unusable(DROP_REASONS["nested_too_deeply"])
         except ValueError:
             return Unusable(DROP_REASONS["invalid_json"])
-
-
-class TableSource:
-    """Rows of a CSV or TSV file, as dicts by the names in its first row.
-
-    Raises: RequestError for a file without rows, or that ends inside a quoted cell (while it is
-    read; with `allow_truncated` that row is left out instead).
-    """
-
-    count = None  # known only by reading it all
-
-    def __init__(self, path: Path, kind: str, allow_truncated: bool) -> None:
-        _lift_field_limit()
-        self._path, self.kind, self._allow_truncated = path, kind, allow_truncated
-        self.notes: list[str] = []
-        # Spreadsheets write semicolons where the comma is the decimal point.
-        delimiters = ("\t",) if kind == "tsv" else (",", ";", "\t")
-        headers = [(header, delimiter) for delimiter in delimiters if (header := self._header(delimiter))]
-        if not headers:
-            raise RequestError(
-                f"{FLAG} {path}: its first line cannot be read as {kind.upper()} column names; expected a line such "
-                f"as {delimiters[0].join(('prompt', 'response'))!r}. Put one there, or mend its quotes."
-            )
-        self.header, self._delimiter = max(headers, key=lambda entry: len(entry[0]))
-        repeated = [name for name, count in Counter(self.header).items() if count > 1]
-        if repeated:
-            raise RequestError(f"{FLAG} {path}: two columns are called {repeated[0]!r}. Rename one of them.")
-        if next(iter(self), None) is None:
-            raise RequestError(f"{FLAG} {path} holds no rows; expected a row of column names, then one row a record.")
-
-    def samples(self) -> list[Any]:
-        return [dict.fromkeys(self.header, "")]
-
-    def __iter__(self) -> Iterator[Any]:
-        with self._open() as file:
-            rows = csv.reader(file, delimiter=self._delimiter, strict=True)
-            next(rows)
-            while True:
-                line = rows.line_num + 1
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    if "unexpected end" in str(error):
-                        self._refuse_open_quote(line)
-                        return
-                    yield Unusable(BAD_QUOTES)
-                    continue
-                if row:
-                    yield self._record(row)
-
-    def _record(self, row: list[str]) -> Any:
-        width = len(self.header)
-        if len(row) < width or any(row[width:]):
-            return Unusable(WRONG_WIDTH)
-        return dict(zip(self.header, row[:width], strict=True))
-
-    def _refuse_open_quote(self, line: int) -> None:
-        what = f"the row that starts in line {line:,} opens a quoted cell that never closes"
-        if not self._allow_truncated:
-            raise RequestError(
-                f"{FLAG} {self._path} is damaged: {what}. Fetch the file again, or pass --allow_truncated to use "
-                "the rows before it."
-            )
-        self.notes.append(f"left out everything from line {line:,}: {what}")
-
-    def _header(self, delimiter: str) -> list[str]:
-        """The names in the first row, or none where it is not well-formed with this delimiter."""
-        with self._open() as file:
-            try:
-                header = next(csv.reader(file, delimiter=delimiter, strict=True), [])
-            except csv.Error:
-                return []
-        while header and not header[-1].strip():
-            header.pop()
-        return header
-
-    def _open(self) -> Any:
-        # Bytes that are not UTF-8 must not end the file: their rows are dropped when they come to be written.
-        return self._path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _lift_field_limit() -> None:
-    limit = sys.maxsize
-    while True:
-        try:
-            csv.field_size_limit(limit)
-            return
-        except OverflowError:  # the limit is a C long: 32 bits on Windows
-            limit >>= 1
 
 
 def open_source(path: Path, told: str | None, allow_truncated: bool) -> Source:

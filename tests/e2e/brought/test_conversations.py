@@ -398,6 +398,13 @@ REFUSED = {
     "indented objects one after the other": (
         "d.json", "\n".join(json.dumps(record, indent=2) for record in GOOD).encode(), "jq -c . {file} > ",
     ),
+    "one conversation whose turns are lines": (
+        "d.json", b'{\n"conversations": [\n{"from": "human", "value": "a"},\n{"from": "gpt", "value": "b"}\n]\n}',
+        "jq -c . {file} > ",
+    ),
+    "records in an object of another name": (
+        "d.json", b'{"train": [\n' + LINES.rstrip().replace("\n", ",\n").encode() + b"\n]}\n", "jq -c . {file} > ",
+    ),
     "an empty file": ("d.json", b"", "is empty"),
     "no JSON at all": ("d.json", b"hello", "starts with b'hello'"),
 }  # fmt: skip
