@@ -60,6 +60,14 @@ def output_folder(path: Path, flag: str) -> None:
         ) from error
 
 
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Whether ``--output`` may be written. Raises: RequestError for a folder, or a file that exists, unless told."""
+    if path.is_dir():
+        raise RequestError(f"--output {path} is a folder; expected the name of a file.")
+    if path.exists() and not overwrite:
+        raise RequestError(f"--output {path} exists. Name another file, or pass --overwrite to replace it.")
+
+
 @contextmanager
 def locked(folder: Path, flag: str, patience: float = 0) -> Iterator[int]:
     """Hold the folder for this process, and for those to which it passes the file descriptor that this yields: the last

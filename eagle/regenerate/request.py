@@ -10,7 +10,7 @@ from eagle.data.reader import existing_records, refuse_to_change
 from eagle.decode.sampling import Sampling
 from eagle.dtypes import DTYPES
 from eagle.errors import RequestError
-from eagle.files import existing_path
+from eagle.files import check_output_file, existing_path
 from eagle.regenerate.address import check_url, normal_url
 from eagle.regenerate.engine_args import check_engine_args
 
@@ -78,8 +78,7 @@ class RegenerateRequest:
             existing_path(self.engine_python, "--engine_python", "file")
         if self.output.suffix.lower() not in (".json", ".jsonl"):
             raise RequestError(f"--output {self.output}: expected a name that ends in .json or .jsonl (JSON Lines).")
-        if self.output.is_dir():
-            raise RequestError(f"--output {self.output} is a folder; expected the name of a file.")
+        check_output_file(self.output, overwrite=True)  # what is there is gone on with, or refused by its journal
         refuse_to_change(self.data_path, "--data_path", self.output)
 
     @property

@@ -34,7 +34,7 @@ from eagle.drafts.interface import DraftFamily
 from eagle.drafts.saved import BEST, LAST, draft_names
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
-from eagle.files import existing_path, output_folder, read_json, write_json
+from eagle.files import check_output_file, existing_path, output_folder, read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import CheckedTarget, check_target
 from eagle.target.quantization import Use
@@ -148,10 +148,7 @@ def check_output(output: Path | None, overwrite: bool) -> None:
         if overwrite:
             raise RequestError("--overwrite is about --output. Name one, or leave it out.")
         return
-    if output.is_dir():
-        raise RequestError(f"--output {output} is a folder; expected the name of a file.")
-    if output.exists() and not overwrite:
-        raise RequestError(f"--output {output} exists. Name another file, or pass --overwrite to replace it.")
+    check_output_file(output, overwrite=overwrite)
     output_folder(output.resolve().parent, "--output")
 
 

@@ -22,7 +22,7 @@ from eagle.data.sharegpt.formats import BAD_UNICODE, FORMATS, Columns, Shape, Un
 from eagle.data.sharegpt.sources import FLAG, TABLES, Source, TableSource, open_source
 from eagle.data.token_source import is_tokens
 from eagle.errors import RequestError, WorkError
-from eagle.files import fsync_folder
+from eagle.files import check_output_file, fsync_folder
 
 TOKENS = "it is tokens already, which step 3 takes as they are"
 
@@ -54,10 +54,7 @@ class ConvertRequest:
         for path in self.input:
             existing_records(path, FLAG)
             refuse_to_change(path, FLAG, self.output)
-        if self.output.is_dir():
-            raise RequestError(f"--output {self.output} is a folder; expected the name of a file.")
-        if self.output.exists() and not self.overwrite:
-            raise RequestError(f"--output {self.output} exists. Name another file, or pass --overwrite to replace it.")
+        check_output_file(self.output, overwrite=self.overwrite)
 
     @property
     def columns(self) -> Columns:
