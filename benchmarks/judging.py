@@ -19,11 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT
+from eagle.data.prompts import DEFAULT_PROMPTS
 from eagle.device import describe
 from eagle.drafts.saved import resolve_pointer
 from eagle.entry import child_environment
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json
+
+#: Files of a base model that decide which tokens a prompt is and where a reply ends.
+_DECIDING = ("*token*", "vocab*", "merges*", "chat_template*", "generation_config*")
 
 
 def call(words: Sequence[object], log: Path) -> None:
@@ -45,10 +49,20 @@ def verified(engine_python: Path | None, basepath: Path, draft: Path, found: Pat
     """
     if not found.is_file():
         words: list[object] = [engine_python, "-m", "eagle.vllm.verify", "--base-path", basepath]
-        written = found.with_suffix(".tmp")  # verify writes one of a failure too
+        written = found.with_suffix(".tmp")  # verify writes one of a failure too, and overwrites none
+        written.unlink(missing_ok=True)
         call([*words, "--draft-path", draft, *more, "--output", written], found.with_suffix(".log"))
         written.replace(found)
     return read_json(found, "the report")
+
+
+def prompts_key(base: Path, prompts: Path | None) -> str:
+    """Of the prompts (None: those that ship), and of what decides which tokens they are."""
+    found = hashlib.sha256((prompts or DEFAULT_PROMPTS).read_bytes())
+    for file in sorted({file for name in _DECIDING for file in base.glob(name)}):
+        if file.is_file():
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()[:6]
 
 
 def check_one_engine(reports: list[dict], where: str) -> None:
@@ -138,9 +152,9 @@ class Judge:
         return report
 
     def _named(self, k: int) -> str:
-        """Of a judgement: another is made for other prompts, by what they say."""
-        which = f"-{hashlib.sha256(self.prompts.read_bytes()).hexdigest()[:6]}" if self.prompts else ""
-        return f"k{k}-{self.num_prompts or 'all'}-{self.max_new_tokens}{which}"
+        """Of a judgement: another is made for other prompts, by what they say, and for another template."""
+        which = prompts_key(self.basepath, self.prompts)
+        return f"k{k}-{self.num_prompts or 'all'}-{self.max_new_tokens}-{which}"
 
     def _prompts(self) -> list[object]:
         words: list[object] = ["--max_new_tokens", self.max_new_tokens]

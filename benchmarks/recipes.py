@@ -232,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
             raise RequestError(f"--{name} is needed.")
         if path is not None:
             setattr(args, name, (path if name == "workdir" else existing_path(path, f"--{name}", "folder")).resolve())
+    if args.served_k and args.engine_python is None:
+        raise RequestError(f"--served_k {args.served_k[0]} is timed in vLLM. Name its python with --engine_python.")
     args.workdir.mkdir(parents=True, exist_ok=True)
     judge, results = Judge.of(args), {}
     given = {"--store": args.store, "--original": args.original}

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.judging import check_one_engine, verified
+from benchmarks.judging import check_one_engine, prompts_key, verified
 from eagle.device import describe
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
@@ -77,12 +77,13 @@ class Spread:
 
 
 def content_key(draft: Path, args: argparse.Namespace) -> str:
-    """Another draft, model or set of prompts is measured anew, under whatever name it comes; so is another machine."""
+    """Another draft, model, template or set of prompts is measured anew, under whatever name it comes; so is another
+    machine, by its CPU."""
     base = check_target(args.base_path, "--base-path", use=Use.SERVED).identity.current
-    asked = (base, args.num_prompts, args.max_new_tokens, args.dtype, describe(torch.device("cpu")))
+    prompts = prompts_key(args.base_path, args.prompts)
+    asked = (base, prompts, args.num_prompts, args.max_new_tokens, args.dtype, describe(torch.device("cpu")))
     found = hashlib.sha256(repr(asked).encode())
-    files = [*draft.glob("*.safetensors"), *draft.glob("*.bin"), draft / "config.json"]
-    for file in sorted([*files, *([args.prompts] if args.prompts else [])]):
+    for file in sorted([*draft.glob("*.safetensors"), *draft.glob("*.bin"), draft / "config.json"]):
         found.update(file.read_bytes())
     return found.hexdigest()[:10]
 

@@ -6,12 +6,14 @@ import itertools
 import re
 import signal
 
-#: No downloads, no telemetry; the CPU's key-value cache in GiB. What the user has set stays.
+#: The CPU's key-value cache, in GiB.
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+#: No downloads, no telemetry; a small cache on a CPU. What the user has set stays.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    CPU_CACHE: "1",
 }
 
 #: Options of memory, cards and speed, which leave what an engine computes what it is but for rounding.

@@ -32,14 +32,15 @@ from eagle.decode.recommendation import Estimate, estimate
 from eagle.decode.replies import Reply, answer
 from eagle.decode.report import build_report, report_lines
 from eagle.decode.sampling import Sampling
-from eagle.decode.serving_choice import Measured, asked_of, of_report, serving_lines, serving_report
+from eagle.decode.serving_choice import Measured, asked_of, of_report, serving_report
+from eagle.decode.serving_lines import serving_lines
 from eagle.decode.smaller_vocabulary import order_of, smaller
 from eagle.decode.step_costs import read_step_costs, shape_of
 from eagle.decode.target import load_target
 from eagle.device import KINDS, choose_kind, describe, peak_memory, torch_device
 from eagle.drafts.families import family_of
 from eagle.drafts.foreign import check_is_draft
-from eagle.drafts.saved import resolve_pointer
+from eagle.drafts.saved import resolve_pointer, state_of
 from eagle.dtypes import DTYPES, dtype_name, parse_dtype
 from eagle.entry import HelpFormatter
 from eagle.errors import RequestError
@@ -171,15 +172,15 @@ def choose_dtype(name: str, config: ModelConfig, base: Path) -> torch.dtype:
 def fitting_prompts(prompts: list[Prompt], encoder: Encoder, config: ModelConfig) -> tuple[list[Prompt], list[str]]:
     """The prompts the model has room for, and the ids of the others. Raises: RequestError where none is left."""
     limit = config.max_position_embeddings
-    long = {prompt.id: length for prompt in prompts if (length := len(encode_first_turn(prompt, encoder))) >= limit}
-    fitting = [prompt for prompt in prompts if prompt.id not in long]
+    lengths = [len(encode_first_turn(prompt, encoder)) for prompt in prompts]
+    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length < limit]
     if not fitting:
-        shortest = min(long.values())
+        shortest = min(lengths)
         raise RequestError(
             f"--prompts: every prompt is longer than the base model's {limit} positions (the shortest has {shortest} "
             "tokens). Give shorter prompts."
         )
-    return fitting, list(long)
+    return fitting, [prompt.id for prompt, length in zip(prompts, lengths, strict=True) if length >= limit]
 
 
 def decode_all(
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     prompts, skipped = fitting_prompts(load_prompts(args.prompts, args.num_prompts), encoder, config)
     asked = what_is_asked(prompts, encoder, options, sampling)
-    others = [of_report(path, asked, checked.identity.current) for path in args.against or ()]
+    others = [of_report(path, asked, checked.identity.current, dtype_name(dtype)) for path in args.against or ()]
     if args.output:
         output_folder(args.output, "--output")
     target = load_target(args.base_path, dtype, device, spread=args.spread)
@@ -290,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         for one in (shape, *(other.shape for other in others)):
             costs.check_shape(one)
         if args.tmpdir:
-            order = order_of(args.tmpdir, checked.identity, config.vocab_size, decoder.vocabulary)
+            cut = state_of(args.draft_path).get("run", {}).get("max_len")
+            order = order_of(args.tmpdir, checked.identity, config.vocab_size, decoder.vocabulary, cut)
     depth, stop = decoder.drafter.depth, stop_tokens(args.base_path, config, encoder)
     replies = decode_all(prompts, encoder, decoder, options, stop)
     report = {
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     lines = report_lines(report)
     if costs:
-        mine = Measured(str(args.draft_path), shape, tuple(report["accepted_per_position"]))
+        mine = Measured.of(report, shape)
         outputs = [reply.drafted.tokens for reply in replies]
         estimates = [] if order is None else smaller(mine, costs.shapes, order, outputs, replies)
         report["serving"] = serving_report(costs, [mine, *others, *estimates])

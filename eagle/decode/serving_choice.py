@@ -9,46 +9,61 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eagle.decode.diagnosis import tau_of
 from eagle.decode.sampling import Sampling
-from eagle.decode.step_costs import COMMAND, FLAG, Shape, StepCosts
+from eagle.decode.step_costs import FLAG, Shape, StepCosts
 from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 
-#: As it is shown of the draft that was measured here.
-HERE = "this draft"
 AGAINST = "--against"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A draft and what was accepted of it. name: for people. accepted: the share of drafts whose first, second, ...
-    token was accepted. estimate: how that is known where it was not measured."""
+    """A draft and what was accepted of it. name: its folder. accepted: the share of drafts whose first, second, ...
+    token was accepted. drafts: of how many, 0 where that is not known. estimate: how it is known where it was not
+    measured."""
 
     name: str
     shape: Shape
     accepted: tuple[float, ...]
+    drafts: int = 0
     estimate: str = ""
+
+    @classmethod
+    def of(cls, report: dict[str, Any], shape: Shape) -> Measured:
+        """report: of `eagle.vllm.verify`, which counts drafts, or `eagle.evaluate`, which counts steps."""
+        drafts = report.get("drafts", report.get("steps", 0))
+        return cls(str(report["draft"]), shape, tuple(report["accepted_per_position"]), drafts)
 
     def tau(self, tokens: int) -> float | None:
         """Of a chain of so many tokens; None where not so many were drafted."""
         return 1 + sum(self.accepted[:tokens]) if tokens <= len(self.accepted) else None
 
+    def error(self, tokens: int) -> float:
+        """Standard error of that τ, by the lengths of the chains that were accepted."""
+        shares = self.accepted[:tokens]
+        squares = sum((2 * at - 1) * share for at, share in enumerate(shares, start=1))
+        return math.sqrt(max(0.0, squares - sum(shares) ** 2) / self.drafts) if self.drafts else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One K. spread: of the two costs together. is_between: not all of it was measured."""
+    """One K. spread: of the two costs together. error: two standard errors of τ, as a share of it. is_between: not all
+    of it was measured."""
 
     num_speculative_tokens: int
     tau: float
     ms: float
     speedup: float
     spread: float
+    error: float
     is_between: bool
 
 
@@ -113,8 +128,8 @@ def curve(costs: StepCosts, draft: Measured, batch: int) -> Curve:
     for tokens in range(1, costs.most_tokens + 1):
         tau, cost = draft.tau(tokens), costs.cost(draft.shape, tokens, batch)
         if tau is not None and cost is not None:
-            spread = alone.spread + cost.spread
-            points.append(Point(tokens, tau, cost.ms, tau * alone.ms / cost.ms, spread, cost.is_between))
+            spread, error = alone.spread + cost.spread, 2 * draft.error(tokens) / tau
+            points.append(Point(tokens, tau, cost.ms, tau * alone.ms / cost.ms, spread, error, cost.is_between))
     return Curve(draft, points)
 
 
@@ -191,12 +206,12 @@ def asked_of(
     }
 
 
-def of_report(path: Path, asked: dict[str, Any], target: str) -> Measured:
+def of_report(path: Path, asked: dict[str, Any], target: str, dtype: str) -> Measured:
     """A draft as another report has it, `eagle.evaluate`'s or `eagle.vllm.verify`'s.
 
-    asked: as `asked_of`, here. target: the fingerprint of the model here.
+    asked: as `asked_of`, here. target: the fingerprint of the model here. dtype: of the costs.
 
-    Raises: FileNotFoundError, RequestError for what is no such report, or one of other prompts or another model.
+    Raises: FileNotFoundError, RequestError for what is no such report, or one of other prompts, another model or dtype.
     """
     report = read_json(existing_path(path, AGAINST, "file"), "the report of eagle.evaluate or eagle.vllm.verify")
     if "shape" not in report or "asked" not in report or not report.get("accepted_per_position"):
@@ -217,7 +232,12 @@ def of_report(path: Path, asked: dict[str, Any], target: str) -> Measured:
         raise RequestError(
             f"{AGAINST} {path} answered something else: {', '.join(differing)} differ. Ask both drafts the same."
         )
-    return Measured(str(report["draft"]), Shape(**report["shape"]), tuple(report["accepted_per_position"]))
+    if report["dtype"] != dtype:
+        raise RequestError(
+            f"{AGAINST} {path} was measured in {report['dtype']}, and the costs are those of {dtype}. Measure that "
+            f"draft with --dtype {dtype} too."
+        )
+    return Measured.of(report, Shape(**report["shape"]))
 
 
 def serving_report(costs: StepCosts, drafts: Sequence[Measured]) -> dict[str, Any]:
@@ -256,6 +276,7 @@ def _to_json(choice: Choice) -> dict[str, Any]:
         "closest": best.best.num_speculative_tokens,
         "speedup": best.best.speedup,
         "spread": best.best.spread,
+        "error": best.best.error,
         "needed_tau": choice.needed_tau(),
         "curves": [
             {
@@ -270,91 +291,6 @@ def _to_json(choice: Choice) -> dict[str, Any]:
         "never": [one.to_json() for one in choice.never],
         "not_measured": [dataclasses.asdict(one) for one in choice.gaps],
     }
-
-
-def serving_lines(report: dict[str, Any]) -> Iterator[str]:
-    """For people. report: as `serving_report`."""
-    yield ""
-    yield f"Serving: speed-up over no draft by K, from the step costs of {report['said']}:"
-    width = max((len(_named(one)) for choice in report["batches"] for one in choice["curves"]), default=len(HERE))
-    columns = sorted(
-        {
-            point["num_speculative_tokens"]
-            for choice in report["batches"]
-            for one in choice["curves"]
-            for point in one["points"]
-        }
-    )
-    for choice in report["batches"]:
-        yield f"batch {choice['batch_size']:<{max(0, width - 4)}}" + "".join(f"{f'K {k}':>8}" for k in columns)
-        for one in choice["curves"]:
-            cells = {point["num_speculative_tokens"]: point for point in one["points"]}
-            yield f"  {_named(one):{width}}" + "".join(_cell(cells.get(k)) for k in columns)
-        yield f"  {_verdict(choice)}"
-        yield from (f"  {line}" for line in _needs(choice, report["most_tokens"]))
-    if report["not_judged"]:
-        batches = ", ".join(map(str, report["not_judged"]))
-        yield f"batch {batches}: no draft whose acceptance is known was measured there, so nothing is said of it."
-    curves = [one for choice in report["batches"] for one in choice["curves"]]
-    if any(point["is_between"] for one in curves for point in one["points"]):
-        yield "~: the cost was not measured and lies on the line between two that were."
-    if columns and columns[-1] < report["most_tokens"]:
-        yield (
-            f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft "
-            f"{report['most_tokens']} at once to have all judged that were measured."
-        )
-    if report["not_judged"] or any(choice["not_measured"] for choice in report["batches"]):
-        yield f"What was not measured is added by {COMMAND} with the same --output, for that batch size, shape and K."
-    yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
-
-
-def _size(shape: dict[str, Any]) -> str:
-    return f"{shape['family']} of {shape['draft_vocab_size']:,}"
-
-
-def _named(one: dict[str, Any]) -> str:
-    what = _size(one["shape"])
-    return f"{what} (estimate)" if one["estimate"] else f"{what} ({Path(one['draft']).name})"
-
-
-def _cell(point: dict[str, Any] | None) -> str:
-    return f"{'-':>8}" if point is None else f"{point['speedup']:>7.2f}{'~' if point['is_between'] else ' '}"
-
-
-def _verdict(choice: dict[str, Any]) -> str:
-    speedup, spread = choice["speedup"], choice["spread"]
-    doubt = ""
-    if abs(speedup - 1) <= spread:
-        doubt = f" The costs' spread of {spread:.0%} does not tell that from none: measure on a quieter machine."
-    named, tokens = _size(choice), choice["closest"]
-    if not choice["pays"]:
-        return (
-            f"No draft pays: {named} at K {tokens} comes closest, {speedup:.2f} times, and would need τ "
-            f"{choice['needed_tau']:.2f} there.{doubt}"
-        )
-    estimated = ", an estimate" if choice["is_estimate"] else ""
-    return f"Best: {named}, K {tokens}: {speedup:.2f} times{estimated}.{doubt}"
-
-
-def _needs(choice: dict[str, Any], most: int) -> Iterator[str]:
-    """most: the largest K that was measured of any shape."""
-    more = "more than that" if choice["pays"] else "anything"
-    for one in choice["needs"]:
-        yield (
-            f"{_size(one['shape'])} would be worth {more} from τ {one['tau']:.2f} at K "
-            f"{one['num_speculative_tokens']} ({one['rate']:.2f} of the tokens accepted that follow accepted ones)"
-        )
-    for one in choice["never"]:
-        yield f"{_size(one)} could not be worth {more} at any K up to {most}, however much were accepted"
-    for one in choice["not_measured"]:
-        size, tokens = _size(one["shape"]), ", ".join(map(str, one["tokens"]))
-        if one["is_whole"]:
-            yield f"{size} was not measured at this batch size, so nothing is said of it"
-        else:
-            yield (
-                f"{size} was not measured at K {tokens} with this batch size; at the others it could not be worth "
-                f"{more}, however much were accepted"
-            )
 
 
 def refuse_without_costs(paths: Sequence[Path] | None) -> None:

@@ -19,8 +19,11 @@ from eagle.store.reader import FeatureStore
 from eagle.target.identity import Identity
 
 
-def order_of(store: Path, identity: Identity, vocabulary: int, own: Iterable[int] | None) -> np.ndarray:
-    """`by_frequency` of a store. vocabulary: the target's size.
+def order_of(
+    store: Path, identity: Identity, vocabulary: int, own: Iterable[int] | None, max_len: int | None = None
+) -> np.ndarray:
+    """`by_frequency` of a store. vocabulary: the target's size. max_len: to which training cut its records, where that
+    is known.
 
     Raises: FileNotFoundError, RequestError for a store of another base model.
     """
@@ -31,7 +34,7 @@ def order_of(store: Path, identity: Identity, vocabulary: int, own: Iterable[int
                 f"--tmpdir {store} is of another base model than --base-path {identity.folder}. Name the store that "
                 "the draft was trained on."
             )
-    return by_frequency(opened.token_counts(vocabulary), own)
+    return by_frequency(opened.token_counts(vocabulary, max_len), own)
 
 
 def by_frequency(counts: np.ndarray, own: Iterable[int] | None) -> np.ndarray:
@@ -49,9 +52,9 @@ def cut(replies: Sequence[Reply], depth: int, kept: Collection[int]) -> list[flo
     for reply in replies:
         start = 1
         for step in reply.drafted.steps:
-            for at, token in enumerate(reply.drafted.tokens[start : start + step.accepted]):
-                if token not in kept:
-                    break
+            chain = reply.drafted.tokens[start : start + step.accepted]
+            within = next((at for at, token in enumerate(chain) if token not in kept), step.accepted)
+            for at in range(within):  # what was accepted past the reply's end, whose tokens are gone, is counted there
                 counts[at] += 1
             steps += 1
             start += step.accepted + 1
@@ -94,5 +97,6 @@ def smaller(
             accepted = cut(replies, len(draft.accepted), kept)
         share, now = coverage(outputs, kept), coverage(outputs, own)
         how = f"an estimate: its tokens are {share:.1%} of these replies ({draft.shape.draft_vocab_size:,}: {now:.1%})"
-        found.append(Measured(draft.name, shape, tuple(accepted), f"{how}, and it is taken to be as often right"))
+        how += ", and it is taken to be as often right"
+        found.append(Measured(draft.name, shape, tuple(accepted), draft.drafts, how))
     return found

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -250,9 +251,15 @@ def read_saved(
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise RequestError(f"{flag} {folder} does not hold a draft of --base-path's model: {shown}.")
-    said = read_json(folder / STATE, "a checkpoint's state") if (folder / STATE).is_file() else {}
+    said = state_of(folder)
     measured, trained_for = said.get("metrics", {}), said.get("run", {}).get("target")
     return SavedDraft(family.name, config, state, folder, measured, trained_for, embedding=brought.get(EMBEDDING))
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint of a run says of itself and the run; nothing of a draft that no run is behind."""
+    file = resolve_pointer(checkpoint) / STATE
+    return read_json(file, "a checkpoint's state") if file.is_file() else {}
 
 
 def resolve_pointer(path: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Layout:
     config; raises RequestError for a draft that has no place in it. rules: which of the layout's own rules a folder
     breaks, in words, from what stands in it and the tensors that were to be written. hint: a line for the serving
     note, ``{draft}`` in it, and ``{flags}`` behind a ``vllm serve``. inner: where in config.json the layer's numbers
-    stand, "" for the top. targets: the target families that it is known to work with, None for all that are served.
+    stand, "" for the top. defaults: what vLLM takes for keys that are absent, where that is neither false nor nothing.
+    targets: the target families that it is known to work with, None for all that are served.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Layout:
     rules: Callable[[Exported, dict[str, torch.Tensor]], Iterator[str]]
     hint: str = ""
     inner: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] | None = None
 
     def is_for(self, target: ModelConfig) -> bool:

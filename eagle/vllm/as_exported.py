@@ -47,11 +47,13 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Trained:
     """The draft as it should be served. differences: of the exported folder from it. by_itself: whether the exported
-    folder is all there is, so that only what the base model decides was compared."""
+    folder is all there is, so that only what the base model decides was compared. accuracy: how often its first guess
+    was right in its run's validation, None where no run says it."""
 
     draft: DraftNetwork
     differences: list[Difference]
     by_itself: bool
+    accuracy: float | None = None
 
 
 def trained_draft(
@@ -71,7 +73,8 @@ def trained_draft(
     draft = family.build(saved.config, read_embedding(base, target).float(), saved.tensors)
     load_trained_state(draft, saved.tensors, str(saved.source))
     found = differences(exported, saved, base, target, family)
-    return Trained(draft.float().to(device).eval().requires_grad_(False), found, trained is None)
+    draft = draft.float().to(device).eval().requires_grad_(False)
+    return Trained(draft, found, trained is None, saved.measured.get("val_accuracy"))
 
 
 def layout_of(folder: Path, family: DraftFamily) -> Layout:
@@ -100,7 +103,7 @@ def differences(
 
 def _flat(raw: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """All keys of a config, its layer's among them; of rope_parameters, which say it again, the kind alone."""
-    found = {**raw, **(raw.get(layout.inner, {}) if layout.inner else {})}
+    found = {**layout.defaults, **raw, **(raw.get(layout.inner, {}) if layout.inner else {})}
     parameters = found.pop("rope_parameters", None) or {}
     scaling = found.pop("rope_scaling", None) or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -18,7 +18,7 @@ from eagle.data.template_variables import shown
 from eagle.target.features import HIDDEN_STATE
 from eagle.vllm.as_exported import Trained
 from eagle.vllm.capture import Watched
-from eagle.vllm.conversations import HeldOut
+from eagle.vllm.conversations import HeldOut, told_to
 
 PREFIX, FEATURES, DRAFT = "prefix", "features", "draft"
 #: In words, in the order of the tests.
@@ -26,8 +26,9 @@ PARTS = {PREFIX: "the tokens of the prompt", FEATURES: "the target's features", 
 
 #: Distances of two features of one token, of their norm: float32 computed twice, and what 16 bits or fewer leave.
 EXACT, ROUNDED = 0.01, 0.2
-#: How often a draft's first guess is the target's choice at least, on what it was trained for.
-LEARNT = 0.05
+#: How often the first guess of a draft that has learned anything is the target's choice at least, on what it was
+#: trained for; and of its share in its run's validation, where a run says that.
+LEARNT, AS_VALIDATED = 0.05, 0.5
 #: Of the guesses of one draft on the same features, how many an engine shares with another computation at least.
 SHARED = 0.9
 
@@ -65,6 +66,12 @@ class Evidence:
         known = [one for one in self.held_out.conversations if one.served is not None]
         other = [(one.stored, one.served) for one in known if one.served and one.served != one.stored]
         return other[0] if 2 * len(other) > len(known) else None
+
+    @property
+    def is_of_variables(self) -> bool:
+        """Whether the served template makes most of the stored prompts where it is told what it was for the store."""
+        other = [one for one in self.held_out.conversations if one.served and one.served != one.stored]
+        return 2 * sum(one.as_told == one.stored for one in other) > len(other)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -135,9 +142,9 @@ class Finding:
 
 
 def _variables(evidence: Evidence) -> str | None:
-    told = (evidence.manifest.get("options") or {}).get("chat_template_kwargs")
+    told = told_to(evidence.manifest)
     serving = shown(evidence.variables) if evidence.variables else None
-    if evidence.prompts is None or told == serving:
+    if evidence.prompts is None or told == serving or not evidence.is_of_variables:
         return None
     return f"the chat template is told {serving or 'nothing'}, and for the store it was told {told or 'nothing'}"
 
@@ -251,9 +258,12 @@ def _left(evidence: Evidence) -> str | None:
 
 
 def _foreign(evidence: Evidence) -> str | None:
-    if evidence.first is None or evidence.first >= LEARNT or evidence.apart > evidence.tolerance:
+    known = evidence.trained.accuracy
+    least = LEARNT if known is None else AS_VALIDATED * known
+    if evidence.first is None or evidence.first >= least or evidence.apart > evidence.tolerance:
         return None
-    return f"along the store's own text and features the draft's first guess is right in {evidence.first:.1%}"
+    there = "" if known is None else f", where the training's validation had {known:.1%}"
+    return f"along the store's own text and features the draft's first guess is right in {evidence.first:.1%}{there}"
 
 
 def _guesses(evidence: Evidence) -> str | None:

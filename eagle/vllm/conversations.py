@@ -14,6 +14,7 @@ from eagle.data.loss_mask import Encoder
 from eagle.data.mixture import open_data
 from eagle.data.prompts import encode_before_reply
 from eagle.data.reader import are_records
+from eagle.data.template_variables import parse_kwargs
 from eagle.errors import RequestError, WorkError
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record
@@ -23,11 +24,13 @@ from eagle.train.dataset import split_store, usable_records
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """record: cut to what training and the engine take. stored: the tokens before its first reply that is trained, as
-    training has them. served: what a server makes of the same messages, None where that is not known."""
+    training has them. served: what a server makes of the same messages, None where that is not known. as_told: what it
+    would make of them with the template's variables of the store."""
 
     record: Record
     stored: list[int]
     served: list[int] | None
+    as_told: list[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,9 @@ def held_out(
         if replies and replies[0] > 0:
             stored = record.input_ids[: replies[0]].tolist()
             prompt = prompts.get(store.data_of(index))
-            serving = prompt(record.conversation) if prompt else None
-            found.append(Conversation(record, stored, serving if serving and len(serving) <= longest else None))
+            serving, as_told = prompt(record.conversation) if prompt else (None, None)
+            serving = serving if serving and len(serving) <= longest else None
+            found.append(Conversation(record, stored, serving, as_told))
     if not found:
         raise RequestError(f"{where}: none of its {len(chosen)} held-out conversations has a prompt before its reply.")
     if all(one.served is None for one in found):
@@ -89,10 +93,19 @@ def held_out(
     return HeldOut(found, next(iter(store.manifests.values()), {}), unknown, bool(len(validation)))
 
 
+def told_to(manifest: dict[str, Any]) -> str | None:
+    """The variables that the chat template was told for a store, as they are typed; None for none."""
+    return (manifest.get("options") or {}).get("chat_template_kwargs")
+
+
+#: The served prompt of a conversation by its number; and with the variables of the store.
+_Prompts = Callable[[int], tuple[list[int] | None, list[int] | None]]
+
+
 def _served_prompts(
     manifest: dict[str, Any], data_path: Sequence[Path], encoder: Callable[[dict[str, Any]], Encoder]
-) -> tuple[Callable[[int], list[int] | None] | None, str]:
-    """What gives the served prompt of a conversation by its number; or why there is no such."""
+) -> tuple[_Prompts | None, str]:
+    """What gives them; or why there is no such."""
     data = manifest.get("data") or {}
     if not data.get("digest"):
         return None, "the store does not say of which conversations it is"
@@ -105,17 +118,23 @@ def _served_prompts(
     if opened.digest != data["digest"]:
         return None, f"{' '.join(paths)} is not what the store was made from, {' '.join(known)}; {cure}"
     serving, records = encoder(manifest), opened.records
+    told = encoder(manifest)
+    told.variables = parse_kwargs(told_to(manifest)) or {}
 
-    def prompt(conversation: int) -> list[int] | None:
+    def prompts(conversation: int) -> tuple[list[int] | None, list[int] | None]:
         if conversation >= len(records):
-            return None  # a further row, of a later reply
+            return None, None  # a further row, of a later reply
         try:
             record = records[conversation]
         except ValueError as error:
             raise WorkError(f"{paths[0]}: record {conversation} cannot be read ({error}).") from error
-        try:
-            return encode_before_reply(record, serving)
-        except Dropped:
-            return None  # tokens already, or the served template refuses it
+        return _encoded(record, serving), _encoded(record, told)
 
-    return prompt, ""
+    return prompts, ""
+
+
+def _encoded(record: Any, encoder: Encoder) -> list[int] | None:
+    try:
+        return encode_before_reply(record, encoder)
+    except Dropped:
+        return None  # tokens already, or the served template refuses it

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,11 @@ from typing import Any
 
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import DTYPES
-from eagle.engines import ENVIRONMENT, last_words
+from eagle.engines import CPU_CACHE, ENVIRONMENT, last_words
 from eagle.entry import child_environment
 from eagle.errors import RequestError, WorkError
 from eagle.files import ROOT, write_json
+from eagle.target.config import ModelConfig
 from eagle.vllm.capture import save_watched, watch
 from eagle.vllm.serving import AUTO
 from eagle.vllm.timing import Timing, time_steps
@@ -52,7 +54,8 @@ class EngineRequest:
     warm_up: generate once before the clock and the counters start. model_impl: whose code runs the target.
     least_context: serve at least so long a context. watched: sequences behind which it generates so many tokens
     afterwards, each alone, while what its draft is given is written to `watch_file` (`eagle.vllm.capture`). timing:
-    time steps behind the first so many of the prompts in place of answering them (`eagle.vllm.timing`).
+    time steps behind the first so many of the prompts in place of answering them (`eagle.vllm.timing`). cache_bytes: of
+    keys and values, of one token (`cache_bytes`); on a CPU it is given room for all that it decodes at once.
     """
 
     model: str
@@ -72,6 +75,7 @@ class EngineRequest:
     watched: list[tuple[list[int], int]] = dataclasses.field(default_factory=list)
     watch_file: str | None = None
     timing: Timing | None = None
+    cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.timing, dict):  # as it comes in a file
@@ -82,6 +86,10 @@ class EngineRequest:
         asked = [(prompt, self.max_new_tokens) for prompt in self.prompts] + list(self.watched)
         longest = max(len(prompt) + new for prompt, new in asked)
         return max(longest + self.num_speculative_tokens + 1, self.least_context)
+
+    def cache_gib(self) -> int:
+        """Of the key-value cache on a CPU, unless the user says how much; elsewhere vLLM takes what is free."""
+        return max(1, math.ceil(self.cache_bytes * self.batch_size * self.max_model_len() / 2**30))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,12 @@ def dtype_for_engine(named: str) -> str:
     return named if named == AUTO else str(DTYPES[named]).removeprefix("torch.")
 
 
+def cache_bytes(config: ModelConfig, dtype: str) -> int:
+    """Of the keys and values of one token, in every layer of the target and one of a draft. dtype: the engine's."""
+    size = 4 if (config.dtype if dtype == AUTO else dtype) == "float32" else 2
+    return 2 * size * (config.num_hidden_layers + 1) * config.num_key_value_heads * config.head_dim
+
+
 def run_engine(request: EngineRequest) -> EngineResult:
     """Run one engine to its end.
 
@@ -147,7 +161,8 @@ def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) 
     """
     # Of vLLM's two model runners the one whose proposer can be watched; for the engine that is compared with it too.
     watching = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if any(request.watch_file for request in requests) else {}
-    environment = {**ENVIRONMENT, **watching, **child_environment(), **(_IN_PROCESS if in_process else {})}
+    room = {CPU_CACHE: str(max(request.cache_gib() for request in requests))}
+    environment = {**ENVIRONMENT, **room, **watching, **child_environment(), **(_IN_PROCESS if in_process else {})}
     with tempfile.TemporaryDirectory(prefix="eagle-vllm-") as name:
         folder = Path(name)
         files = [(folder / f"request-{at}.json", folder / f"result-{at}.json") for at in range(len(requests))]

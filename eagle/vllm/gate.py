@@ -29,9 +29,8 @@ from eagle.data.loss_mask import Encoder
 from eagle.device import choose_kind, torch_device
 from eagle.drafts.alignment import supervised_positions
 from eagle.drafts.interface import DraftFamily
-from eagle.drafts.saved import STATE, resolve_pointer
+from eagle.drafts.saved import state_of
 from eagle.errors import RequestError
-from eagle.files import read_json
 from eagle.store.reader import FeatureStore
 from eagle.target.check import CheckedTarget
 from eagle.target.features import HIDDEN_STATE, describe_feature, holder_of
@@ -39,7 +38,7 @@ from eagle.target.trunk import load_final_norm
 from eagle.target.weights import read_head
 from eagle.vllm.as_exported import Trained, trained_draft
 from eagle.vllm.capture import Watched
-from eagle.vllm.causes import DRAFT, FEATURES, PARTS, PREFIX, Evidence, Finding, find_causes
+from eagle.vllm.causes import DRAFT, FEATURES, LEARNT, PARTS, PREFIX, Evidence, Finding, find_causes
 from eagle.vllm.conversations import HeldOut, held_out
 from eagle.vllm.prediction import Counts, Predictor, differing, served
 
@@ -49,9 +48,21 @@ SPLIT: dict[str, Any] = {"val_ratio": 0.05, "seed": 42, "max_len": 2048}
 
 def split_of(trained: Path | None) -> dict[str, Any]:
     """What a run says of `SPLIT`; nothing of a draft that no run of ours is beside."""
-    state = resolve_pointer(trained) / STATE if trained else None
-    run = read_json(state, "a checkpoint's state").get("run", {}) if state and state.is_file() else {}
+    run = state_of(trained).get("run", {}) if trained else {}
     return {name: run[name] for name in SPLIT if name in run}
+
+
+def check_store(store: FeatureStore, trained: Path) -> None:
+    """Raises: RequestError for a store that the run was not trained on: another's split is not what it held out."""
+    run = state_of(trained).get("run", {})
+    here = {"records": len(store), "tokens": store.tokens, "conversations": store.records_digest()}
+    known = [name for name, value in here.items() if value is not None and run.get(name) is not None]
+    if other := [f"{name} {run[name]} there, {here[name]} here" for name in known if run[name] != here[name]]:
+        raise RequestError(
+            f"--tmpdir {store.folder} is not the store that --trained-path {trained} was trained on "
+            f"({'; '.join(other)}), so which of its conversations were held out is not known. Name that store, or "
+            "leave --trained-path out."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,8 @@ def open_gate(
     Raises: FileNotFoundError, RequestError, WorkError.
     """
     store = FeatureStore(options.store)
+    if options.trained:
+        check_store(store, options.trained)
     room = checked.config.max_position_embeddings - new_tokens - depth - 2
     found = held_out(
         store,
@@ -220,7 +233,7 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         dtype=dtype,
         variables=gate.encoder.variables,
         template=gate.encoder.template_name,
-        is_target=gate.checked.identity.is_named(named),
+        is_target=named is not None and gate.checked.identity.is_named(named),
         trained=gate.trained,
         same=(sum(one for one, _ in same), sum(compared for _, compared in same)),
         first=counts[0].rates()[0] if counts[0].chains else None,
@@ -263,7 +276,10 @@ def gate_lines(verdict: Verdict) -> list[str]:
     if gate.trained.by_itself:
         lines.append("          the exported folder against itself: name what was exported with --trained-path")
     if verdict.is_sound:
-        return [*lines, "gate      the engine accepts what training makes expect"]
+        lines.append("gate      the engine accepts what training makes expect")
+        if verdict.believed.chains and verdict.believed.rates()[0] < LEARNT:
+            lines.append("          which is little: the draft has hardly learned anything yet; train it longer")
+        return lines
     parts = [PARTS[part] for part, positions in verdict.differs.items() if positions]
     if parts:
         lines.append(f"gate      acceptance differs by more than sampling error, by {' and '.join(parts)}:")

@@ -28,10 +28,11 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.files import existing_path, output_folder
 from eagle.target.check import CheckedTarget, check_target
+from eagle.target.config import ModelConfig
 from eagle.target.quantization import Use
 from eagle.vllm.cost_plan import VOCABULARIES, Plan, Wanted, make_draft, plans_of
 from eagle.vllm.costs_file import Costs, Options, Point
-from eagle.vllm.engine import EngineRequest, run_engine, run_engines
+from eagle.vllm.engine import EngineRequest, cache_bytes, run_engine, run_engines
 from eagle.vllm.timing import Timing
 from eagle.vllm.verify import check_vllm, resolve_export
 
@@ -116,16 +117,16 @@ def visits(plans: Sequence[Plan], costs: Costs, options: Options, number: int) -
 
 
 def request_for(
-    visit: Visit, base: Path, draft: Path | None, vocabulary: int, least: int, options: Options
+    visit: Visit, base: Path, draft: Path | None, config: ModelConfig, least: int, options: Options
 ) -> EngineRequest:
-    """vocabulary: the target's size. least: the shortest context to serve."""
+    """config: the target's. least: the shortest context to serve."""
     timing = Timing(visit.batch_sizes, options.steps)
     draw, count = random.Random(0), max(options.batch_sizes)
     asked = EngineRequest(
         model=str(base.resolve()),
-        prompts=[[draw.randrange(vocabulary) for _ in range(options.context)] for _ in range(count)],
+        prompts=[[draw.randrange(config.vocab_size) for _ in range(options.context)] for _ in range(count)],
         num_speculative_tokens=max(1, visit.tokens),
-        max_new_tokens=timing.room(visit.tokens),
+        max_new_tokens=timing.room(visit.tokens, options.context),
         dtype=options.dtype,
         batch_size=count,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -133,6 +134,7 @@ def request_for(
         warm_up=False,
         least_context=least,
         timing=timing,
+        cache_bytes=cache_bytes(config, options.dtype),
     )
     if visit.plan is None:
         return asked
@@ -153,8 +155,7 @@ def measure(base: Path, checked: CheckedTarget, plans: Sequence[Plan], costs: Co
                 if visit.plan and visit.shape not in made:
                     name = f"draft-{len(made)}"
                     made[visit.shape] = visit.plan.folder or make_draft(visit.plan, base, checked, Path(folder) / name)
-            vocabulary = checked.config.vocab_size
-            requests = [request_for(visit, base, made[visit.shape], vocabulary, least, options) for visit in asked]
+            requests = [request_for(one, base, made[one.shape], checked.config, least, options) for one in asked]
             results = run_engines(requests, in_process=True) if in_process else map(run_engine, requests)
             for visit, result in zip(asked, results, strict=True):
                 sizes = visit.batch_sizes
@@ -171,11 +172,12 @@ def main(argv: list[str] | None = None) -> int:
     draft = resolve_export(args.draft_path).resolve() if args.draft_path else None
     wanted = Wanted(draft, args.drafts, args.draft_vocab_sizes, parse_layers(args.aux_layers), most)
     plans, left_out = plans_of(wanted, checked)
-    longest = options.context + Timing([], options.steps).room(most) + most + 1
+    longest = options.context + Timing(options.batch_sizes, options.steps).room(most, options.context) + most + 1
     if longest > checked.config.max_position_embeddings:
         raise RequestError(
             f"The context and what is decoded behind it may need {longest} positions, the base model has "
-            f"{checked.config.max_position_embeddings}. Lower --context, --steps or --num_speculative_tokens."
+            f"{checked.config.max_position_embeddings}. Lower --context, --batch_sizes, --steps or "
+            "--num_speculative_tokens."
         )
     version = check_vllm()
     output_folder(args.output.resolve().parent, "--output")

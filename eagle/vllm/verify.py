@@ -25,7 +25,7 @@ from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.prompts import encode_first_turn, load_prompts, stop_tokens
 from eagle.data.template_variables import FLAG, HELP, parse_kwargs
-from eagle.decode.serving_choice import serving_lines
+from eagle.decode.serving_lines import serving_lines
 from eagle.decode.step_costs import COMMAND
 from eagle.decode.step_costs import FLAG as FLAG_COSTS
 from eagle.drafts.families import DRAFT_FAMILIES, family_of
@@ -37,16 +37,17 @@ from eagle.errors import RequestError, WorkError
 from eagle.files import check_output_file, existing_path, output_folder, read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import CheckedTarget, check_target
+from eagle.target.config import ModelConfig
 from eagle.target.quantization import Use
 from eagle.target.weights import Weights
 from eagle.text import visible
 from eagle.vllm.capture import Watched, load_watched
-from eagle.vllm.engine import EngineError, EngineRequest, dtype_for_engine, run_engine
+from eagle.vllm.engine import EngineError, EngineRequest, cache_bytes, dtype_for_engine, run_engine
 from eagle.vllm.export import installed_vllm, release
 from eagle.vllm.gate import SPLIT, Gate, GateOptions, gate_lines, judge, open_gate, split_of
 from eagle.vllm.note import note_with_acceptance
 from eagle.vllm.report import build_report, measured_text, report_lines, verdict
-from eagle.vllm.serving import AUTO, Serving, serving_of
+from eagle.vllm.serving import AUTO, serving_of
 from eagle.vllm.weighing import open_weighing
 
 NOTE = "README.md"
@@ -208,13 +209,14 @@ def make_request(
     draft: Path,
     ids: list[list[int]],
     stop: list[int],
+    config: ModelConfig,
     family: DraftFamily,
-    serving: Serving,
 ) -> EngineRequest:
-    """Raises: RequestError for a number out of range."""
+    """config: the base model's. Raises: RequestError for a number out of range."""
     for flag in ("num_speculative_tokens", "max_new_tokens", "batch_size", "tensor_parallel_size"):
         if getattr(args, flag) < 1:
             raise RequestError(f"--{flag} {getattr(args, flag)}: expected 1 or more.")
+    dtype, serving = dtype_for_engine(args.dtype), serving_of(config, family)
     return EngineRequest(
         model=str(args.base_path.resolve()),
         prompts=ids,
@@ -222,13 +224,14 @@ def make_request(
         method=family.method,
         num_speculative_tokens=args.num_speculative_tokens,
         max_new_tokens=args.max_new_tokens,
-        dtype=dtype_for_engine(args.dtype),
+        dtype=dtype,
         batch_size=args.batch_size,
         tensor_parallel_size=args.tensor_parallel_size,
         stop_token_ids=stop,
         enforce_eager=args.enforce_eager,
         model_impl=serving.model_impl,
         least_context=serving.least_context,
+        cache_bytes=cache_bytes(config, dtype),
     )
 
 
@@ -286,13 +289,12 @@ def main(argv: list[str] | None = None) -> int:
     config = checked.config
     draft = resolve_export(args.draft_path)
     family = draft_family(draft)
-    serving = serving_of(config, family)
     prompts = load_prompts(args.prompts, args.num_prompts)
     version = check_vllm()
     encoder = load_encoder(args.base_path, config, args.chat_template, chat_template_kwargs=variables)
     print("".join(f"note: {note}\n" for note in encoder.notes()), end="")
     ids = [encode_first_turn(prompt, encoder) for prompt in prompts]
-    request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder), family, serving)
+    request = make_request(args, draft, ids, stop_tokens(args.base_path, config, encoder), config, family)
     gate = with_store(options, args, checked, draft, variables) if options else None
     weighing = open_weighing(args, checked, draft, request)
     longest = request.max_model_len()
@@ -302,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{config.max_position_embeddings}. Lower --max_new_tokens or leave long prompts out."
         )
     check_output(args.output, args.overwrite)
-    run_by = "" if serving.model_impl == AUTO else f", --model-impl {serving.model_impl}"
+    run_by = "" if request.model_impl == AUTO else f", --model-impl {request.model_impl}"
     print(f"starting vLLM {version} with the draft{run_by}", flush=True)
     watched: list[Watched] = []
     try:

@@ -14,7 +14,7 @@ from eagle.decode.serving_choice import Measured, asked_of, of_report, refuse_wi
 from eagle.decode.smaller_vocabulary import order_of, smaller
 from eagle.decode.step_costs import Shape, StepCosts, read_step_costs
 from eagle.device import choose_kind, describe, torch_device
-from eagle.drafts.saved import load_draft
+from eagle.drafts.saved import load_draft, state_of
 from eagle.errors import RequestError
 from eagle.target.check import CheckedTarget
 from eagle.target.weights import read_head
@@ -53,7 +53,7 @@ class Weighing:
             tensor_parallel_size=request.tensor_parallel_size,
             enforce_eager=is_eager(request.enforce_eager, result.device),
         )
-        mine = Measured(report["draft"], self.shape, tuple(report["accepted_per_position"]))
+        mine = Measured.of(report, self.shape)
         estimates = [] if self.order is None else smaller(mine, self.costs.shapes, self.order, result.outputs)
         report["serving"] = serving_report(self.costs, [mine, *self.others, *estimates])
 
@@ -71,7 +71,7 @@ def open_weighing(args: argparse.Namespace, checked: CheckedTarget, draft: Path,
         if costs:
             raise
         shape = None  # vLLM may serve what is not read here
-    others = [of_report(path, asked, target) for path in args.against or ()]
+    others = [of_report(path, asked, target, costs.engine["dtype"]) for path in args.against or ()] if costs else []
     order = None
     if costs and shape:
         costs.check_target(checked.identity)
@@ -81,7 +81,9 @@ def open_weighing(args: argparse.Namespace, checked: CheckedTarget, draft: Path,
         for one in (shape, *(other.shape for other in others)):
             costs.check_shape(one)
         if args.tmpdir:
-            order = order_of(args.tmpdir, checked.identity, checked.config.vocab_size, _tokens_of(draft, checked))
+            run = state_of(args.trained_path).get("run", {}) if args.trained_path else {}
+            own, cut = _tokens_of(draft, checked), args.max_len or run.get("max_len")
+            order = order_of(args.tmpdir, checked.identity, checked.config.vocab_size, own, cut)
     return Weighing(costs, shape, asked, target, others, order)
 
 

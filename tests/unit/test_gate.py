@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +23,14 @@ from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import load_draft
 from eagle.errors import RequestError
 from eagle.files import ROOT
+from eagle.store.reader import FeatureStore
 from eagle.target.check import check_target
 from eagle.target.features import features_of
 from eagle.vllm import causes, verify
 from eagle.vllm.as_exported import trained_draft
 from eagle.vllm.capture import Watched, assembled
 from eagle.vllm.export import export
-from eagle.vllm.gate import Gate, GateOptions, Verdict, gate_lines, judge, split_of
+from eagle.vllm.gate import Gate, GateOptions, Verdict, check_store, gate_lines, judge, split_of
 from eagle.vllm.prediction import Counts, Predictor, differing, served
 from tests.oracle import Shape, random_prompts, write_pair
 from tests.oracle3 import write_oracle
@@ -117,6 +118,7 @@ def test_a_sequence_is_put_together_from_calls() -> None:
 def evidence(stored: list[int], serving: list[int], **more: Any) -> Any:
     """What the tests of a prompt look at."""
     given = {"prompts": (stored, serving), "manifest": {}, "variables": None, "template": "t", "decode": str}
+    given["is_of_variables"] = True
     return SimpleNamespace(**(given | more))
 
 
@@ -146,6 +148,7 @@ def test_variables_come_first_and_equal_ones_are_no_cause() -> None:
     assert other and "is told nothing" in other and "false" in other
     same = evidence([1, 2], [1], manifest=told, variables={"enable_thinking": False})
     assert first.find(same) is None
+    assert first.find(evidence([1, 2], [1], manifest=told, is_of_variables=False)) is None, "the template is at fault"
 
 
 def found_of(name: str, **seen: Any) -> str | None:
@@ -166,9 +169,16 @@ def test_what_is_left_when_nothing_else_differs() -> None:
     assert found_of("another base model", apart=0.1, **unsaid) is None
     assert found_of("another base model", apart=0.1, **unsaid | {"manifest": {"target": {}}}) is None
     assert found_of("another base model", apart=0.1, **unsaid | {"manifest": {"target": {"name": "another"}}})
-    assert "in 1.0%" in (found_of("draft and store", first=0.01, apart=0.0, tolerance=0.1) or "")
-    assert found_of("draft and store", first=0.2, apart=0.0, tolerance=0.1) is None
-    assert found_of("draft and store", first=None, apart=0.0, tolerance=0.1) is None
+    foreign = {"apart": 0.0, "tolerance": 0.1, "trained": SimpleNamespace(accuracy=None)}
+    assert "in 1.0%" in (found_of("draft and store", first=0.01, **foreign) or "")
+    assert found_of("draft and store", first=0.2, **foreign) is None
+    assert found_of("draft and store", first=None, **foreign) is None
+    # What the run says of itself goes before what any draft should have learned.
+    foreign["trained"] = SimpleNamespace(accuracy=0.05)
+    assert found_of("draft and store", first=0.04, **foreign) is None
+    foreign["trained"] = SimpleNamespace(accuracy=0.6)
+    said = found_of("draft and store", first=0.2, **foreign)
+    assert said and "is right in 20.0%, where the training's validation had 60.0%" in said
 
 
 def test_every_cause_has_a_cure_and_a_name_of_its_own() -> None:
@@ -199,7 +209,7 @@ def engine(gate: Gate, pair: Pair, exported: Path) -> list[Watched]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Made:
     pair: Pair
     data: Path
@@ -253,6 +263,12 @@ def test_another_template_and_another_store(made: Made, tmp_path: Path) -> None:
     noisy = altered(made.store, tmp_path / "noisy", lambda states: states + states.roll(7, 1))
     verdict = made.verdict(store=noisy)
     assert [one.name for one in verdict.causes] == ["features of the engine"], "the model is the same"
+    # Classic dumps do not say of which model they are.
+    gate = gate_of(made.pair, noisy, made.templates["plain"], made.pair.exported)
+    unnamed = dataclasses.replace(gate, held_out=dataclasses.replace(gate.held_out, manifest={}))
+    verdict = judge(unnamed, engine(gate, made.pair, made.pair.exported), "float32")
+    assert [one.name for one in verdict.causes] == ["another base model"]
+    assert "does not say of which base model it is" in verdict.causes[0].words
 
 
 def test_replies_that_are_not_trained_belong_to_the_prompt(made: Made, tmp_path: Path) -> None:
@@ -294,6 +310,20 @@ def test_the_split_is_the_runs(tmp_path: Path) -> None:
     assert options("--seed", "7") == GateOptions(Path("store"), seed=7)
     with pytest.raises(RequestError, match=r"--seed 42: the run of --trained-path .*run had 7.*Leave it out"):
         options(*run, "--seed", "42")
+
+
+def test_a_store_that_the_run_was_not_trained_on_is_refused(made: Made, tmp_path: Path) -> None:
+    """Its split is not what the run held out."""
+    store = FeatureStore(made.store)
+    run = {"records": len(store), "tokens": store.tokens, "conversations": store.records_digest()}
+    for name, other in ((None, None), ("tokens", 7), ("conversations", "sha256 1")):
+        shutil.copytree(made.pair.draft, tmp_path / str(name))
+        (tmp_path / str(name) / "state.json").write_text(json.dumps({"run": run | {name: other} if name else run}))
+        if name is None:
+            check_store(store, tmp_path / str(name))
+            continue
+        with pytest.raises(RequestError, match=f"is not the store that --trained-path .*{name} .* there"):
+            gate_of(made.pair, made.store, made.templates["plain"], trained=tmp_path / str(name))
 
 
 def test_conversations_that_are_not_there_are_said_to_be_untested(made: Made) -> None:
@@ -379,10 +409,12 @@ def test_exports_of_every_form_are_as_exporting_again_makes_them(made: Made, tmp
         for trained in (pair.draft, None):
             found = trained_draft(exported, trained, *asked)
             assert found.differences == [] and found.by_itself == (trained is None)
+    # Where this key is absent that form takes true, and the draft is one that says false.
+    edit_config(folders["speculators"], lambda config: config.pop("norm_before_residual"))
     edit_tensors(folders["speculators"], lambda tensors: tensors["d2t"].add_(1))
     edit_config(folders["speculators"], lambda config: config["transformer_layer_config"].update(rms_norm_eps=0.1))
     checked = check_target(three.target, "--base-path")
     found = trained_draft(
         folders["speculators"], three.draft, checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU
     )
-    assert [one.name for one in found.differences] == ["rms_norm_eps", "d2t"]
+    assert [one.name for one in found.differences] == ["norm_before_residual", "rms_norm_eps", "d2t"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eagle.data.prompts import Prompt, load_prompts
+from eagle.decode import evaluate
 from eagle.errors import RequestError
 
 
@@ -23,6 +25,16 @@ def test_limit_takes_the_first() -> None:
     assert load_prompts(limit=10_000) == load_prompts()
     with pytest.raises(RequestError, match="--num_prompts 0"):
         load_prompts(limit=0)
+
+
+def test_what_is_too_long_is_left_out_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In merged files several prompts may have one id."""
+    monkeypatch.setattr(evaluate, "encode_first_turn", lambda prompt, encoder: list(prompt.turns[0]))
+    short, long, other = Prompt("1", "code", ("abc",)), Prompt("1", "code", ("a" * 9,)), Prompt("2", "", ("ab",))
+    config = SimpleNamespace(max_position_embeddings=8)
+    assert evaluate.fitting_prompts([short, long, other], None, config) == ([short, other], ["1"])
+    with pytest.raises(RequestError, match="the shortest has 9"):
+        evaluate.fitting_prompts([long], None, config)
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])

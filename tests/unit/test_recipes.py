@@ -224,6 +224,13 @@ def test_a_judgement_is_of_the_very_weights(tmp_path, monkeypatch):
         judge.accepted(run)
 
 
+def test_what_is_timed_needs_an_engine(tmp_path):
+    with pytest.raises(RequestError, match=r"--served_k 1 is timed in vLLM.*--engine_python"):
+        recipes.main(
+            ["--basepath", str(tmp_path), "--store", str(tmp_path), "--workdir", str(tmp_path), "--served_k", "1", "3"]
+        )
+
+
 def test_rows_that_are_validated_on_other_conversations_say_no_validation():
     other = {one.name for one in ROWS if not one.is_validated_alike}
     assert other == {

@@ -19,9 +19,9 @@ from eagle.decode.serving_choice import (
     need,
     of_report,
     rate_of,
-    serving_lines,
     serving_report,
 )
+from eagle.decode.serving_lines import serving_lines
 from eagle.decode.smaller_vocabulary import by_coverage, by_frequency, cut, smaller
 from eagle.decode.step_costs import Cost, cost_of, is_settled, read_step_costs, shape_of
 from eagle.drafts.choices import DraftChoices
@@ -96,6 +96,29 @@ def test_what_the_noise_does_not_tell_from_nothing_is_said(tmp_path):
     found = read_step_costs(path)
     assert "does not tell that from none" not in shown(serving_report(found, [sure]))
     assert "spread of 10% does not tell that from none" in shown(serving_report(found, [unsure]))
+
+
+def test_too_few_drafts_do_not_tell_from_nothing_either(tmp_path):
+    """Of 40 drafts 8 were accepted: τ 1.2 +- 0.063."""
+    few, many = (Measured("d", EIGHT, (0.2,), drafts) for drafts in (40, 40000))
+    assert few.error(1) == pytest.approx((0.2 * 0.8 / 40) ** 0.5)
+    # Of 4 chains one each was accepted 0, 1, 2 and 3 tokens far: a variance of 1.25.
+    assert Measured("d", EIGHT, (0.75, 0.5, 0.25), 4).error(3) == pytest.approx((1.25 / 4) ** 0.5)
+    found = costs(tmp_path, {1: 10.0}, {EIGHT: {1: {1: 11.5}}})
+    said = shown(serving_report(found, [few]))
+    assert "K 1: 1.04 times. The costs' spread of 0% and τ's sampling error of 11% do not tell that from none" in said
+    assert "from none" not in shown(serving_report(found, [many]))
+
+
+def test_drafts_are_told_apart_by_their_folders(tmp_path):
+    """Exports are all called plain."""
+    found = costs(tmp_path, {1: 10.0}, {EIGHT: {1: {1: 12.0}}})
+    drafts = [Measured(f"/runs/{name}/plain", EIGHT, (rate,)) for name, rate in (("a", 0.4), ("b", 0.5), ("b/b", 0.3))]
+    said = shown(serving_report(found, drafts))
+    assert "Best: eagle3 of 8,192 (runs/b/plain), K 1: 1.25 times." in said
+    assert "(a/plain)" in said and "(b/b/plain)" in said
+    said = shown(serving_report(found, drafts[:1]))
+    assert "Best: eagle3 of 8,192, K 1" in said and "eagle3 of 8,192 (plain)" in said
 
 
 def test_what_the_other_family_would_need(tmp_path):
@@ -178,6 +201,10 @@ def test_a_smaller_vocabulary_ends_chains_at_the_tokens_it_has_not():
     assert cut([one], 2, {1, 3, 4, 5}) == pytest.approx([2 / 3, 1 / 3])
     assert cut([one], 2, {1, 3}) == pytest.approx([1 / 3, 1 / 3])  # 4 is no longer drafted
     assert cut([one], 2, {3, 4}) == pytest.approx([1 / 3, 0])  # and nothing behind the 1 either
+    # A chain that goes on behind the reply's end counts as it does in what was measured.
+    assert cut([reply([7, 1, 3], [2, 2])], 2, {1, 3}) == [1.0, 1.0]
+    assert cut([reply([7, 1, 3, 5, 1], [2, 2])], 2, {1, 3}) == [1.0, 1.0]
+    assert cut([reply([7, 1, 3, 5, 4], [2, 2])], 2, {1, 3}) == [0.5, 0.5]
     assert by_coverage([0.5, 0.4], [[1, 1, 3, 5], [9, 9]], {1, 3, 5}, {1, 3}) == pytest.approx([0.375, 0.225])
 
 
@@ -253,7 +280,7 @@ def test_files_that_hold_too_little_are_refused(tmp_path, content, said):
 ASKED = asked_of([[1, 2], [3]], 64)
 REPORT = {
     "base": "base", "target": "all-1", "draft": "other/run", "shape": ONE.to_json(), "asked": ASKED,
-    "accepted_per_position": [0.5, 0.25],
+    "accepted_per_position": [0.5, 0.25], "dtype": "float32", "drafts": 70,
 }  # fmt: skip
 
 
@@ -267,6 +294,7 @@ REPORT = {
         ({"asked": asked_of([[1, 2], [3]], 64, [(), ("And?",)])}, "the prompts, num_turns 2 there and 1 here differ"),
         ({"asked": asked_of([[1, 2], [3]], 64, (), Sampling(1.0, top_p=0.5))}, "temperature 1.0 .* top_p 0.5 there"),
         ({"asked": asked_of([[1, 2], [3]], 128)}, "max_new_tokens 128 there"),
+        ({"dtype": "bfloat16"}, "measured in bfloat16, and the costs are those of float32.*--dtype float32"),
         ({"shape": None}, None),
     ],
 )
@@ -278,10 +306,10 @@ def test_only_answers_to_the_same_are_compared(tmp_path, change, said):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     if said is None:
-        assert of_report(path, ASKED, "all-1") == Measured("other/run", ONE, (0.5, 0.25))
+        assert of_report(path, ASKED, "all-1", "float32") == Measured("other/run", ONE, (0.5, 0.25), 70)
         return
     with pytest.raises(RequestError, match=said):
-        of_report(path, ASKED, "all-1")
+        of_report(path, ASKED, "all-1", "float32")
 
 
 def test_the_shape_is_what_decides_the_cost(tmp_path):

@@ -85,6 +85,34 @@ def test_what_was_measured_is_not_measured_again_unless_the_draft_is_another(ask
     assert runs[-1][runs[-1].index("--num_prompts") + 1] == "7"  # of the float32 run, which takes twelve at most
 
 
+def test_another_template_is_measured_anew(asked, tmp_path):
+    words, runs = asked
+    speedup.main([*words, "--runs", "1"])
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    speedup.main([*words, "--runs", "1"])
+    assert len(runs) == 4
+
+
+def test_what_a_failed_run_wrote_is_in_nobodys_way(asked, monkeypatch, tmp_path):
+    """verify writes the report of a failure too, and overwrites no file."""
+    words, runs = asked
+    succeeds = judging.call
+
+    def fails(words: list[object], log: Path) -> None:
+        Path(str(words[words.index("--output") + 1])).write_text("{}")
+        raise WorkError("the engine died")
+
+    def call(words: list[object], log: Path) -> None:
+        assert not Path(str(words[words.index("--output") + 1])).exists()
+        succeeds(words, log)
+
+    monkeypatch.setattr(judging, "call", fails)
+    with pytest.raises(WorkError, match="died"):
+        speedup.main([*words, "--runs", "1"])
+    monkeypatch.setattr(judging, "call", call)
+    assert speedup.main([*words, "--runs", "1"]) == 0 and len(runs) == 2
+
+
 def test_runs_of_different_engines_are_not_mixed(asked, tmp_path):
     words, _ = asked
     speedup.main([*words, "--runs", "1"])

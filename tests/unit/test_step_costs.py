@@ -255,6 +255,52 @@ def test_steps_count_once_all_sequences_are_decoded() -> None:
     assert all(ms > 0 for windows in found for ms in windows)
 
 
+def test_a_batch_that_is_never_decoded_at_once_is_said() -> None:
+    """An engine whose cache holds two sequences."""
+
+    @dataclasses.dataclass
+    class Output:
+        request_id: str
+
+    class Engine:
+        def __init__(self) -> None:
+            self.left: dict[str, int] = {}
+
+        def add_request(self, number: str, prompt: dict, sampling: object) -> None:
+            self.left[number] = 40
+
+        def has_unfinished_requests(self) -> bool:
+            return bool(self.left)
+
+        def abort_request(self, numbers: list[str]) -> None:
+            self.left = {}
+
+        def step(self) -> list[Output]:
+            running = list(self.left)[:2]
+            for number in running:
+                self.left[number] -= 1
+                if not self.left[number]:
+                    del self.left[number]
+            return [Output(number) for number in running]
+
+    class LLM:
+        llm_engine = Engine()
+
+    assert len(time_steps(LLM(), [[1] * 9] * 2, Timing([1, 2], 16), None)) == 2
+    said = "of a batch of 3 sequences vLLM decoded at most 2 at once.*context of 9 tokens.*VLLM_CPU_KVCACHE_SPACE"
+    with pytest.raises(RuntimeError, match=said):
+        time_steps(LLM(), [[1] * 9] * 3, Timing([1, 3], 16), None)
+
+
+def test_there_is_room_for_all_that_is_decoded_at_once() -> None:
+    # While the last of sixteen long prompts is read, the first ones grow.
+    few, many = (Timing([16], 24).room(1, context) for context in (64, 32768))
+    assert many - few >= 2 * (16 * 32768 / 2048 - 1)
+    request = EngineRequest("base", [[1] * 128], batch_size=16, max_new_tokens=64, cache_bytes=512 << 10)
+    assert request.cache_gib() == 2  # 16 x 196 x 512 KiB: 1.53 GiB
+    assert EngineRequest("base", [[1]]).cache_gib() == 1
+
+
 def test_verify_weighs_the_draft(pair, monkeypatch, capsys, tmp_path) -> None:
     engines(monkeypatch, RESULT, RESULT)
     base, draft = pair

@@ -180,4 +180,5 @@ SPECULATORS = Layout(
     rules=_speculators_rules,
     hint="(or both by the draft's folder alone, whose config.json names the base model: vllm serve {draft}{flags})",
     inner="transformer_layer_config",
+    defaults={NORMED_RESIDUAL: True},
 )
