@@ -12,5 +12,6 @@ generate            the loop
 replies             prompts answered with the draft and without it
 acceptance_counts   what the steps say about a draft
 recommendation      what a step costs by the number of drafted tokens, and which number is fastest
+serving_choice      acceptance weighed against what a step costs (step_costs); serving_lines: for people
 report, picture     what `evaluate` tells about it
 """

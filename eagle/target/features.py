@@ -115,21 +115,31 @@ def features_of(trunk: torch.nn.Module, names: Iterable[str], **inputs: Any) -> 
         output.hidden_states = OnOneCard(output.hidden_states, place)
     found = {name: feature.take(output) for name, feature in wanted.items()}
     for name, layers in auxiliary.items():
-        found[name] = torch.cat([seen[layer].to(place, non_blocking=True) for layer in layers], -1)
+        found[name] = torch.cat([_send(seen[layer], place) for layer in layers], -1)
     return found
+
+
+def _send(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    return tensor if tensor.device == place else tensor.to(place, non_blocking=True)
 
 
 @contextmanager
 def _layer_inputs(trunk: torch.nn.Module, layers: set[int]) -> Iterator[dict[int, torch.Tensor]]:
     """What these layers are called with while the context is open, ``[B, T, H]`` each.
 
-    Not transformers' ``output_hidden_states``, which keeps those of all layers alive.
+    Not transformers' ``output_hidden_states``, which keeps those of all layers alive. In a spread trunk they go with
+    the hidden states from card to card: fetched from an early card at the end, they would have it wait for the last one
+    (`eagle.target.pipeline`).
     """
     seen: dict[int, torch.Tensor] = {}
 
     def watch(layer: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen[layer] = args[0] if args else kwargs["hidden_states"]
+            states = args[0] if args else kwargs["hidden_states"]
+            for number, tensor in seen.items():
+                seen[number] = _send(tensor, states.device)
+            if layer in layers:
+                seen[layer] = states
 
         return hook
 
@@ -137,9 +147,10 @@ def _layer_inputs(trunk: torch.nn.Module, layers: set[int]) -> Iterator[dict[int
     if layers:
         config: Any = trunk.config
         modules = trunk.get_submodule(TARGET_FAMILIES[config.model_type].trunk_layers)
+        is_spread = len(set(getattr(trunk, "hf_device_map", {}).values())) > 1
         hooks = [
             modules.get_submodule(str(layer)).register_forward_pre_hook(watch(layer), with_kwargs=True)
-            for layer in sorted(layers)
+            for layer in (range(config.num_hidden_layers) if is_spread else sorted(layers))
         ]
     try:
         yield seen

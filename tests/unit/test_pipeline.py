@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from eagle.releases import TORCH
-from eagle.target import pipeline
-from eagle.target.features import HIDDEN_STATE, TRUNK_FEATURES, TrunkFeature, features_of
+from eagle.target import features, pipeline
+from eagle.target.features import HIDDEN_STATE, TRUNK_FEATURES, TrunkFeature, aux_name, features_of
 from eagle.target.pipeline import HandOver, overlap_batches
 from eagle.target.trunk import load_trunk
 from tests.tiny import make_target
@@ -107,6 +107,28 @@ def test_features_of_several_layers_come_to_one_card(tmp_path, monkeypatch):
     with torch.inference_mode():
         found = features_of(trunk, (HIDDEN_STATE, "both"), input_ids=torch.arange(1, 13)[None], use_cache=False)
     assert found["both"].device == META and found["both"].shape == (1, 12, 96)
+
+
+def test_inputs_of_layers_go_with_the_hidden_states(tmp_path, monkeypatch):
+    """Copied at the end, from an early card to the last one, they would have batches wait for each other."""
+    called, sent = [], []
+
+    def send(tensor, place):
+        if tensor.device != place:
+            sent.append((len(called), place))
+        return tensor.to(place)
+
+    monkeypatch.setattr(features, "_send", send)
+    trunk = spread(load_trunk(make_target(tmp_path / "m", "llama", layers=6), torch.float32, CPU))
+    overlap_batches(trunk)
+    for layer in trunk.layers:
+        layer.register_forward_hook(lambda *_: called.append(None))
+    first = next(at for at, layer in enumerate(trunk.layers) if next(layer.parameters()).device == META)
+    name = aux_name((0, first - 1, 5))
+    with torch.inference_mode():
+        found = features_of(trunk, (HIDDEN_STATE, name), input_ids=torch.arange(1, 13)[None], use_cache=False)
+    assert found[name].device == META and found[name].shape == (1, 12, 96)
+    assert sent == [(first, META)] * 2, "as the first layer of that card is called"
 
 
 def test_a_trunk_with_layers_on_no_card_keeps_its_hooks(tmp_path):
