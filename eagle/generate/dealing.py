@@ -31,6 +31,9 @@ from eagle.tensor_file import write_tensors
 LEFT = ".left.safetensors"
 _COUNTS = ("records", "tokens", "supervised_tokens")
 
+#: Of a manifest: what went on with the job that `made_by` and `engine` began, where that was another.
+CONTINUED = "continued_by"
+
 #: The options that may change while a job goes on.
 FREE_OPTIONS = ("batch_tokens", "workers")
 
@@ -123,15 +126,20 @@ def left_by_worker(tokens: Tokens, manifest: dict, store: Path, workers: int) ->
 
 
 def begin(tokens: Tokens, manifest: dict, store: Path) -> None:
-    """Have the job's folder say who computes what, before the workers start. manifest: this command's.
+    """Have the job's folder say who computes what, and of which folder's model, before the workers start.
 
-    Each step leaves a folder that another start, with any number of workers, begins from.
+    manifest: this command's. Each step leaves a folder that another start, with any number of workers, begins from.
 
     Raises: WorkError (a damaged or foreign shard), OSError.
     """
     options = {name: manifest["options"][name] for name in FREE_OPTIONS}
     before = read_manifest(store / MANIFEST)
-    after = {**before, "options": before["options"] | options, "complete": False, "redealt": True}
+    # The same model by its fingerprint, which was checked in the folder that this command names and in no other.
+    target = before["target"] | {"name": manifest["target"]["name"]}
+    after = {**before, "target": target, "options": before["options"] | options, "complete": False, "redealt": True}
+    own = made_by(manifest)
+    if own != (before.get(CONTINUED) or [made_by(before)])[-1]:
+        after[CONTINUED] = [*before.get(CONTINUED, []), own]
     redealt = is_redealt(store, options["workers"])
     if redealt:
         temporary = store / f"{LEFT}.tmp"
@@ -143,6 +151,11 @@ def begin(tokens: Tokens, manifest: dict, store: Path) -> None:
         write_json(store / MANIFEST, after)
     if redealt or before.get("redealt") or before["options"]["workers"] != options["workers"]:
         forget_done(store)  # what was finished is no share any more
+
+
+def made_by(manifest: dict) -> dict:
+    """What computes by that manifest: versions and command, and the engine where it is one."""
+    return {name: manifest[name] for name in ("made_by", "engine") if name in manifest}
 
 
 def forget_done(store: Path) -> None:

@@ -247,6 +247,11 @@ def _store_files(store: FeatureStore) -> list[Path]:
     return sorted({file for file in files if file.exists()})
 
 
+def _is_of(manifest: dict) -> tuple[str | None, dict]:
+    """The data and the target of a job, wherever the target's folder was."""
+    return manifest["data"]["digest"], {**manifest["target"], "name": None}
+
+
 def _merged_manifest(store: FeatureStore) -> dict:
     """One manifest for everything in the store: that of its only job, or of jobs over the same data and target."""
     manifests = list(store.manifests.values())
@@ -260,9 +265,7 @@ def _merged_manifest(store: FeatureStore) -> dict:
             "complete": True,
         }
     first = manifests[0]
-    differ = any(
-        (one["data"]["digest"], one["target"]) != (first["data"]["digest"], first["target"]) for one in manifests
-    )
+    differ = any(_is_of(one) != _is_of(first) for one in manifests)
     # Dumps beside it would be taken for conversations of its data: they are numbered from 0, too.
     if differ or store.data_digests() != {first["data"]["digest"] or ""}:
         raise RequestError(

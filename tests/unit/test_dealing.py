@@ -9,7 +9,7 @@ import torch
 
 from eagle.errors import WorkError
 from eagle.generate import dealing, worker
-from eagle.generate.dealing import LEFT, begin, is_done, left_by_worker, worker_folders
+from eagle.generate.dealing import CONTINUED, LEFT, begin, is_done, left_by_worker, worker_folders
 from eagle.generate.job import claim_outdir, encode_job, finish, resolve
 from eagle.generate.plan import make_plan
 from eagle.generate.worker import Share
@@ -209,3 +209,31 @@ def test_deleted_shards_are_filled_in_with_batches_of_another_size(inputs, undis
     assert "redealt" not in whole(inputs, store, 2, batch_tokens=batch_tokens)
     assert [path.name for path in shard_paths(store / "0")] == names
     assert_same(store, undisturbed[0])
+
+
+@pytest.mark.parametrize("workers", [2, 3], ids=["same workers", "others"])
+def test_the_model_is_read_from_the_folder_that_is_named_now(inputs, undisturbed, tmp_path, workers):
+    """Which has moved; where it was, there is another of the same shapes."""
+    model, data = inputs
+    before, now = (shutil.copytree(model, tmp_path / name) for name in ("before", "now"))
+    store = tmp_path / "store"
+    started((before, data), store, 2)
+    work(store, 0, shards=1)
+    shutil.rmtree(before)
+    make_target(before, hidden=16, layers=1, seed=1)
+    whole((now, data), store, workers)
+    assert_same(store, undisturbed[0])
+    assert json.loads((store / MANIFEST).read_text())["target"]["name"] == str(now)
+
+
+def test_what_goes_on_with_a_job_is_recorded_beside_what_began_it(inputs, tmp_path):
+    store = tmp_path / "store"
+    job, tokens = started(inputs, store, 2)
+    work(store, 0, shards=1)
+    began = json.loads((store / MANIFEST).read_text())
+    other = job.manifest | {"engine": {"vllm": "0.33.0"}}
+    for _ in range(2):
+        begin(tokens, other, store)
+    manifest = json.loads((store / MANIFEST).read_text())
+    assert manifest["made_by"] == began["made_by"] and "engine" not in manifest and CONTINUED not in began
+    assert manifest[CONTINUED] == [{name: other[name] for name in ("made_by", "engine")}]

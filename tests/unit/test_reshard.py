@@ -129,6 +129,7 @@ def test_what_nodes_lack_and_differ_in_is_not_forgotten(tmp_path, capsys):
         writer.close_shard()
         manifest = json.loads((tmp_path / f"node-{rank}" / "manifest.json").read_text()) | {"options": options}
         manifest |= {"records": 12, "tokens": 12 * (20 + rank), "supervised_tokens": 12 * (20 + rank)}
+        manifest["target"]["name"] = f"as node {rank} calls it"
         (root / "manifest.json").write_text(json.dumps(manifest))
     notes = FeatureStore(tmp_path / "job").notes()
     assert any("node 2 of 3" in note for note in notes) and any("seed is 1 on node 0; 2 on node 1" in n for n in notes)
