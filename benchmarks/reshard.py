@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, folder: Path, shards: int) -> dict[str, fl
     return {
         "bytes": sum(file.stat().st_size for file in files),
         "shards": len(files),
-        "rewritten_bytes": preview(store, args.tp)[1],
+        "rewritten_bytes": preview(store, folder / "planned", args.tp)[1],
         "reshard_seconds": best["reshard"],
         "copy_twice_seconds": best["copy_twice"],
         "ratio": best["reshard"] / best["copy_twice"],

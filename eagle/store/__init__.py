@@ -11,5 +11,6 @@ reader          every record below a folder, whoever wrote it
 classic_dumps   the ``data_<n>.ckpt`` pickles of the public scripts
 verify          every checksum and count of a store
 reshard         the same records in other folders, whole shards at a time
+resharded       what these are made of, and whether they were made before
 replacing       and how these take the old ones' place
 """

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +20,13 @@ import numpy as np
 
 from eagle.entry import run
 from eagle.errors import RequestError, WorkError
-from eagle.files import existing_path, fsync_folder, locked, output_folder, read_json, write_json
-from eagle.store.completeness import LACKED, MIXED
-from eagle.store.manifest import DONE, LOG, MANIFEST
+from eagle.files import existing_path, fsync_folder, locked, output_folder, write_json
+from eagle.store.manifest import DONE, LOG, MANIFEST, check_no_reshard
 from eagle.store.reader import FeatureStore
 from eagle.store.record import RecordSource
 from eagle.store.replacing import BUILDING, DELETING, PLAN, Part, finish_replacing
-from eagle.store.shard import FORMAT_VERSION, Shard
+from eagle.store.resharded import made_before, resharded_manifest
+from eagle.store.shard import Shard
 from eagle.store.verify import skip_damaged
 from eagle.store.writer import ShardWriter, shard_bytes_for
 
@@ -39,14 +38,9 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     along; otherwise it raises WorkError.
 
     Raises: RequestError (nothing to reshard, `new` holds something else or is read-only, fewer records than
-    parts).
+    parts), WorkError (`old`, or what was made in `new` before, has lost some of what it held).
     """
-    in_place = old.resolve() == new.resolve()
-    if not in_place and old.resolve() in new.resolve().parents:
-        raise RequestError(
-            f"--new_folder {new} lies inside --old_folder {old}, which would then hold every record twice. Name a "
-            "folder beside it, or the old one itself to reshard in place."
-        )
+    in_place = _is_in_place(old, new)
     store = None
     if not new.is_dir():
         store = _open(old, parts, leave_out_damaged)  # a wrong request makes no folder
@@ -57,17 +51,8 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
             return finished
         shutil.rmtree(new / BUILDING, ignore_errors=True)
         store = store or _open(old, parts, leave_out_damaged)
-        if in_place:
-            _check_in_place(store)
-        present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
-        if not in_place and present:
-            done = _made_before(store, new, parts)
-            if done is None:
-                raise RequestError(
-                    f"--new_folder {new} is not empty ({', '.join(present[:3])}, ...). Name a new folder, or the old "
-                    "one to reshard in place."
-                )
-            print(f"{new} was made before, from the same store", flush=True)
+        done = _check_new(store, new, parts)
+        if done is not None:
             return done
         summary = _build(store, new / BUILDING, parts, _store_files(store) if in_place else [])
         (new / BUILDING).rename(new / DELETING)
@@ -76,12 +61,21 @@ def reshard(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False
     return summary
 
 
-def preview(old: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[list[Part], int]:
+def preview(old: Path, new: Path, parts: int, *, leave_out_damaged: bool = False) -> tuple[list[Part], int | None]:
     """What `reshard` would give every folder, and how many bytes of features it would rewrite; changes nothing.
 
-    Raises: RequestError as `reshard` does.
+    None in place of the bytes where `new` was made before, so that nothing is left to do.
+
+    Raises: RequestError, WorkError as `reshard` does.
     """
-    layout = Partition(_open(old, parts, leave_out_damaged), parts)
+    _is_in_place(old, new)
+    check_no_reshard(new, "--new_folder")
+    store = _open(old, parts, leave_out_damaged)
+    done = _check_new(store, new, parts) if new.is_dir() else None
+    if done is not None:
+        return done, None
+    resharded_manifest(store, parts)  # refuses what does not go together
+    layout = Partition(store, parts)
     rewritten = 0
     for first, last in layout.stretches:
         for source, start, end in layout.pieces(first, last):
@@ -130,11 +124,43 @@ def _open(old: Path, parts: int, leave_out_damaged: bool) -> FeatureStore:
     if not leave_out_damaged and (wrong := store.wrong_counts()):
         raise WorkError(
             f"--old_folder {old} is not whole: {' '.join(wrong)} Put back what is missing, or run its allocation.py "
-            "command again; --skip_damaged goes on with what is there."
+            "command again (what was resharded is deleted and resharded again); --skip_damaged goes on with what is "
+            "there."
         )
     for note in store.notes():
         print(f"note: {note}", flush=True)
     return store
+
+
+def _is_in_place(old: Path, new: Path) -> bool:
+    """Whether they are one folder. Raises: RequestError for a new one inside the old one."""
+    if old.resolve() in new.resolve().parents:
+        raise RequestError(
+            f"--new_folder {new} lies inside --old_folder {old}, which would then hold every record twice. Name a "
+            "folder beside it, or the old one itself to reshard in place."
+        )
+    return old.resolve() == new.resolve()
+
+
+def _check_new(store: FeatureStore, new: Path, parts: int) -> list[Part] | None:
+    """What `new` holds, where the same command has come to its end before; None where it is to be made.
+
+    Raises: RequestError where it holds something else, WorkError where it has lost some of what was made.
+    """
+    if _is_in_place(store.folder, new):
+        _check_in_place(store)
+        return None
+    present = sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
+    if not present:
+        return None
+    done = made_before(store, new, parts)
+    if done is None:
+        raise RequestError(
+            f"--new_folder {new} is not empty ({', '.join(present[:3])}, ...). Name a new folder, or the old one to "
+            "reshard in place."
+        )
+    print(f"{new} was made before, from the same store", flush=True)
+    return done
 
 
 def _check_in_place(store: FeatureStore) -> None:
@@ -156,28 +182,8 @@ def _check_in_place(store: FeatureStore) -> None:
             )
 
 
-#: Of a manifest: what the records are, by which a store that was made anew is told from the one that was resharded.
-_MADE_OF = (
-    "target", "tokenizer", "data", "dtype", "features", "options", "engine", "records", "tokens", "complete",
-    LACKED, MIXED,
-)  # fmt: skip
-
-
-def _made_before(store: FeatureStore, new: Path, parts: int) -> list[Part] | None:
-    """What `new` holds, where a run of the same command on the same records has come to its end before."""
-    path = new / MANIFEST
-    manifest = read_json(path, "a store's manifest") if path.is_file() else {}
-    merged = _merged_manifest(store)
-    wanted = {name: merged.get(name) for name in _MADE_OF}
-    wanted |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
-    if any(manifest.get(key) != value for key, value in wanted.items()):
-        return None
-    done = [read_json(new / str(part) / DONE, "a part's counts") for part in range(parts)]
-    return [Part(part["records"], part["tokens"]) for part in done]
-
-
 def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]) -> list[Part]:
-    manifest = _merged_manifest(store)
+    manifest = resharded_manifest(store, parts)
     layout = Partition(store, parts)
     summary = layout.summary
     dump_bytes, tokens = layout.dump_bytes(), max(sum(part.tokens for part in summary), 1)
@@ -194,7 +200,6 @@ def _build(store: FeatureStore, staging: Path, parts: int, old_files: list[Path]
         write_json(folder / DONE, {"records": part.records, "tokens": part.tokens, "dropped": {}, "repaired": {}})
     if before:
         before.wait()
-    manifest |= {"resharded_from": str(store.folder.resolve()), "resharded_into": parts}
     write_json(staging / MANIFEST, manifest)
     plan = {
         "old_files": [os.path.relpath(path, store.folder) for path in old_files],
@@ -247,50 +252,6 @@ def _store_files(store: FeatureStore) -> list[Path]:
     return sorted({file for file in files if file.exists()})
 
 
-def _is_of(manifest: dict) -> tuple[str | None, dict]:
-    """The data and the target of a job, wherever the target's folder was."""
-    return manifest["data"]["digest"], {**manifest["target"], "name": None}
-
-
-def _merged_manifest(store: FeatureStore) -> dict:
-    """One manifest for everything in the store: that of its only job, or of jobs over the same data and target."""
-    manifests = list(store.manifests.values())
-    if not manifests:
-        return {
-            "format_version": FORMAT_VERSION,
-            "target": {"name": None, "fingerprint": None, "hidden_size": store.hidden_size},
-            "data": {"path": str(store.folder), "digest": None},
-            "records": len(store),
-            "tokens": store.tokens,
-            "complete": True,
-        }
-    first = manifests[0]
-    differ = any(_is_of(one) != _is_of(first) for one in manifests)
-    # Dumps beside it would be taken for conversations of its data: they are numbered from 0, too.
-    if differ or store.data_digests() != {first["data"]["digest"] or ""}:
-        raise RequestError(
-            f"--old_folder {store.folder} holds stores of different data or targets, or dumps beside a store; reshard "
-            "them one by one."
-        )
-    merged = dict(first)
-    for key in ("dropped", "repaired"):
-        merged[key] = dict(sum((Counter(manifest.get(key, {})) for manifest in manifests), Counter()))
-    if "mixture" in first:  # of each source what the nodes have of it together
-        rows = zip(*(manifest.get("mixture", []) for manifest in manifests), strict=False)
-        merged["mixture"] = [
-            {key: value if key in ("path", "share") else sum(own[key] for own in row) for key, value in row[0].items()}
-            for row in rows
-        ]
-    merged |= {"records": len(store), "tokens": store.tokens}
-    if "supervised_tokens" in first:
-        merged["supervised_tokens"] = sum(manifest.get("supervised_tokens", 0) for manifest in manifests)
-    merged["complete"] = not store.unfinished()
-    merged |= {
-        name: found for name, found in ((LACKED, store.missing_nodes()), (MIXED, store.differing_nodes())) if found
-    }
-    return merged
-
-
 def cut_evenly(tokens: np.ndarray, parts: int) -> list[int]:
     """Where to cut a row of records into `parts` of about equal tokens: ``parts + 1`` record indices."""
     ends = np.cumsum(tokens).tolist()
@@ -331,8 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.new_folder.exists():
         existing_path(args.new_folder, "--new_folder", "folder")
     if args.dry_run:
-        parts, rewritten = preview(args.old_folder, args.tp, leave_out_damaged=args.skip_damaged)
-        print(f"would rewrite {rewritten / 1e6:,.1f} MB and link or copy the other files as they are")
+        parts, rewritten = preview(args.old_folder, args.new_folder, args.tp, leave_out_damaged=args.skip_damaged)
+        if rewritten is not None:
+            print(f"would rewrite {rewritten / 1e6:,.1f} MB and link or copy the other files as they are")
     else:
         parts = reshard(args.old_folder, args.new_folder, args.tp, leave_out_damaged=args.skip_damaged)
     total = sum(part.tokens for part in parts)

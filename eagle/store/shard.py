@@ -108,7 +108,8 @@ def shard_paths(folder: Path) -> list[Path]:
 def _damaged(path: Path, what: str, left_out: str = "it") -> str:
     return (
         f"{path} is damaged: {what}. Restore it from a copy, or delete it and run the same allocation.py command "
-        f"again, which computes what is missing. --skip_damaged goes on without {left_out}."
+        "again, which computes what is missing (a resharded store is deleted whole and resharded again). "
+        f"--skip_damaged goes on without {left_out}."
     )
 
 

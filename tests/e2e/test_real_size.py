@@ -165,7 +165,7 @@ ways = {
     "read": lambda: len(FeatureStore(folder)[1]) * 0,
     "verify": lambda: verify.main([str(folder)]),
     "skip": lambda: len(verify.skip_damaged(folder, "--tmpdir")) * 0,
-    "reshard": lambda: len(reshard.preview(folder, 2, leave_out_damaged=True)) * 0,
+    "reshard": lambda: len(reshard.preview(folder, folder.with_name("new"), 2, leave_out_damaged=True)) * 0,
 }
 run(ways["open"])  # everything is imported, and has its memory
 found = []

@@ -1,6 +1,7 @@
 """Resharding: the new folders hold about equal tokens."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_folders_hold_equal_tokens(tmp_path, parts, order):
     if order == "longest first":
         lengths = np.sort(lengths)[::-1]
     root = make_store(tmp_path / "old", lengths)
-    expected, _ = preview(root, parts)
+    expected, _ = preview(root, tmp_path / "new", parts)
     summary = reshard(root, tmp_path / "new", parts)
     found = tokens_of(tmp_path / "new", parts)
     assert summary == expected
@@ -167,6 +168,92 @@ def test_a_store_that_was_made_anew_is_not_the_one_that_was_resharded(tmp_path, 
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RequestError, match="is not empty"):
         reshard(tmp_path / "store", tmp_path / "new", 2)
+
+
+def write_dumps(folder, value=0.0):
+    """Six dumps of one length, whose features are all that value."""
+    folder.mkdir(exist_ok=True)
+    for number in range(6):
+        hidden = torch.full((9, 1), value, dtype=torch.bfloat16)
+        dump = {"input_ids": torch.arange(9), "loss_mask": torch.ones(9), "hidden_state": hidden}
+        torch.save(dump, folder / f"data_{number}.ckpt")
+
+
+def test_dumps_that_were_written_anew_are_not_the_ones_that_were_resharded(tmp_path, capsys):
+    """Of the same path, names and sizes; also where they are what a resharded store was made of."""
+    write_dumps(tmp_path / "dumps")
+    reshard(tmp_path / "dumps", tmp_path / "new", 2)
+    reshard(tmp_path / "new", tmp_path / "newer", 3)
+    reshard(tmp_path / "dumps", tmp_path / "new", 2)
+    reshard(tmp_path / "new", tmp_path / "newer", 3)
+    assert capsys.readouterr().out.count("was made before, from the same store") == 2
+    write_dumps(tmp_path / "dumps", 1.0)
+    with pytest.raises(RequestError, match="is not empty"):
+        reshard(tmp_path / "dumps", tmp_path / "new", 2)
+    shutil.rmtree(tmp_path / "new")
+    reshard(tmp_path / "dumps", tmp_path / "new", 2)
+    with pytest.raises(RequestError, match="is not empty"):
+        reshard(tmp_path / "new", tmp_path / "newer", 3)
+
+
+def test_without_a_word_on_what_was_resharded_nothing_was_made_before(tmp_path):
+    """As 0.1.0 resharded dumps."""
+    write_dumps(tmp_path / "dumps")
+    reshard(tmp_path / "dumps", tmp_path / "new", 2)
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    del manifest["files_digest"]
+    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RequestError, match="is not empty"):
+        reshard(tmp_path / "dumps", tmp_path / "new", 2)
+
+
+@pytest.mark.parametrize("lost", ["shard-00000.safetensors", "done.json", "."])
+def test_a_resharded_store_that_lost_something_is_not_called_made(tmp_path, lost):
+    finished(tmp_path / "store", [20] * 12)
+    expected = reshard(tmp_path / "store", tmp_path / "new", 2)
+    path = tmp_path / "new" / "1" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    says = r"--new_folder .* was made before.* is not whole any more: .*1.* Delete it and run the same command again"
+    for make in (reshard, preview):
+        with pytest.raises(WorkError, match=says):
+            make(tmp_path / "store", tmp_path / "new", 2)
+    shutil.rmtree(tmp_path / "new")
+    assert reshard(tmp_path / "store", tmp_path / "new", 2) == expected
+
+
+def test_a_damaged_file_of_a_resharded_store_has_a_cure(tmp_path):
+    finished(tmp_path / "store", [20] * 12)
+    reshard(tmp_path / "store", tmp_path / "new", 2)
+    path = tmp_path / "new" / "1" / "shard-00000.safetensors"
+    content = path.read_bytes()
+    path.unlink()  # it is the store's own, too
+    path.write_bytes(content[:-9])
+    with pytest.raises(WorkError, match=r"is damaged.*a resharded store is deleted whole and resharded again"):
+        reshard(tmp_path / "store", tmp_path / "new", 2)
+
+
+def test_a_plan_refuses_what_the_reshard_refuses(tmp_path):
+    root = finished(tmp_path / "store", [20] * 12)
+    finished(tmp_path / "both" / "store", [20] * 12)
+    write_dumps(tmp_path / "both" / "dumps")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").touch()
+    made = reshard(root, tmp_path / "made", 2)
+    assert preview(root, tmp_path / "made", 2) == (made, None)
+    unfinished = make_store(tmp_path / "unfinished", [5] * 12)
+    content = json.loads((unfinished / "manifest.json").read_text())
+    (unfinished / "manifest.json").write_text(json.dumps(content | {"complete": False}))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for old, new, says in (
+        (root, tmp_path / "used", "is not empty"),
+        (root, tmp_path / "made", "is not empty"),
+        (root, root / "inside", "lies inside"),
+        (unfinished, unfinished, "has not finished"),
+        (tmp_path / "both", tmp_path / "new", "or dumps beside a store"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            preview(old, new, 3)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "a plan changes nothing"
 
 
 def test_which_records_they_are_is_known_however_they_are_cut(tmp_path):

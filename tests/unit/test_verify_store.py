@@ -168,7 +168,7 @@ def test_nothing_whole_is_an_error(tmp_path):
 def test_a_reshard_previewed_is_the_reshard_made(tmp_path):
     root = make_store(tmp_path / "old")
     before = sorted(root.rglob("*"))
-    parts, rewritten = preview(root, 2)
+    parts, rewritten = preview(root, tmp_path / "new", 2)
     assert rewritten == 0  # every cut lies between two files
     assert sorted(root.rglob("*")) == before
     assert reshard(root, tmp_path / "new", 2) == parts
