@@ -28,6 +28,7 @@ from eagle.data.sharegpt.formats import record_id
 from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError
 from eagle.regenerate.dialogue import Dialogue, read_dialogue
+from eagle.seeds import check_seed
 from eagle.text import visible
 
 
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         raise RequestError(f"--output {args.output} is there already. Name another, or remove it.")
     if min(args.end_num, args.num_prompts) < 1:
         raise RequestError("--end_num and --num_prompts: expected 1 or more.")
+    check_seed(args.seed)
     records = open_records(path, allow_truncated=args.allow_truncated)
     print("".join(visible(f"note: {note}\n") for note in notes_of(records)), end="")
     order = mixture.choose(args.seed, [len(records)], len(records)).tolist()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from eagle.errors import RequestError
+from eagle.seeds import check_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Sampling:
             raise RequestError(f"--top_k {self.top_k}: expected 0 (no cut) or a number of tokens.")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"--top_p {self.top_p}: expected a number above 0, at most 1 (no cut).")
+        check_seed(self.seed)
 
     @property
     def greedy(self) -> bool:

@@ -16,6 +16,7 @@ from eagle.errors import RequestError
 from eagle.generate.engine_check import check_engine_args
 from eagle.generate.source_options import EngineOptions
 from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, FEATURE_SOURCES
+from eagle.seeds import check_seed
 from eagle.store.dtypes import SAME, check_store_dtype
 from eagle.target.families import TARGET_FAMILIES
 
@@ -72,6 +73,7 @@ class GenerationRequest:
                 raise RequestError(f"--{name} {value}: expected 1 or more.")
         if self.model_type not in (None, *TARGET_FAMILIES):
             raise RequestError(f"--model_type {self.model_type}: expected one of {', '.join(TARGET_FAMILIES)}.")
+        check_seed(self.seed)
         parse_dtype(self.dtype)
         check_store_dtype(self.store_dtype)
         if self.num_nodes < 1:

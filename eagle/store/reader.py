@@ -331,9 +331,10 @@ class FeatureStore:
 
 
 def _find_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """The finished shards and the dumps below a folder, both sorted; shards in hidden folders are not finished.
+    """The finished shards and the dumps below a folder, both sorted, but for what hidden folders hold.
 
-    A folder may be a link: step 3 goes on in one that was moved to another disk.
+    Shards in there are not finished, and dumps are somebody's who put them away. A folder may be a link: step 3 goes on
+    in one that was moved to another disk.
     """
     shards, dumps = [], []
     seen = set()
@@ -344,8 +345,8 @@ def _find_files(root: Path) -> tuple[list[Path], list[Path]]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        is_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
-        shards += [folder / file for file in files if is_shard_name(file) and not is_hidden]
+        folders[:] = (one for one in folders if not one.startswith("."))
+        shards += [folder / file for file in files if is_shard_name(file)]
         dumps += [folder / file for file in files if is_dump_name(file)]
     return sorted(shards), sorted(dumps)
 

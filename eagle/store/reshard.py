@@ -175,9 +175,10 @@ def _check_in_place(store: FeatureStore) -> None:
         )
     root = store.folder.resolve()
     for source in store.sources:
-        if root not in source.path.resolve().parents:
+        place = source.path.resolve()
+        if root != place and root not in place.parents:
             raise RequestError(
-                f"{source.path} is behind a link, at {source.path.resolve()}, which resharding in place would have to "
+                f"{source.path} is behind a link, at {place}, which resharding in place would have to "
                 "delete. Name another --new_folder, or move it here."
             )
 

@@ -19,6 +19,7 @@ from eagle.errors import RequestError
 from eagle.generate.engine_check import check_engine_args
 from eagle.generate.source_options import EngineOptions
 from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, FEATURE_SOURCES
+from eagle.seeds import check_seed
 from eagle.target.quantization import Use
 
 #: What ``--init`` takes beside a folder, whatever the draft family.
@@ -129,8 +130,8 @@ class TrainOptions:
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"--{name} {value}: expected a number.")
-        if not 0 <= self.seed < 2**32:
-            raise RequestError(f"--seed {self.seed}: expected 0 to {2**32 - 1:,}.")
+        check_seed(self.seed)
+        check_seed(self.data_seed, "--data_seed")
         for name in ("weight_decay", "vloss_weight", "ploss_weight", "noise", "grad_clip", "patience"):
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} {getattr(self, name)}: expected 0 or more.")

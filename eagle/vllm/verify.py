@@ -36,6 +36,7 @@ from eagle.entry import HelpFormatter, run
 from eagle.errors import RequestError, WorkError
 from eagle.files import check_output_file, existing_path, output_folder, read_json, write_json
 from eagle.provenance import provenance
+from eagle.seeds import check_seed
 from eagle.target.check import CheckedTarget, check_target
 from eagle.target.config import ModelConfig
 from eagle.target.quantization import Use
@@ -250,6 +251,8 @@ def gate_options(args: argparse.Namespace) -> GateOptions | None:
         raise RequestError(f"--num_conversations {args.num_conversations}: expected 1 or more.")
     if not 0 <= (args.val_ratio or 0) < 1:
         raise RequestError(f"--val_ratio {args.val_ratio}: expected 0 or more and less than 1.")
+    if args.seed is not None:
+        check_seed(args.seed)
     given = {name: getattr(args, name) for name in SPLIT if getattr(args, name) is not None}
     known = split_of(args.trained_path)
     for name in known.keys() & given.keys():

@@ -164,6 +164,7 @@ def test_cuts_are_transformers_own():
         ({"top_k": -1}, "--top_k -1"),
         ({"top_p": 0.0}, "--top_p 0.0"),
         ({"top_p": 1.1}, "--top_p 1.1"),
+        ({"seed": -1}, "--seed -1"),
     ],
 )
 def test_what_cannot_be_sampled(options, said):

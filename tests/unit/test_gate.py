@@ -310,6 +310,8 @@ def test_the_split_is_the_runs(tmp_path: Path) -> None:
     assert options("--seed", "7") == GateOptions(Path("store"), seed=7)
     with pytest.raises(RequestError, match=r"--seed 42: the run of --trained-path .*run had 7.*Leave it out"):
         options(*run, "--seed", "42")
+    with pytest.raises(RequestError, match="--seed -1: expected 0 to 4,294,967,295"):
+        options("--seed", "-1")
 
 
 def test_a_store_that_the_run_was_not_trained_on_is_refused(made: Made, tmp_path: Path) -> None:

@@ -114,3 +114,5 @@ def test_too_few_are_refused_and_nothing_is_overwritten(data):
     with pytest.raises(RequestError, match="is there already"):
         main(words)
     assert output.read_text() == "mine"
+    with pytest.raises(RequestError, match="--seed -1: expected 0 to"):
+        main([*words[:2], "--output", str(data.with_name("new.jsonl")), *words[4:], "--seed", "-1"])

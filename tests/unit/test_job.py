@@ -70,6 +70,8 @@ def test_card_groups(tmp_path, inputs, cards, each, groups):
         ({"dtype": "int3"}, "--dtype int3"),
         ({"model_type": "gpt2"}, "--model_type gpt2"),
         ({"batch_tokens": 0}, "--batch_tokens 0"),
+        ({"seed": -1}, "--seed -1: expected 0 to 4,294,967,295"),
+        ({"seed": 2**32}, "--seed 4294967296: expected"),
         ({"npu_indices": (0, 1), "used_npus": 2, "compile": "on"}, "--compile on would do nothing with --used_npus 2"),
         ({"npu_indices": ("MIG-a", "MIG-b"), "used_npus": 2}, "one MIG instance only"),
         ({"feature_source": "trunk"}, "expected one of transformers, vllm"),

@@ -54,6 +54,7 @@ def test_a_run_whose_default_rate_was_another_is_not_gone_on_with():
         (("--noise", "inf"), "--noise inf"),
         (("--seed", "-1"), "--seed -1: expected 0 to 4,294,967,295"),
         (("--seed", "4294967296"), "--seed 4294967296"),
+        (("--data_seed", "-1"), "--data_seed -1: expected 0 to 4,294,967,295"),
     ],
 )
 def test_numbers_that_nothing_can_be_done_with_are_refused(words, says):

@@ -327,3 +327,10 @@ def test_on_a_cpu_prompts_that_are_sampled_from_are_not_cut_into_chunks(tmp_path
 
     assert "--no-enable-chunked-prefill" in told(0.8)
     assert "--no-enable-chunked-prefill" not in told(0.0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_chooses_no_conversations_is_refused(tmp_path, seed):
+    data = write_sharegpt(tmp_path / "d.json", conversations(1))
+    with pytest.raises(RequestError, match=f"--seed {seed}: expected 0 to 4,294,967,295"):
+        RegenerateRequest(tmp_path, data, tmp_path / "o.json", seed=seed)

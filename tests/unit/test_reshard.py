@@ -196,6 +196,20 @@ def test_dumps_that_were_written_anew_are_not_the_ones_that_were_resharded(tmp_p
         reshard(tmp_path / "new", tmp_path / "newer", 3)
 
 
+def test_dumps_in_hidden_folders_are_not_of_the_store(tmp_path):
+    """They are not read, and not deleted; a link that shows them is followed."""
+    write_dumps(tmp_path / "dumps")
+    write_dumps(tmp_path / "dumps" / ".trash", 1.0)
+    kept = sorted((tmp_path / "dumps" / ".trash").iterdir())
+    reshard(tmp_path / "dumps", tmp_path / "dumps", 2)
+    assert len(FeatureStore(tmp_path / "dumps")) == 6
+    assert sorted((tmp_path / "dumps" / ".trash").iterdir()) == kept
+    (tmp_path / "links").mkdir()
+    write_dumps(tmp_path / "links" / ".there")
+    (tmp_path / "links" / "shown").symlink_to(tmp_path / "links" / ".there")
+    assert len(FeatureStore(tmp_path / "links")) == 6
+
+
 def test_without_a_word_on_what_was_resharded_nothing_was_made_before(tmp_path):
     """As 0.1.0 resharded dumps."""
     write_dumps(tmp_path / "dumps")
