@@ -66,6 +66,9 @@ def regenerate(request: RegenerateRequest, kind: str, python: Path | None) -> in
     options = options_of(request, config, encoder, records) | {"engine": kind}
     if kind == "vllm":
         options["engine_args"] = deciding(request.engine_args)
+    if kind != "server":  # a server says itself which model it has
+        checked = check_target(request.model_name, "--model_name", use=Use.SERVED if python else Use.REPLIES)
+        options["model"] = checked.identity.current
     if is_complete(request, options, begun):
         journal.unlink(missing_ok=True)
         by = read_json(report, "a report of regenerated replies")["options"].get("model")
@@ -81,9 +84,11 @@ def regenerate(request: RegenerateRequest, kind: str, python: Path | None) -> in
     for note in [*notes, *encoder.notes()]:
         print(visible(f"  note: {note}"))
     stop = stop_tokens(request.model_name, config, encoder)
-    with engine_for(request, config, encoder, conversations, stop, python) as (engine, name):
+    with engine_for(request, config, encoder, conversations, stop, python) as engine:
         print(visible(f"  {engine.describe()}"))
-        options |= {"model": name, "tokens_from": engine.tokens_from}
+        if isinstance(engine, ServedTarget):
+            options.setdefault("model", engine.model)
+        options["tokens_from"] = engine.tokens_from
         with Journal(journal, options, overwrite=request.overwrite) as kept:
             if len(kept) or kept.damaged:
                 again = f"; {kept.damaged:,} lines of it are damaged and asked again" if kept.damaged else ""
@@ -174,8 +179,8 @@ def engine_for(
     conversations: Conversations,
     stop: list[int],
     python: Path | None,
-) -> Iterator[tuple[Engine, str]]:
-    """What answers, and what it calls the target: the servers that are named, else the vLLM that python has, else we.
+) -> Iterator[Engine]:
+    """What answers: the servers that are named, else the vLLM that python has, else we.
 
     Raises: RequestError, WorkError.
     """
@@ -194,21 +199,19 @@ def engine_for(
     if request.server:
         headers, urls = key_headers(), map(normal_url, request.server)
         addresses = [Address(url, headers=headers, proxy=proxy_to(url)) for url in urls]
-        engine = connected(addresses, request.served_model)
-        yield engine, engine.model
+        yield connected(addresses, request.served_model)
         return
-    target = check_target(request.model_name, "--model_name", use=Use.SERVED if python else Use.REPLIES)
     dtype = engine_dtype(request, config)
     if python is not None:
         print(f"  starting vLLM with {python}", flush=True)
         with own_server(request, encoder, python, dtype) as address:
-            yield connected([address], None), target.identity.current
+            yield connected([address], None)
         return
     device = torch_device(choose_kind(request.device))
     own = OwnTarget(
         request.model_name, dtype, device, min(request.concurrency, OWN_BATCH), context, request.sampling, stop
     )  # fmt: skip
-    yield own, target.identity.current
+    yield own
 
 
 def engine_dtype(request: RegenerateRequest, config: ModelConfig) -> torch.dtype:

@@ -329,6 +329,20 @@ def test_on_a_cpu_prompts_that_are_sampled_from_are_not_cut_into_chunks(tmp_path
     assert "--no-enable-chunked-prefill" not in told(0.0)
 
 
+def test_replies_of_other_weights_are_not_complete(tmp_path, capsys):
+    """In the same folder, of the same config: the base model was trained on since."""
+    folder = make_target(tmp_path / "m", hidden=16, layers=1)
+    data = write_sharegpt(tmp_path / "d.json", conversations(1, turns=1))
+    ours = [*words(folder, data), "--engine", "own", "--max_new_tokens", "2", "--dtype", "float32", "--device", "cpu"]
+    for said in ("1 conversations, ", "complete already"):
+        assert main(ours) == 0
+        assert said in capsys.readouterr().out
+    make_target(folder, hidden=16, layers=1, seed=1)
+    with pytest.raises(RequestError, match=r"It was made otherwise: model was 'all-.*, now 'all-.*--overwrite"):
+        main(ours)
+    assert main([*ours, "--overwrite"]) == 0
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_chooses_no_conversations_is_refused(tmp_path, seed):
     data = write_sharegpt(tmp_path / "d.json", conversations(1))
