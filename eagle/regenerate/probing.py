@@ -19,7 +19,7 @@ from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError
 from eagle.regenerate.address import Address
 from eagle.regenerate.dialogue import FROM_TEXT, SAMPLED, Dialogue
-from eagle.regenerate.served import Counted, ServedTarget, chat, cure, is_too_long
+from eagle.regenerate.served import Counted, ServedTarget, chat, cure, is_filtered, is_too_long
 from eagle.regenerate.transport import Refused, Servers
 
 #: Prompts that are compared; and of how many these are taken, where a server finds some too long.
@@ -148,9 +148,11 @@ def _compare(
 ) -> Compared:
     """Where the tokens of this server's replies will be from, its prompts being those made here.
 
-    A prompt that is too long for it is passed over. Raises: RequestError where they are not; Refused.
+    A prompt that is too long for it, or that its filter keeps back, is passed over.
+
+    Raises: RequestError where they are not; Refused.
     """
-    gives_ids, counted, taken, too_long = True, list[tuple[int, int]](), list[list[int]](), None
+    gives_ids, counted, taken, passed = True, list[tuple[int, int]](), list[list[int]](), None
     for messages, ours in prompts:
         if len(taken) == PROBED:
             break
@@ -158,9 +160,9 @@ def _compare(
         try:
             answer = _probe(servers, address, "/chat/completions", body, gives_ids)
         except Refused as refused:
-            if not is_too_long(refused):
+            if not (is_too_long(refused) or is_filtered(refused)):
                 raise
-            too_long = refused
+            passed = refused
             continue
         taken.append(ours)
         if servers.short is None or len(ours) == min(map(len, taken)):
@@ -175,9 +177,14 @@ def _compare(
         if isinstance(count, int) and count > 0:
             counted.append((count, len(ours)))
     if not taken:
+        if passed is not None and is_filtered(passed):
+            raise RequestError(
+                f"{address.url} keeps each of the first {len(prompts)} prompts back: {passed}. Name other "
+                "conversations, or a server without that filter."
+            )
         raise RequestError(
-            f"{address.url} finds each of the first {len(prompts)} prompts too long: {too_long}. Start it with a "
-            "longer context."
+            f"{address.url} finds each of the first {len(prompts)} prompts too long: {passed}. Start it with a longer "
+            "context."
         )
     if gives_ids:
         ours = taken[0]

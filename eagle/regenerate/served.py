@@ -43,6 +43,11 @@ _FINISHES = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn", None), STOP),
     "content_filter": FILTERED,
 }
+#: What a filter of prompts is called, of OpenAI's and Azure's form (its inner code, too), and of DashScope's.
+_FILTERS = frozenset({
+    "content_filter", "content_policy_violation", "responsibleaipolicyviolation", "data_inspection_failed",
+    "datainspectionfailed",
+})  # fmt: skip
 #: Replies that a server broke off itself, as one does that shuts down or is short of memory.
 _BROKEN_OFF = ("abort", "error", "insufficient_system_resource")
 
@@ -163,6 +168,8 @@ class ServedTarget:
             try:
                 answer = self.servers.call(path, {**body, "max_tokens": room}, flaw=_broken_off)
             except Refused as refused:
+                if is_filtered(refused):
+                    return Said(FILTERED)
                 if not is_too_long(refused):
                     raise RequestError(f"{refused} {cure(refused)}") from None
                 fits = self._learn_context(refused) - max(
@@ -230,6 +237,11 @@ def is_too_long(refused: Refused) -> bool:
     if refused.status == 413 or is_of_context:
         return True
     return not _OF_REPLY.search(refused.said) and bool(_OF_PROMPT.search(refused.said))
+
+
+def is_filtered(refused: Refused) -> bool:
+    """Whether a server's filter kept a prompt from the model, as it would again."""
+    return refused.status == 400 and bool(refused.codes & _FILTERS)
 
 
 def cure(refused: Refused) -> str:

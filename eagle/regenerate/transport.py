@@ -29,6 +29,8 @@ from eagle.regenerate.address import Address
 _AGAIN = (408, 425, 429)
 #: What a 429 says that no waiting changes.
 USED_UP = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
+#: How fields of an error are called that name it, and those that hold another error.
+_CODES, _INSIDE = ("code", "type", "error_type"), ("innererror", "inner_error")
 #: Seconds before the second try, and at most before any that no Retry-After asks for; the longest that one may ask for.
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 1.0, 60.0, 600.0
 #: Seconds in which nobody is answered until that is said; in which a short question is answered by a server that lives.
@@ -226,7 +228,9 @@ def _said(content: bytes) -> tuple[str, frozenset[str]]:
             fields = inner if isinstance(inner, dict) else fields
             message = fields.get("message") or fields.get("detail") or inner
             text = message if isinstance(message, str) else json.dumps(message or fields)
-            codes = {str(fields[name]).lower() for name in ("code", "type", "error_type") if fields.get(name)}
+            # Azure's error has another one inside, which says more.
+            inside = [fields, *(fields[name] for name in _INSIDE if isinstance(fields.get(name), dict))]
+            codes = {str(one[name]).lower() for one in inside for name in _CODES if one.get(name)}
     text = " ".join(text.split())
     return (text[:_SHOWN] + " ..." if len(text) > _SHOWN else text) or "nothing", frozenset(codes)
 

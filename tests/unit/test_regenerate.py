@@ -229,6 +229,37 @@ def test_a_context_that_is_too_short_ends_conversations(capsys, target, encoder,
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "The prompt triggered the filter", "code": "content_filter", "type": None},
+        {"message": "It is against the policy", "code": "400", "innererror": {"code": "ResponsibleAIPolicyViolation"}},
+        {"message": "It is against the policy", "code": None, "inner_error": {"code": "content_filter"}},
+        {"message": "Input data may contain inappropriate content.", "code": "data_inspection_failed"},
+    ],
+)
+def test_a_prompt_that_the_servers_filter_keeps_back_ends_its_conversation(capsys, target, encoder, data, error):
+    kept_back = json.loads(data.read_text())[2]["conversations"][0]["value"]
+
+    def fault(number: int, body: dict[str, Any]) -> Fault | None:
+        return Fault(400, {"error": error}) if kept_back in encoder.tokenizer.decode(body["prompt"]) else None
+
+    with FakeServer(encoder, fault=fault) as server:
+        said = ask(capsys, server, target, data)
+        assert "ended at a reply that the server kept back (its filter)" in said
+        asked = server.number
+        assert "complete already" in ask(capsys, server, target, data) and server.number == asked
+    ids = [record["id"] for record in json.loads(data.read_text())]
+    assert [record["id"] for record in output(data)] == ids[:2] + ids[3:]
+
+
+def test_a_server_that_keeps_every_prompt_back_is_said_to(capsys, target, encoder, data):
+    with FakeServer(encoder) as server:
+        server.down = Fault(400, {"error": {"message": "no", "code": "content_filter"}})
+        said = ask(capsys, server, target, data, "--served_model", "target", code=2)
+    assert "prompts back: " in said and "a server without that filter" in said
+
+
+@pytest.mark.parametrize(
     "fault",
     [
         Fault(500, {"error": "out of luck"}),
