@@ -106,13 +106,13 @@ def are_records(path: Path) -> bool:
     return path.exists() or is_split(path, SHARD_SUFFIXES)
 
 
-def refuse_to_change(path: Path, flag: str, output: Path) -> None:
+def refuse_to_change(path: Path, flag: str, output: Path, output_flag: str = "--output") -> None:
     """Raises: RequestError for an output that is the records of `flag`, or would lie among them."""
     if output.exists() and path.exists() and output.samefile(path):
-        raise RequestError(f"--output {output} is also what {flag} names, which is never changed. Name another.")
+        raise RequestError(f"{output_flag} {output} is also what {flag} names, which is never changed. Name another.")
     folder = path if path.exists() else path.parent  # of a split
     if folder.is_dir() and folder.resolve() in output.resolve().parents:
-        raise RequestError(f"--output {output} lies in {flag} {folder}, which is never changed. Name another.")
+        raise RequestError(f"{output_flag} {output} lies in {flag} {folder}, which is never changed. Name another.")
 
 
 def refuse_by_first_bytes(path: Path, flag: str) -> None:

@@ -263,9 +263,11 @@ def _encode_shared(chunk: Sequence[int]) -> Tokens:
 
 def key_of(manifest: dict) -> str:
     """sha256 over everything that decides a job's tokens."""
-    options = {name: value for name, value in manifest["options"].items() if name not in ("batch_tokens", "workers")}
+    # A template may be called otherwise: its text is in the tokenizer's digest.
+    free = ("batch_tokens", "workers", "chat_template")
+    options = {name: value for name, value in manifest["options"].items() if name not in free}
     # The date is the job's: pinned when it began, and not in what version 0.1 wrote.
-    tokenizer = {name: value for name, value in manifest["tokenizer"].items() if name != "date"}
+    tokenizer = {name: value for name, value in manifest["tokenizer"].items() if name not in ("date", "chat_template")}
     content = [manifest["data"]["digest"], tokenizer, options]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -34,8 +34,8 @@ _COUNTS = ("records", "tokens", "supervised_tokens")
 #: Of a manifest: what went on with the job that `made_by` and `engine` began, where that was another.
 CONTINUED = "continued_by"
 
-#: The options that may change while a job goes on.
-FREE_OPTIONS = ("batch_tokens", "workers")
+#: The options that may change while a job goes on; what a template's file is called, for its text is in the digest.
+FREE_OPTIONS = ("batch_tokens", "workers", "chat_template")
 
 
 def node_share(manifest: dict) -> Sequence[int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from eagle import device
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
-from eagle.data.mixture import Data, Outcome, open_data, outcomes
+from eagle.data.mixture import Data, Outcome, open_data, outcomes, read_weights
+from eagle.data.reader import refuse_to_change
 from eagle.data.record_file import Records
 from eagle.data.regenerated import check_regenerated
 from eagle.data.template_variables import shown
@@ -79,6 +80,8 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     Raises: FileNotFoundError, RequestError.
     """
     model = existing_path(request.model_name, "--model_name", "folder")
+    for one in read_weights(request.data_path):
+        refuse_to_change(one.path, "--data_path", request.outdir, "--outdir")
     identity = None
     use = Use.SERVED if request.is_engine else Use.FEATURES
     if only_planned and first_weight_file(model) is None:

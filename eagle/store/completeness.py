@@ -41,19 +41,27 @@ def differing_nodes(manifests: Iterable[dict]) -> list[str]:
     manifests = list(manifests)
     found = [one for manifest in manifests for one in manifest.get(MIXED, [])]
     for job in _node_jobs(manifests):
-        for name in (*NODES_SHARE, "tokenizer and template"):
+        compared = [(manifest["options"]["node_rank"], _deciding(manifest)) for manifest in job]
+        for name in _deciding(job[0]):
             nodes: dict[str, list[int]] = {}
-            for manifest in job:
-                options = manifest["options"]
-                made = str(manifest.get("tokenizer", {}).get("digest"))[:12]
-                value = str(options.get(name)) if name in NODES_SHARE else made
-                nodes.setdefault(value, []).append(options["node_rank"])
+            for rank, values in compared:
+                nodes.setdefault(values[name], []).append(rank)
             if len(nodes) > 1:
-                values = "; ".join(
+                said = "; ".join(
                     f"{value} on node {', '.join(map(str, sorted(ranks)))}" for value, ranks in nodes.items()
                 )
-                found.append(f"{name} is {values}")
+                found.append(f"{name} is {said}")
     return found
+
+
+def _deciding(manifest: dict) -> dict[str, str]:
+    """What decides the records of a job, by name, for people: alike on all of its nodes."""
+    tokenizer = manifest.get("tokenizer", {})
+    return {
+        **{name: str(manifest["options"].get(name)) for name in NODES_SHARE},
+        "tokenizer and template": str(tokenizer.get("digest"))[:12],
+        "the date that the template writes": str(tokenizer.get("date")),
+    }
 
 
 def wrong_counts(root: Path, manifests: dict[Path, dict], sources: Iterable[RecordSource]) -> list[str]:

@@ -13,10 +13,11 @@ MANIFEST = "manifest.json"
 DONE = "done.json"
 LOG = "worker.log"
 
-#: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common.
+#: The options of ``allocation.py`` that decide what the records are, and that the nodes of one job have in common. Not
+#: what a chat template's file is called: its text is in the tokenizer's digest.
 NODES_SHARE = (
-    "conversations", "seed", "max_length", "chat_template", "chat_template_kwargs", "store_dtype", "shares",
-    "feature_source", "engine_args",
+    "conversations", "seed", "max_length", "chat_template_kwargs", "store_dtype", "shares", "feature_source",
+    "engine_args",
 )  # fmt: skip
 
 #: Folders a reshard leaves when it is interrupted after it began to change the store (see `eagle.store.reshard`).

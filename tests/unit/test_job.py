@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle.data.tokens import key_of
 from eagle.errors import RequestError
+from eagle.files import ROOT
 from eagle.generate import job
 from eagle.generate.dealing import node_share
 from eagle.generate.job import claim_outdir, resolve
@@ -16,6 +18,8 @@ from eagle.store.record import Record
 from eagle.store.shard import shard_name, write_shard
 from eagle.target.config import load_config
 from tests.tiny import conversations, make_target, write_sharegpt
+
+BUILT_IN = ROOT / "eagle" / "data" / "templates"
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,41 @@ def test_same_job_continues_and_another_is_refused(tmp_path, inputs):
         with pytest.raises(RequestError, match=says):
             claim_outdir(resolve(request(inputs, outdir, **changes)))
     assert (outdir / MANIFEST).read_bytes() == before
+
+
+def test_a_template_file_may_be_called_otherwise(tmp_path, inputs, monkeypatch):
+    """Its text is what decides, for whoever goes on: the parent and the workers find the same tokens."""
+    (tmp_path / "t.jinja").write_text((BUILT_IN / "chatml.jinja").read_text())
+    monkeypatch.chdir(tmp_path)
+    outdir = tmp_path / "store"
+    first = resolve(request(inputs, outdir, chat_template="t.jinja"))
+    claim_outdir(first)
+    finish_a_shard(outdir)
+    before = (outdir / MANIFEST).read_bytes()
+    again = resolve(request(inputs, outdir, chat_template=str(tmp_path / "t.jinja")))
+    claim_outdir(again)
+    assert (outdir / MANIFEST).read_bytes() == before and key_of(again.manifest) == key_of(first.manifest)
+    (tmp_path / "t.jinja").write_text((BUILT_IN / "vicuna.jinja").read_text())
+    with pytest.raises(RequestError, match="tokenizer digest was"):
+        claim_outdir(resolve(request(inputs, outdir, chat_template="t.jinja")))
+
+
+@pytest.mark.parametrize("named", [".", "train", "part-0.jsonl"])
+def test_a_store_among_the_data_is_refused(tmp_path, inputs, named):
+    """It would be taken for the data's, by the next command or node."""
+    model, data = inputs
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [json.dumps(record) for record in json.loads(data.read_text())]
+    for name in ("part-0.jsonl", "train-00000-of-00001.jsonl") if named != "." else ("part-0.jsonl",):
+        (folder / name).write_text("\n".join(lines))
+    asked = request((model, folder / named), folder / "store")
+    if named == "part-0.jsonl":  # beside the one file that is named
+        assert resolve(asked).conversations == 20
+        return
+    with pytest.raises(RequestError, match=r"--outdir .* lies in --data_path .*Name another"):
+        resolve(asked)
+    assert not (folder / "store").exists()
 
 
 def test_a_job_that_finished_no_shard_does_not_bind_another(tmp_path, inputs, capsys):

@@ -131,9 +131,13 @@ def test_what_nodes_lack_and_differ_in_is_not_forgotten(tmp_path, capsys):
         manifest = json.loads((tmp_path / f"node-{rank}" / "manifest.json").read_text()) | {"options": options}
         manifest |= {"records": 12, "tokens": 12 * (20 + rank), "supervised_tokens": 12 * (20 + rank)}
         manifest["target"]["name"] = f"as node {rank} calls it"
+        options["chat_template"] = f"{rank}/../t.jinja"
+        manifest["tokenizer"] = {"digest": "t", "date": f"2026-07-0{1 + rank}"}
         (root / "manifest.json").write_text(json.dumps(manifest))
     notes = FeatureStore(tmp_path / "job").notes()
     assert any("node 2 of 3" in note for note in notes) and any("seed is 1 on node 0; 2 on node 1" in n for n in notes)
+    assert any("date that the template writes is 2026-07-01 on node 0; 2026-07-02 on node 1" in note for note in notes)
+    assert not any("jinja" in note for note in notes), "the template's text decides"
     with pytest.raises(RequestError, match="the store of node 2 of 3 is not below"):
         reshard(tmp_path / "job", tmp_path / "job", 2)
     capsys.readouterr()
