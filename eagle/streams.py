@@ -35,8 +35,21 @@ def pinned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def to_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device, without waiting for what that is doing."""
-    return pinned(tensor, device.type).to(device, non_blocking=True)
+    """A CPU tensor on the device, without waiting for what that is doing where there is page-locked memory."""
+    return send(pinned(tensor, device.type), device)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device: from page-locked memory without waiting.
+
+    Any other memory may be given to somebody else before a card has read it.
+    """
+    kind = device.type
+    if kind not in VISIBILITY_VARIABLE:
+        return tensor.to(device)
+    # As with `pinned`, so with the question.
+    locked = tensor.is_pinned(kind) if kind != "cuda" and TORCH < (2, 8) else tensor.is_pinned()
+    return tensor.to(device, non_blocking=locked)
 
 
 def new_stream(device: torch.device) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from eagle.store.dtypes import Packed
 from eagle.store.record import Record, StoredRecord
+from eagle.streams import send
 from eagle.target.features import HIDDEN_STATE
 
 
@@ -93,7 +94,7 @@ class StoredBatch:
 
     def to(self, device: torch.device) -> StoredBatch:
         """There; from page-locked memory without waiting for it."""
-        return self.with_tensors([tensor.to(device, non_blocking=True) for tensor in self.tensors()])
+        return self.with_tensors([send(tensor, device) for tensor in self.tensors()])
 
     def unsupervised(self) -> StoredBatch:
         """The same records, of which nothing counts."""

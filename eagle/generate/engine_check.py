@@ -37,7 +37,7 @@ _OTHERS = {"hf_config_path", "model_impl", "config_format", "runner", "convert"}
 _FREE = INDIFFERENT | {"num_gpu_blocks_override"}
 #: vLLM's method, by which auxiliary layers are read in a target.
 _READS = "eagle3"
-#: What the engine's python is asked: its vLLM's release, and whether that hands hidden states over.
+#: What the engine's python is asked: its vLLM's release, whether that hands hidden states over, and if it sees cards.
 _QUESTION = """
 import importlib.util, json, os
 from importlib.metadata import PackageNotFoundError, version
@@ -61,7 +61,9 @@ else:
     try:
         import torch
         found["cards"] = torch.cuda.is_available()
-    except ImportError:
+        import torch_npu
+        found["cards"] |= torch.npu.is_available()
+    except Exception:  # it is not installed, or cannot be used: torch_npu raises anything without CANN
         pass
 print(json.dumps(found))
 """
@@ -187,8 +189,9 @@ def vllm_of(python: Path, engine: EngineOptions, kind: str) -> str:
         )
     if found["cards"] and kind == "cpu":
         raise RequestError(
-            f"--feature_source vllm: {python} sees GPUs, which its vLLM would use, and the python of this command sees "
-            "none, so it could not deal them out. Run the command with a python whose torch sees them."
+            f"--feature_source vllm: {python} sees GPUs or NPUs, which its vLLM would use, and the python of this "
+            "command sees none, so it could not deal them out. Run the command with a python whose torch sees them, by "
+            "torch_npu where they are NPUs."
         )
     if engine.pipeline_parallel_size > 1 and not found["stages"]:
         raise RequestError(

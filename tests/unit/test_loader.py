@@ -155,6 +155,41 @@ def test_the_next_batch_is_sent_before_one_is_used(data, monkeypatch, threads, s
             assert place["sent", following.indices[0]] < used
 
 
+class HostTensor:
+    """Stands for a tensor on the host, page-locked or not, and writes down whether a copy of it is waited for."""
+
+    def __init__(self, *, locked: bool, lockable: bool = True) -> None:
+        self.locked, self.lockable, self.waited = locked, lockable, []
+
+    def is_pinned(self, *kind):
+        return self.locked
+
+    def pin_memory(self, *kind):
+        if not self.lockable:
+            raise RuntimeError("no page-locked memory is left")
+        return HostTensor(locked=True)
+
+    def to(self, device, non_blocking=False):
+        self.waited.append(not non_blocking)
+        return self
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_a_copy_from_memory_that_is_not_page_locked_is_waited_for(data, kind):
+    """That may be somebody else's before a card has read it."""
+
+    class Card:
+        type = kind
+
+    batch = data.batch(0, (0, 1))
+    for locked in (True, False):
+        tensors = [HostTensor(locked=locked) for _ in batch.tensors()]
+        batch.with_tensors(tensors).to(Card())
+        assert [tensor.waited for tensor in tensors] == [[not locked]] * len(tensors)
+    assert streams.to_card(HostTensor(locked=False), Card()).waited == [False]
+    assert streams.to_card(HostTensor(locked=False, lockable=False), Card()).waited == [True]
+
+
 @pytest.mark.parametrize("store_dtype", STORE_DTYPES)
 def test_preparing_asks_nothing_of_the_device(store_dtype):
     """On a device whose tensors have no values, whatever waits for one fails."""

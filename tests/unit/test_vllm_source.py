@@ -112,6 +112,41 @@ def test_a_python_that_will_not_do(tmp_path, answer, says):
         vllm_of(python, EngineOptions(2, 2), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "torch_npu", "sees"),
+    [
+        (False, None, False),
+        (True, None, True),
+        (True, "raise RuntimeError('no CANN')", True),
+        (False, "raise RuntimeError('no CANN')", False),
+        (False, "import torch; torch.npu = torch.Cards(False)", False),
+        (False, "import torch; torch.npu = torch.Cards(True)", True),
+    ],
+)
+def test_an_engine_whose_cards_this_python_does_not_see_is_refused(tmp_path, gpus, torch_npu, sees):
+    """It would put all engines on the first of them."""
+    site = tmp_path / "site"
+    handed = "vllm/distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py"
+    for name in ("vllm/__init__.py", "vllm/model_executor/models/extract_hidden_states.py", handed):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).touch()
+    (site / "vllm-0.32.0.dist-info").mkdir()
+    (site / "vllm-0.32.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    cards = "class Cards:\n    def __init__(self, there): self.is_available = lambda: there\n"
+    (site / "torch.py").write_text(f"{cards}cuda = Cards({gpus})\n")
+    if torch_npu is not None:
+        (site / "torch_npu.py").write_text(torch_npu)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    if not sees:
+        assert vllm_of(python, EngineOptions(), "cpu") == "0.32.0"
+        return
+    with pytest.raises(RequestError, match="sees GPUs or NPUs"):
+        vllm_of(python, EngineOptions(), "cpu")
+    assert vllm_of(python, EngineOptions(), "npu") == "0.32.0"
+
+
 def test_a_python_that_is_not_there(tmp_path):
     with pytest.raises(RequestError, match="cannot be run"):
         vllm_of(tmp_path / "python", EngineOptions(), "cpu")
