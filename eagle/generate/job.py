@@ -16,7 +16,7 @@ from eagle import device
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoder, load_encoder
 from eagle.data.mixture import Data, Outcome, open_data, outcomes, read_weights
-from eagle.data.reader import refuse_to_change
+from eagle.data.reader import are_records, refuse_to_change
 from eagle.data.record_file import Records
 from eagle.data.regenerated import check_regenerated
 from eagle.data.template_variables import shown
@@ -81,7 +81,8 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
     """
     model = existing_path(request.model_name, "--model_name", "folder")
     for one in read_weights(request.data_path):
-        refuse_to_change(one.path, "--data_path", request.outdir, "--outdir")
+        if are_records(one.path):  # others are refused when they are opened
+            refuse_to_change(one.path, "--data_path", request.outdir, "--outdir")
     identity = None
     use = Use.SERVED if request.is_engine else Use.FEATURES
     if only_planned and first_weight_file(model) is None:
