@@ -175,8 +175,8 @@ FAULTS = [
           "ids = torch.randint(target.config.vocab_size, (context,))", DECODING),
     # ---- EAGLE-3
     Fault("inputs-of-layers-left-on-their-cards", "eagle/target/features.py",
-          "torch.cat([seen[layer].to(place, non_blocking=True) for layer in layers], -1)",
-          "torch.cat([seen[layer] for layer in layers], -1)", EAGLE3, "on the same device"),
+          "return tensor if tensor.device == place else tensor.to(place, non_blocking=True)",
+          "return tensor", EAGLE3, "on the same device"),
     Fault("drafted-ids-on-host", "eagle/drafts/eagle3/network.py",
           "torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t", "torch.arange(len(self.d2t)) + self.d2t",
           EAGLE3, "on the same device"),

@@ -51,9 +51,10 @@ def made(models, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own(made, tmp_path) -> Path:
+    (tmp_path / "own").mkdir()
     for path in (made, report_path(made)):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path / made.name
+        (tmp_path / "own" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "own" / made.name
 
 
 def change_report(own: Path, **changes: Any) -> None:
