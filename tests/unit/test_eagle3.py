@@ -116,6 +116,35 @@ def test_a_file_of_another_width(target: Path, tmp_path: Path):
         draft_config_for(load_config(target), tmp_path / "config.json", DraftChoices(LAYERS))
 
 
+NESTED_LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2], "use_aux_hidden_state": True}}
+
+
+def test_layers_in_an_object_of_a_file(target: Path, tmp_path: Path):
+    """As nvidia's drafts say them: before those that a store happens to hold, behind those that are named."""
+    file = tmp_path / "config.json"
+    raw = json.loads((target / "config.json").read_text())
+    file.write_text(json.dumps(raw | {"num_hidden_layers": 1} | NESTED_LAYERS))
+    config = load_config(target)
+    assert EAGLE3.reads(draft_config_for(config, file, DraftChoices(held_layers=(0, 1, 2, 3)))) == "aux_0_2"
+    assert EAGLE3.reads(draft_config_for(config, file, DraftChoices((1, 3)))) == "aux_1_3"
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"eagle_config": {"norm_before_fc": True}}, "norm_before_fc is said, which is not read here"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state false is said"),
+        ({"eagle_config": [1, 2]}, r"eagle_config \[1, 2\] is said"),
+        ({"norm_output": True}, "norm_output is said"),
+    ],
+)
+def test_variants_in_a_file(target: Path, tmp_path: Path, said: dict, named: str):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 1} | said))
+    with pytest.raises(RequestError, match=named):
+        draft_config_for(load_config(target), file, DraftChoices(LAYERS))
+
+
 # ---- vocabulary
 
 

@@ -229,6 +229,17 @@ def test_training_goes_on_in_the_network_that_the_weights_are_of(tmp_path: Path)
         warm_start(other, source, "--init", family, target, lambda: head)
 
 
+def test_training_goes_on_with_the_layers_of_an_object(base: Path, tmp_path: Path):
+    """Whatever more the store holds."""
+    source = write(tmp_path / "draft", PLAIN | {"eagle_config": {AUX: [0, 3, 6]}}, draft() | d2t())
+    options = TrainOptions(tmp_path / "run", base, tmpdir=tmp_path, draft="eagle3", init=str(source))
+    target, weights, family = load_config(base), Weights(base), DRAFT_FAMILIES["eagle3"]
+    config = draft_config(options, target, {"hidden_state": H, "aux_0_1_3_6": 4 * H})
+    assert config.extra[AUX] == [0, 3, 6]
+    network = family.build(config, read_embedding(weights, target).float(), draft())
+    assert warm_start(network, source, "--init", family, target, lambda: read_head(weights, target)) == []
+
+
 #: What is not read: config, tensors, what is said.
 REFUSED: dict[str, tuple[dict, Callable[[], Tensors], str]] = {
     "no table": (PLAIN, draft, "d2t is missing"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,12 +84,13 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     Raises: RequestError for what does not fit the target.
     """
     given = load_config(configpath, CONFIG_KEYS) if configpath else None
-    shape, extra = given or target, given.extra if given else {}
+    shape, extra = given or target, {}
     if given is not None:
+        extra, variants = _said_by(given)
         wrong = given.draft().differences(target.draft(), ("hidden_size", "vocab_size", "hidden_act"))
         if given.num_hidden_layers != 1:
             wrong.append(f"num_hidden_layers is {given.num_hidden_layers}, a draft has 1")
-        wrong += [f"{name} is said, which is not read here" for name in VARIANTS if extra.get(name)]
+        wrong += [f"{variant} is said, which is not read here" for variant in variants]
         wrong += [
             f"{name} is {extra[name]!r}, expected {expected}"
             for name, expected, is_right in (
@@ -138,6 +140,24 @@ def _is_list_of_layers(found: object) -> bool:
     return isinstance(found, list) and bool(found) and all(type(layer) is int for layer in found)
 
 
+def _said_by(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """What a config says of the draft, be it in its `NESTED` object, and the variants that it says, in words."""
+    said = {key: value for key, value in config.extra.items() if value is not None}
+    nested, variants = said.pop(NESTED, None) or {}, []
+    if not isinstance(nested, dict):
+        variants.append(f"{NESTED} {nested!r}")
+        nested = {}
+    said = {key: nested[key] for key in (AUX_LAYERS, "norm_before_fc") if nested.get(key)} | said
+    variants += [name for name in VARIANTS if said.pop(name, False)]
+    if not nested.get("use_aux_hidden_state", True):
+        variants.append("use_aux_hidden_state false")
+    if (width := said.pop(TARGET_WIDTH, config.hidden_size)) != config.hidden_size:
+        variants.append(f"{TARGET_WIDTH} {width} beside its own hidden_size {config.hidden_size}")
+    if (scale := said.pop(SCALE, 1.0)) != 1.0:
+        variants.append(f"{SCALE} {scale}")
+    return said, variants
+
+
 def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], layers: int | None) -> ModelConfig:
     """A saved draft's config with all of its own keys, whoever saved it: what it does not say, vLLM takes so.
 
@@ -145,16 +165,7 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
 
     Raises: RequestError for a variant that is not read here, or layers that the target has not.
     """
-    said = {key: value for key, value in config.extra.items() if value is not None}
-    nested = said.pop(NESTED, None) or {}
-    said = {key: nested[key] for key in (AUX_LAYERS, "norm_before_fc") if nested.get(key)} | said
-    variants = [name for name in VARIANTS if said.pop(name, False)]
-    if not nested.get("use_aux_hidden_state", True):
-        variants.append("use_aux_hidden_state false")
-    if (width := said.pop(TARGET_WIDTH, config.hidden_size)) != config.hidden_size:
-        variants.append(f"{TARGET_WIDTH} {width} beside its own hidden_size {config.hidden_size}")
-    if (scale := said.pop(SCALE, 1.0)) != 1.0:
-        variants.append(f"{SCALE} {scale}")
+    said, variants = _said_by(config)
     if variants:
         raise RequestError(
             f"the EAGLE-3 draft says {', '.join(variants)}, which is not read here; expected the plain network. vLLM "
