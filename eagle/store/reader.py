@@ -311,6 +311,12 @@ class FeatureStore:
         conversations = np.concatenate([source.conversations for source in self.sources])[self._order]
         return digest_of(repr(sorted(tokenizers.items())), conversations, self.lengths)
 
+    @property
+    def names_target(self) -> bool:
+        """Whether all of it says which model its features are of; classic dumps do not."""
+        named = [manifest["target"].get("fingerprint") for manifest in self.manifests.values()]
+        return bool(named) and all(named) and not any(isinstance(source, ClassicFolder) for source in self.sources)
+
     def check_target(self, digest: str, basepath: Path, as_in: Callable[[str], str] | None = None) -> None:
         """Raises: RequestError where a manifest names another target than the one with that fingerprint.
 

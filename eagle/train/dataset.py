@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from eagle.drafts.alignment import Example, StoredBatch, collate, shift
-from eagle.errors import RequestError
+from eagle.errors import RequestError, WorkError
 from eagle.store.record import Record, StoredRecord
 
 #: Records sorted together by length, in global batches: enough to pad little, few enough to stay random.
@@ -44,14 +44,24 @@ class FeatureDataset:
 
     reads: the features that the draft reads, perhaps of fewer layers than the records hold. noise: half-width of the
     uniform noise added to them, in their own units. It depends on seed, epoch and record alone, so it is the same
-    whatever process loads it.
+    whatever process loads it. vocab_size: of the base model, whose token ids the records must hold; None: not checked.
+
+    `example` and `batch` raise what reading a record raises, and WorkError for token ids outside of the vocabulary.
     """
 
     def __init__(
-        self, store: RecordStore, indices: np.ndarray, max_len: int, reads: str, *, noise: float = 0.0, seed: int = 0
+        self,
+        store: RecordStore,
+        indices: np.ndarray,
+        max_len: int,
+        reads: str,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.store, self.indices, self.max_len, self.reads = store, indices, max_len, reads
-        self.noise, self.seed = noise, seed
+        self.noise, self.seed, self.vocab_size = noise, seed, vocab_size
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -62,15 +72,37 @@ class FeatureDataset:
 
     def example(self, index: int) -> Example:
         """One record as the draft sees it, without noise."""
-        (record,) = self.store.stored([int(self.indices[index])])
-        return shift(record.cut(self.max_len).read([self.reads]), self.reads)
+        (record,) = self._stored([int(self.indices[index])])
+        return shift(record.read([self.reads]), self.reads)
 
     def batch(self, epoch: int, indices: Sequence[int]) -> StoredBatch:
         """These records as one micro-batch of that epoch."""
         numbers = [int(self.indices[index]) for index in indices]
-        records = [record.cut(self.max_len) for record in self.store.stored(numbers)]
+        records = self._stored(numbers)
         seeds = [hash((self.seed, epoch, number)) & (2**63 - 1) for number in numbers] if self.noise else []
         return collate(records, self.reads, seeds, self.noise)
+
+    def _stored(self, numbers: Sequence[int]) -> list[StoredRecord]:
+        """These records of the store, cut."""
+        records = [record.cut(self.max_len) for record in self.store.stored(numbers)]
+        if self.vocab_size is not None:
+            for record in records:
+                check_tokens(record, self.vocab_size)
+        return records
+
+
+def check_tokens(record: StoredRecord, vocab_size: int) -> None:
+    """Raises: WorkError for a token id that an embedding ``[vocab_size, H]`` has no row for.
+
+    Looked at here, on the host: a card says of it that an assertion failed, or computes with what is not there.
+    """
+    outside = record.input_ids[(record.input_ids < 0) | (record.input_ids >= vocab_size)]
+    if len(outside):
+        raise WorkError(
+            f"Conversation {record.conversation} holds the token {int(outside[0])}, and the base model's vocabulary "
+            f"has {vocab_size:,}, from 0 on: these features are of another model. Name the one that they were computed "
+            "by (--basepath), or make a store of this one with allocation.py."
+        )
 
 
 def split_store(

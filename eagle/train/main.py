@@ -169,6 +169,11 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         notes.append(covered.describe())
         if accelerator.is_main_process:
             warn_of_coverage(covered, options)
+    if held and not held.names_target:
+        notes.append(
+            f"nothing in {where} says which model its features are of, so that they could not be compared with "
+            f"--basepath {options.base}"
+        )
     if engine:
         notes.append(describe_engine(options, engine))
     if options.max_len == target.window:
@@ -201,14 +206,17 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
     for name, only in only_ones.items():
         if run_identity[name] == only:
             del run_identity[name]
+    data_set = functools.partial(
+        FeatureDataset, store, max_len=options.max_len, reads=draft.reads, vocab_size=target.vocab_size
+    )
     return Trainer(
         options,
         accelerator,
         draft,
         family.objective(draft, head, options.losses()),
         compute,
-        FeatureDataset(store, train, options.max_len, draft.reads, noise=options.noise, seed=options.seed),
-        FeatureDataset(store, held_out, options.max_len, draft.reads),
+        data_set(train, noise=options.noise, seed=options.seed),
+        data_set(held_out),
         run_identity,
         notes,
     )

@@ -196,6 +196,23 @@ def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(
         assert all(tensor.isfinite().all() for tensor in load_file(state / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("init", ["random", "closed_form"])
+def test_dumps_of_another_model(init: str, store: Path, llama: Path, tmp_path: Path) -> None:
+    """They do not say which: that is remarked on, and a token that this one has not ends the run by name."""
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
+    for number, record in enumerate(FeatureStore(store)):
+        ids = record.input_ids.clone()
+        if number == 11:
+            ids[-1] = 150_000
+        content = {"input_ids": ids, "loss_mask": record.loss_mask, "hidden_state": record.hidden_state}
+        torch.save(content, dumps / f"data_{number}.ckpt")
+    answer = trained(*options(dumps, llama, tmp_path / "run", "--init", init, "--val_ratio", 0), code=1)
+    assert f"note: nothing in --tmpdir {dumps} says which model its features are of" in answer.error + answer.out
+    assert "Conversation 11 holds the token 150000, and the base model's vocabulary has" in answer.error
+    assert "another model" in answer.error and "Traceback" not in answer.err
+
+
 def test_replies_behind_max_len_are_said_to_be(store: Path, llama: Path, tmp_path: Path) -> None:
     answer = trained(*options(store, llama, tmp_path / "run", "--max_len", 3), code=2)
     assert "supervised within --max_len 3 tokens" in answer.error

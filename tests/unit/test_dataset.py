@@ -5,12 +5,20 @@ import pytest
 import torch
 
 from eagle.drafts.alignment import collate, shift, supervised_positions
+from eagle.errors import WorkError
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.store.reader import FeatureStore
 from eagle.store.record import Record, supervised_counts
 from eagle.store.shard import write_shard
 from eagle.target.features import HIDDEN_STATE
-from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, split_store, validation_order
+from eagle.train.dataset import (
+    FeatureDataset,
+    check_tokens,
+    epoch_batches,
+    micro_batches,
+    split_store,
+    validation_order,
+)
 
 
 def record(mask: list[int], number: int = 0) -> Record:
@@ -164,6 +172,20 @@ def test_noise_belongs_to_the_record_not_to_its_place(store):
 def test_cut_to_max_len(store):
     data = FeatureDataset(store, np.arange(40), 5, HIDDEN_STATE)
     assert max(data.lengths) == 5 and len(data.example(6).tokens) == 4 == data.batch(0, [6]).tokens.shape[1]
+
+
+def test_tokens_outside_of_the_vocabulary_are_named(store):
+    """On the host, by whatever is read: an embedding has no row for them."""
+    data = FeatureDataset(store, np.arange(40), 100, HIDDEN_STATE, vocab_size=109)
+    for read in (lambda: data.batch(0, [5, 6]), lambda: data.example(6)):
+        with pytest.raises(WorkError, match=r"Conversation 6 holds the token 109, .* 109, from 0 on: .*another model"):
+            read()
+    cut = FeatureDataset(store, np.arange(40), 9, HIDDEN_STATE, vocab_size=109)
+    assert cut.batch(0, [5, 6]).tokens.max() == 108
+    negative = record([0, 1, 1], 3)
+    negative.input_ids[1] = -1
+    with pytest.raises(WorkError, match="Conversation 3 holds the token -1, "):
+        check_tokens(negative.stored(), 109)
 
 
 @pytest.mark.parametrize(("ratio", "held_out"), [(0.05, 2), (0.5, 20), (0.001, 1), (0.0, 0), (0.99, 39)])
