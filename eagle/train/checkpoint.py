@@ -181,9 +181,12 @@ def check_same_run(cpdir: Path, saved: dict[str, Any], current: dict[str, Any]) 
     if _global_batch(saved) != _global_batch(current):
         differences.append(_other_global_batch(saved, current))
     if differences:
+        lost = ""
+        if [path.name for path in states(cpdir)] == [START]:
+            lost = f" Nothing was trained in it yet: {START} is the untrained start, and the folder may be removed."
         raise RequestError(
             f"--cpdir {cpdir} holds checkpoints of another run: {'; '.join(differences)}. Repeat that run's options to "
-            "continue it, or name another folder."
+            f"continue it, or name another folder.{lost}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a launcher made of the request: one process where several were asked for, one thread where there are cores."""
+"""What a launcher made of the request: too few processes, too few threads, a precision that is not there."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from eagle.errors import RequestError
 GROUP_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
+#: "True" or "False": accelerate's launcher always says one of them.
+USE_CPU = "ACCELERATE_USE_CPU"
 
 
-def check_launch(environment: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None) -> None:
+def check_launch(
+    kind: str, environment: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None
+) -> None:
     """Refuse to be the one process that ``accelerate launch --cpu --num_processes N`` starts, whatever N is.
 
     For more than one it names an address to meet at, but leaves it to mpirun to start them and to say how many they
-    are. arguments: of the training, by default this process's own.
+    are. kind: of the devices that are there. arguments: of the training, by default this process's own.
 
     Raises: RequestError with the line to type instead.
     """
-    asked_for_several = "MASTER_ADDR" in environment and "ACCELERATE_USE_CPU" in environment
-    if not asked_for_several or any(name in environment for name in GROUP_SIZE):
+    on_cpu = environment.get(USE_CPU, "") if kind == "cpu" else is_true(environment, USE_CPU)
+    if "MASTER_ADDR" not in environment or not on_cpu or any(name in environment for name in GROUP_SIZE):
         return
     precision = environment.get(PRECISION, "no")
     line = "" if precision == "no" else f"{PRECISION}={precision} "
@@ -36,6 +40,20 @@ def check_launch(environment: Mapping[str, str] = os.environ, arguments: Sequenc
         "cards, but none on a CPU. For one process pass --num_processes 1 (and unset MASTER_ADDR, should this shell\n"
         f"export it); for N of them type:\n{line}{shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     )
+
+
+def check_precision(kind: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises: RequestError for a mixed precision that training on that kind of device has not."""
+    precision = environment.get(PRECISION, "no").lower()
+    if precision == "fp8":
+        raise RequestError("--mixed_precision=fp8: training does not compute in it; expected bf16, fp16 or no.")
+    if precision == "fp16" and (kind == "cpu" or is_true(environment, USE_CPU)):
+        raise RequestError("--mixed_precision=fp16: expected bf16 or no on a CPU, which does not train in float16.")
+
+
+def is_true(environment: Mapping[str, str], name: str) -> bool:
+    """Whether accelerate takes that variable for a yes."""
+    return environment.get(name, "false").lower() in ("true", "1")
 
 
 def launch_notes(kind: str, environment: Mapping[str, str] = os.environ, available: int | None = None) -> list[str]:

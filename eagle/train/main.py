@@ -47,7 +47,7 @@ from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.dry_run import dry_run
 from eagle.train.engine import check_engine, describe_engine, log_of, shared_engine
 from eagle.train.group import Group, meet
-from eagle.train.launch_check import check_launch, launch_notes
+from eagle.train.launch_check import check_launch, check_precision, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.options import FREE_ON_RESUME, TrainOptions, rate_as_in
@@ -74,12 +74,15 @@ def check_cpdir(options: TrainOptions) -> None:
 def make_accelerator(options: TrainOptions) -> Accelerator:
     """Raises: RequestError for fewer processes than asked for, a tracker that is not installed, or FSDP of a kind or a
     precision that is not there."""
-    check_launch()
+    kind = device.choose_kind()
+    check_launch(kind)
     check_sharding()
+    if not options.dry_run:  # which may plan for another machine's card
+        check_precision(kind)
     tracker = None if options.report_to == "none" else options.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
-    on_cpu = device.choose_kind() == "cpu"
+    on_cpu = kind == "cpu"
     try:
         accelerator = Accelerator(
             cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
@@ -232,13 +235,16 @@ def room_named() -> Iterator[None]:
     """Raises: WorkError with what to do about it in place of a card's own words that its memory is full."""
     try:
         yield
+    except WorkError:  # it says by itself what was too small, and of which process
+        raise
     except RuntimeError as error:
         if not device.is_out_of_memory(error):
             raise
         raise WorkError(
-            f"The card has too little memory for this run: {str(error).splitlines()[0]} Lower --bs or --max_len, or "
-            "share the draft among several cards (configs/fsdp.yaml); the same command with --dry_run says what it "
-            "takes."
+            f"The card has too little memory for this run: {str(error).splitlines()[0]} Lower --bs and raise "
+            "--gradient_accumulation_steps by as much, which is the same run; or lower --max_len, which is another and "
+            "wants a new --cpdir; or share the draft among several cards (configs/fsdp.yaml). The same command with "
+            "--dry_run says what it takes."
         ) from error
 
 

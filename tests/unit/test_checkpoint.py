@@ -95,6 +95,17 @@ def test_another_run_is_refused():
         checkpoint.check_same_run(Path("c"), {"seed": 1, "lr": 4}, {"seed": 2, "lr": 8})
 
 
+def test_another_run_in_place_of_one_that_never_trained(model, tmp_path):
+    """As when the card had too little memory for its first step: what the folder holds is said."""
+    save(tmp_path, model, 0)
+    with pytest.raises(RequestError, match=r"max_len was 9, now 8.*state_0 is the untrained start, .* may be removed"):
+        checkpoint.check_same_run(tmp_path, {"max_len": 9}, {"max_len": 8})
+    save(tmp_path, model, 3)
+    with pytest.raises(RequestError, match="max_len was 9, now 8") as refusal:
+        checkpoint.check_same_run(tmp_path, {"max_len": 9}, {"max_len": 8})
+    assert "removed" not in str(refusal.value)
+
+
 def dealt(processes: int, bs: int, accumulation: int) -> dict[str, int]:
     return {"processes": processes, "bs": bs, "gradient_accumulation_steps": accumulation, "seed": 1}
 

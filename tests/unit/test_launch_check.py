@@ -5,7 +5,7 @@ import re
 import pytest
 
 from eagle.errors import RequestError
-from eagle.train.launch_check import check_launch, launch_notes
+from eagle.train.launch_check import check_launch, check_precision, launch_notes
 
 #: What ``accelerate launch --cpu --num_processes 2`` gives to the one process it starts.
 ALONE = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -16,14 +16,14 @@ BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "OMP_NUM_THREADS": "1"}
 
 def test_one_process_for_several_is_refused():
     with pytest.raises(RequestError, match="started this one only") as refusal:
-        check_launch(ALONE, ["--tmpdir", "a b", "--bs", "2"])
+        check_launch("cpu", ALONE, ["--tmpdir", "a b", "--bs", "2"])
     last = str(refusal.value).splitlines()[-1]
     assert last == "torchrun --standalone --nproc_per_node N -m eagle.train.main --tmpdir 'a b' --bs 2"
 
 
 def test_the_line_to_type_keeps_the_precision():
     with pytest.raises(RequestError, match="\nACCELERATE_MIXED_PRECISION=bf16 torchrun "):
-        check_launch({**ALONE, "ACCELERATE_MIXED_PRECISION": "bf16"}, [])
+        check_launch("cpu", {**ALONE, "ACCELERATE_MIXED_PRECISION": "bf16"}, [])
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,29 @@ def test_the_line_to_type_keeps_the_precision():
     ],
 )
 def test_what_was_asked_for_is_let_through(environment):
-    check_launch(environment, [])
+    check_launch("cpu", environment, [])
+
+
+def test_the_address_in_the_shell_of_one_card_is_let_be():
+    """accelerate's launcher says of every process whether it is to be on a CPU."""
+    for kind in ("cuda", "npu"):
+        check_launch(kind, {**ALONE, "ACCELERATE_USE_CPU": "False"}, [])
+        with pytest.raises(RequestError, match="started this one only"):  # as --cpu asks for
+            check_launch(kind, ALONE, [])
+    with pytest.raises(RequestError, match="started this one only"):
+        check_launch("cpu", {**ALONE, "ACCELERATE_USE_CPU": "False"}, [])
+
+
+def test_a_precision_that_is_not_there():
+    for kind, precision in (("cpu", "bf16"), ("cpu", "no"), ("cuda", "fp16"), ("npu", "fp16")):
+        check_precision(kind, {"ACCELERATE_MIXED_PRECISION": precision})
+    check_precision("cpu", {})
+    on_cpu = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "True"}
+    for kind, environment in (("cpu", {"ACCELERATE_MIXED_PRECISION": "FP16"}), ("cuda", on_cpu)):
+        with pytest.raises(RequestError, match="fp16: expected bf16 or no on a CPU"):
+            check_precision(kind, environment)
+    with pytest.raises(RequestError, match=r"fp8: .*expected bf16, fp16 or no"):
+        check_precision("cuda", {"ACCELERATE_MIXED_PRECISION": "fp8"})
 
 
 @pytest.mark.parametrize(
