@@ -37,6 +37,7 @@ from eagle.drafts.saved import (
 )
 from eagle.errors import RequestError, WorkError
 from eagle.files import fsync_folder, read_json, write_json
+from eagle.store.damage import exhausted
 from eagle.target.config import ModelConfig
 from eagle.target.weights import Weights
 
@@ -44,6 +45,8 @@ OPTIMIZER = "optimizer.pt"
 #: The checkpoint of a draft that was not trained yet.
 START = "state_0"
 _NAME = re.compile(r"state_(\d+)")
+#: How the hidden names of checkpoints end that are being deleted.
+REMOVED = ".old.tmp"
 
 
 #: A checkpoint's folder and its ``state.json``.
@@ -119,7 +122,10 @@ def states(cpdir: Path) -> list[Path]:
 
 
 def prune(cpdir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; what `best` and `last` point at stays."""
+    """Delete all but the newest `keep` checkpoints, and what is left of deleted ones; what `best` and `last` point at
+    stays."""
+    for left in cpdir.glob(f".state_*{REMOVED}"):
+        shutil.rmtree(left, ignore_errors=True)
     pinned = {resolve_pointer(cpdir / pointer).name for pointer in (BEST, LAST) if os.path.lexists(cpdir / pointer)}
     for path in states(cpdir)[:-keep]:
         if path.name not in pinned:
@@ -127,12 +133,17 @@ def prune(cpdir: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; killed meanwhile, none is left that looks whole."""
-    hidden = folder.with_name(f".{folder.name}.old.tmp")
+    """Delete a checkpoint; killed meanwhile, none is left that looks whole.
+
+    What of it cannot be deleted now, as files that somebody has open on NFS cannot, `prune` tries again.
+    """
+    if not folder.is_dir():
+        return
+    number = 0
+    while (hidden := folder.with_name(f".{folder.name}.{number}{REMOVED}")).exists():
+        number += 1
+    folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-    if folder.is_dir():
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
 
 
 def load_last(cpdir: Path) -> Saved | None:
@@ -142,11 +153,29 @@ def load_last(cpdir: Path) -> Saved | None:
 
 
 def restore(folder: Path, model: DraftNetwork) -> dict[str, Any]:
-    """Load a checkpoint's weights into `model`; returns the optimizer part."""
+    """Load a checkpoint's weights into `model`; returns the optimizer part. Raises: RequestError, WorkError."""
     state = read_draft_state(Weights(folder, flag="--cpdir"))
     own = {name: state[name] for name in model.own_state() if name in state}
     load_trained_state(model, own, str(folder))
-    return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    return _load_optimizer(folder)
+
+
+def _load_optimizer(folder: Path) -> dict[str, Any]:
+    """Raises: WorkError where it is missing or damaged, with the checkpoint to go on from instead."""
+    try:
+        return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises anything on a damaged file
+        if found := exhausted(error, folder / OPTIMIZER):
+            raise found from error
+        if isinstance(error, PermissionError):
+            raise
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        before = [path.name for path in states(folder.parent) if path != folder]
+        then = f"goes on from {before[-1]}" if before else "begins anew"
+        raise WorkError(
+            f"--cpdir {folder.parent}: {OPTIMIZER} of {folder.name}, from which the run was to go on, {what}. Move "
+            f"{folder} away and run the same command again: it {then}."
+        ) from error
 
 
 def check_same_network(folder: Path, config: ModelConfig, family: DraftFamily) -> None:

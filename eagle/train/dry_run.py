@@ -39,10 +39,15 @@ MANY_LAYERS = 1000
 
 def dry_run(options: TrainOptions, accelerator: Accelerator) -> int:
     """Print the plan of this process (all are alike). Raises: FileNotFoundError, RequestError."""
+    missing = options.tmpdir if options.tmpdir and not options.tmpdir.exists() else None
+    if missing:
+        options = dataclasses.replace(options, tmpdir=None)
     setting = setting_of(options, accelerator)
     engine = engine_lines(options, accelerator)
     plan = make_plan(setting, options.family)
     if accelerator.is_main_process:
+        if missing:
+            print(f"note: --tmpdir {missing} is not there yet; this is the plan for a store of the base model's dtype")
         print("\n".join([*lines(plan, options, accelerator), *engine, *start_lines(setting, options, accelerator)]))
         if covered := planned_coverage(setting, options):
             print(covered.describe())

@@ -271,7 +271,7 @@ def run_training(options: TrainOptions, group: Group | None = None) -> int:
 
 
 def plan_training(options: TrainOptions) -> int:
-    if options.tmpdir:
+    if options.tmpdir and options.tmpdir.exists():  # a plan needs none
         existing_path(options.tmpdir, "--tmpdir", "folder")
     return dry_run(options, make_accelerator(dataclasses.replace(options, report_to="none")))
 

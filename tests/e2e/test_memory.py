@@ -117,6 +117,18 @@ def test_what_cannot_be_planned_is_refused(options, message, capsys) -> None:
     assert message in answer.error
 
 
+@pytest.mark.parametrize("more", [["--draft", "eagle1"], ["--draft", "eagle3"]])
+def test_the_store_may_still_be_missing(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As with the command that is to be typed behind step 3."""
+    words = ["--dry_run", *more, "--configpath", ROOT / "configs" / "qwen2_7B_config.json", "--init", "random"]
+    answer = ask(training.main, capsys, *words, "--tmpdir", tmp_path / "features")
+    assert answer.code == 0, answer.err
+    assert f"note: --tmpdir {tmp_path / 'features'} is not there yet" in answer.out
+    assert table(answer.out) == table(ask(training.main, capsys, *words).out)
+    (tmp_path / "features").write_text("a file")
+    assert ask(training.main, capsys, *words, "--tmpdir", tmp_path / "features").code == 2
+
+
 def test_a_store_of_another_model_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ROOT / "configs" / "qwen2_7B_config.json"
     answer = ask(training.main, capsys, "--dry_run", "--configpath", config, "--tmpdir", store)

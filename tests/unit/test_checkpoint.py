@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent, and pointers always point at one."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,45 @@ def test_the_oldest_go_but_never_best_or_last(model, tmp_path):
     checkpoint.point(tmp_path, checkpoint.BEST, "state_1")
     checkpoint.prune(tmp_path, keep=2)
     assert [path.name for path in checkpoint.states(tmp_path)] == ["state_1", "state_10", "state_11"]
+
+
+def test_what_cannot_be_deleted_now_ends_no_run(model, tmp_path, monkeypatch):
+    """As on NFS, where a file that somebody has open stays under another name; later it is tried again."""
+    for step in (1, 2, 3):
+        save(tmp_path, model, step)
+    real = shutil.rmtree
+
+    def held(path, ignore_errors=False, **_):
+        real(path, ignore_errors=ignore_errors)
+        Path(path).mkdir(exist_ok=True)
+        (Path(path) / ".nfs01").touch()
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", held)
+        checkpoint.prune(tmp_path, keep=2)
+    save(tmp_path, model, 1)
+    checkpoint.point(tmp_path, checkpoint.LAST, "state_3")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", held)
+        checkpoint.prune(tmp_path, keep=2)  # one more of the same name
+    assert [path.name for path in checkpoint.states(tmp_path)] == ["state_2", "state_3"]
+    assert len(list(tmp_path.glob(".state_1.*"))) == 2
+    checkpoint.prune(tmp_path, keep=2)
+    assert not list(tmp_path.glob(".state_*"))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-400]), Path.unlink])
+def test_a_damaged_optimizer_names_where_to_go_on_from(model, tmp_path, damage):
+    for step in (1, 2):
+        damage(save(tmp_path, model, step) / checkpoint.OPTIMIZER)
+    says = "optimizer.pt of state_{}, .* Move .*state_{} away and run the same command again: it {}"
+    with pytest.raises(WorkError, match=says.format(2, 2, "goes on from state_1")):
+        checkpoint.restore(tmp_path / "state_2", model)
+    (tmp_path / "state_2").rename(tmp_path / "elsewhere")
+    with pytest.raises(WorkError, match=says.format(1, 1, "begins anew")):
+        checkpoint.restore(tmp_path / "state_1", model)
 
 
 def test_a_full_disk_keeps_what_was_there(model, tmp_path, monkeypatch):
