@@ -27,7 +27,7 @@ from eagle.errors import RequestError, WorkError
 from eagle.progress import is_first_here
 from eagle.releases import let_cpus_be_set
 from eagle.train.agreement import disagreement, remarks
-from eagle.train.launch_check import GROUP_SIZE
+from eagle.train.launch_check import GROUP_SIZE, check_mode
 from eagle.train.watch import Ending, Keys, Watch, last_words
 
 Value = TypeVar("Value")
@@ -177,6 +177,7 @@ def meet(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 def _join() -> PartialState:
     try:
+        check_mode()
         on_cpu = device.choose_kind() == "cpu"
     except RequestError:
         if not is_first_here():  # the first says it; a launcher ends them all as one ends

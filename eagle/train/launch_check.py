@@ -1,4 +1,4 @@
-"""What a launcher made of the request: too few processes, too few threads, a precision that is not there."""
+"""What a launcher made of the request: too few processes, too few threads, what training has not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from eagle.errors import RequestError
 GROUP_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
+#: What else accelerate's launcher may ask for, by the variable that says so; it would wait for models of its own.
+OTHER_MODES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 #: "True" or "False": accelerate's launcher always says one of them.
 USE_CPU = "ACCELERATE_USE_CPU"
 
@@ -40,6 +46,17 @@ def check_launch(
         "cards, but none on a CPU. For one process pass --num_processes 1 (and unset MASTER_ADDR, should this shell\n"
         f"export it); for N of them type:\n{line}{shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     )
+
+
+def check_mode(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises: RequestError for a way of sharing the work that accelerate has and training does not use."""
+    for name, mode in OTHER_MODES.items():
+        if is_true(environment, name):
+            raise RequestError(
+                f"accelerate was told to use {mode} ({name}={environment[name]}), which training does not: expected "
+                "--multi_gpu, or --config_file configs/fsdp.yaml to share the draft among the cards. Leave it out of "
+                "the command and of accelerate's own config file (accelerate env shows that)."
+            )
 
 
 def check_precision(kind: str, environment: Mapping[str, str] = os.environ) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 
 from eagle import device
 from eagle.data.mixture import spelled
@@ -47,7 +47,7 @@ from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.dry_run import dry_run
 from eagle.train.engine import check_engine, describe_engine, log_of, shared_engine
 from eagle.train.group import Group, meet
-from eagle.train.launch_check import check_launch, check_precision, launch_notes
+from eagle.train.launch_check import check_launch, check_mode, check_precision, launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.options import FREE_ON_RESUME, TrainOptions, rate_as_in
@@ -72,8 +72,9 @@ def check_cpdir(options: TrainOptions) -> None:
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises: RequestError for fewer processes than asked for, a tracker that is not installed, or FSDP of a kind or a
-    precision that is not there."""
+    """Raises: RequestError for fewer processes than asked for, a tracker that is not installed, or a precision, FSDP of
+    a kind or another way to share the work that is not there."""
+    check_mode()
     kind = device.choose_kind()
     check_launch(kind)
     check_sharding()
@@ -85,8 +86,10 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     on_cpu = kind == "cpu"
     try:
         accelerator = Accelerator(
-            cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None
-        )
+            cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None,
+            # Micro-batches are added up by the loop; a number in the environment would divide their losses once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )  # fmt: skip
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
     for state in (PartialState(), accelerator.state):  # the second is made anew from the first, whoever asks for it

@@ -196,6 +196,19 @@ def test_a_record_that_is_not_finite_ends_the_run_before_it_does_harm(
         assert all(tensor.isfinite().all() for tensor in load_file(state / "model.safetensors").values())
 
 
+def test_gradient_accumulation_in_the_environment(
+    store: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's own is not what adds up here, and would make all gradients smaller."""
+    more = ["--num_epochs", 1, "--max_steps", 2, "--val_ratio", 0, "--init", "random", "--grad_clip", 0]
+    trained(*options(store, llama, tmp_path / "plain", *more))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    trained(*options(store, llama, tmp_path / "run", *more))
+    found = [torch.load(tmp_path / name / "last" / "optimizer.pt")["optimizer"] for name in ("plain", "run")]
+    moments = [[state["exp_avg"] for state in one["state"].values()] for one in found]
+    assert all(torch.equal(*pair) for pair in zip(*moments, strict=True)) and moments[0]
+
+
 @pytest.mark.parametrize("init", ["random", "closed_form"])
 def test_dumps_of_another_model(init: str, store: Path, llama: Path, tmp_path: Path) -> None:
     """They do not say which: that is remarked on, and a token that this one has not ends the run by name."""

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from eagle.errors import RequestError
-from eagle.train.launch_check import check_launch, check_precision, launch_notes
+from eagle.train.group import meet
+from eagle.train.launch_check import check_launch, check_mode, check_precision, launch_notes
 
 #: What ``accelerate launch --cpu --num_processes 2`` gives to the one process it starts.
 ALONE = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -48,6 +49,22 @@ def test_the_address_in_the_shell_of_one_card_is_let_be():
             check_launch(kind, ALONE, [])
     with pytest.raises(RequestError, match="started this one only"):
         check_launch("cpu", {**ALONE, "ACCELERATE_USE_CPU": "False"}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "a parallelism config")],
+)
+def test_other_ways_to_share_the_work_are_refused(name, mode, monkeypatch):
+    """Before a group is made, which may need what is not installed."""
+    variable = f"ACCELERATE_USE_{name}"
+    check_mode({})
+    check_mode({variable: "false"})
+    with pytest.raises(RequestError, match=rf"told to use {mode} \({variable}=true\).*configs/fsdp\.yaml"):
+        check_mode({variable: "true"})
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RequestError, match=mode), meet({"WORLD_SIZE": "2"}):
+        pass
 
 
 def test_a_precision_that_is_not_there():

@@ -84,7 +84,8 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
     Raises: RequestError for what does not fit the target.
     """
     given = load_config(configpath, CONFIG_KEYS) if configpath else None
-    shape, extra = given or target, {}
+    shape = given or target
+    extra: dict[str, Any] = {}
     if given is not None:
         extra, variants = _said_by(given)
         wrong = given.draft().differences(target.draft(), ("hidden_size", "vocab_size", "hidden_act"))
