@@ -41,7 +41,8 @@ def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str
 
 
 def config_file(options: TrainOptions) -> Path | None:
-    """The file that says what draft to train: ``--configpath``, or that of a draft which is gone on from.
+    """The file that says what draft to train: ``--configpath``, or that of a draft which is gone on from, be it the
+    run's own checkpoint in place of the one that the run began with.
 
     Raises: FileNotFoundError, RequestError (that draft is none, or of another family).
     """
@@ -55,7 +56,8 @@ def config_file(options: TrainOptions) -> Path | None:
                 )
     if given or options.init in family.starts or not family.config_keys:
         return given
-    return start_folder(Path(options.init), "--init", family) / "config.json"
+    folder = options.last_state or start_folder(Path(options.init), "--init", family)
+    return folder / "config.json"
 
 
 def check_widths(found: Mapping[str, int], expected: Mapping[str, int], options: TrainOptions) -> None:

@@ -21,6 +21,7 @@ from eagle.generate.source_options import EngineOptions
 from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, FEATURE_SOURCES
 from eagle.seeds import check_seed
 from eagle.target.quantization import Use
+from eagle.train.checkpoint import states
 
 #: What ``--init`` takes beside a folder, whatever the draft family.
 INITS = tuple(dict.fromkeys(name for family in DRAFT_FAMILIES.values() for name in family.starts))
@@ -148,7 +149,8 @@ class TrainOptions:
             weights = ["vloss_weight", "ploss_weight"]
             named = " ".join(f"--{name} 0" for name in weights if name not in self.family.idle)
             raise RequestError(f"{named}: nothing would be trained; set one above 0.")
-        if self.init not in self.family.starts and not Path(self.init).exists():
+        is_there = self.init in self.family.starts or Path(self.init).exists()
+        if not is_there and self.last_state is None:  # a run that goes on reads its own checkpoint only
             raise RequestError(
                 f"--init {self.init}: expected {' or '.join(self.family.starts)}, or the folder of a draft to start "
                 "from; there is no such folder."
@@ -197,6 +199,12 @@ class TrainOptions:
         """``--cpdir``, which only a dry run can do without."""
         assert self.cpdir is not None
         return self.cpdir
+
+    @property
+    def last_state(self) -> Path | None:
+        """The checkpoint in ``--cpdir`` that the run goes on from; None where it begins."""
+        found = states(self.cpdir) if self.cpdir else []
+        return found[-1] if found else None
 
     @property
     def base(self) -> Path:

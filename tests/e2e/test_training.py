@@ -309,6 +309,18 @@ def test_starting_from_a_draft(undisturbed: Path, store: Path, llama: Path, tmp_
     assert steps_of(tmp_path / "theirs")[0]["val_tau"] == first["val_tau"]
 
 
+def test_the_draft_that_a_run_began_with_may_be_gone(store: Path, llama: Path, tmp_path: Path) -> None:
+    """The run goes on from its own checkpoint; one that is to begin is refused."""
+    few = ["--num_epochs", 1, "--max_steps", 2, "--val_ratio", 0]
+    trained(*options(store, llama, tmp_path / "first", *few, "--init", "random"))
+    run = options(store, llama, tmp_path / "run", *few, "--init", tmp_path / "first")
+    trained(*run)
+    shutil.rmtree(tmp_path / "first")
+    assert "resuming from" in trained(*run).out
+    shutil.rmtree(tmp_path / "run")
+    assert "there is no such folder" in trained(*run, code=2).error
+
+
 def test_a_run_whose_loss_keeps_growing_is_ended(store: Path, llama: Path, tmp_path: Path) -> None:
     run = options(store, llama, tmp_path / "run", "--bs", 2, "--lr", 2, "--grad_clip", 0, "--val_ratio", 0)
     answer = trained(*run, "--num_epochs", 10, code=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from eagle.decode.fitting_draft import load_fitting_draft
 from eagle.decode.target import load_target
 from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DRAFT_FAMILIES
-from eagle.drafts.saved import load_draft, warm_start
+from eagle.drafts.saved import load_draft, save_draft, warm_start
 from eagle.errors import RequestError
-from eagle.target.config import load_config
+from eagle.target.config import ModelConfig, load_config
 from eagle.target.weights import Weights, read_embedding, read_head
 from eagle.train.draft_choice import draft_config
 from eagle.train.options import TrainOptions
@@ -238,6 +239,24 @@ def test_training_goes_on_with_the_layers_of_an_object(base: Path, tmp_path: Pat
     assert config.extra[AUX] == [0, 3, 6]
     network = family.build(config, read_embedding(weights, target).float(), draft())
     assert warm_start(network, source, "--init", family, target, lambda: read_head(weights, target)) == []
+
+
+def test_a_run_goes_on_without_the_draft_that_it_began_with(base: Path, tmp_path: Path):
+    """In the network that its own checkpoint is of."""
+    source = write(tmp_path / "draft", PLAIN | {AUX: [0, 3, 6], "rms_norm_eps": 1e-3}, draft() | d2t())
+    target, weights, family = load_config(base), Weights(base), DRAFT_FAMILIES["eagle3"]
+
+    def config() -> ModelConfig:
+        options = TrainOptions(tmp_path / "run", base, tmpdir=tmp_path, draft="eagle3", init=str(source))
+        return draft_config(options, target, {})
+
+    first = config()
+    save_draft(family.build(first, read_embedding(weights, target).float(), draft()), tmp_path / "run" / "state_2")
+    shutil.rmtree(source)
+    assert config() == first
+    (tmp_path / "run" / "state_2").rename(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match=r"--init .*there is no such folder"):
+        config()
 
 
 #: What is not read: config, tensors, what is said.
