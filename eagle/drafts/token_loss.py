@@ -148,6 +148,16 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     return group * width + inside.squeeze(-1)
 
 
+def sum_scale(rows: int) -> float:
+    """What features are divided by before slopes of at most about 1 are summed over so many rows with them: a power of
+    two, which rounds nothing.
+
+    The sum of a few thousand rows may be no float16 number, and no loss scale would help: it comes in later. Of
+    features up to 2,000 it stays one; by more, small features would lose digits.
+    """
+    return 2.0 ** max(rows.bit_length() - 5, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     loss: TokenLoss
@@ -237,8 +247,11 @@ class _Pass:
             self.gradient[:count, rows] = back.view(*slopes.shape[:2], -1) * valid
         if self.own_gradient is not None:
             assert self.step_weights is not None
-            weighted = self.draft[:count, rows].detach() * valid * self.step_weights[:count, None, None]
-            self.own_gradient += slopes.flatten(0, 1).T @ weighted.flatten(0, 1).to(slopes.dtype)
+            scale = sum_scale(slopes.shape[0] * slopes.shape[1])
+            weights = (self.step_weights[:count] / scale)[:, None, None]
+            weighted = self.draft[:count, rows].detach() * valid * weights
+            product = slopes.flatten(0, 1).T @ weighted.flatten(0, 1).to(slopes.dtype)
+            self.own_gradient.add_(product, alpha=scale)
 
     def _take(self, target: torch.Tensor, drafted: torch.Tensor, rows: slice) -> None:
         """Agreements and losses of a few positions; the slopes of the losses overwrite the draft's logits."""

@@ -13,6 +13,9 @@ from eagle.train.run_log import StepResult
 
 #: Steps whose mean loss is compared: one batch of hard conversations is not a run that goes wrong.
 WINDOW = 20
+#: Steps in a row that float16's loss scale may leave out. It begins at 65,536 and is halved each time: below 1 by then,
+#: it has nothing left to mend.
+MOST_SKIPPED = 20
 #: The mean loss grows to this multiple of its lowest in no run that still learns.
 GROWTH = 3.0
 
@@ -62,6 +65,31 @@ class LossGrowth:
                 f"{worst.number}, in a batch of {named(worst.conversations)}. Step {number} was not saved; "
                 f"checkpoints before it stay. Train into a new --cpdir with a lower --lr (it is {result.lr:.2e})."
             )
+
+
+class SkippedSteps:
+    """Watches for optimizer steps that were left out because their gradients overflowed in float16."""
+
+    def __init__(self) -> None:
+        self._steps, self._skipped, self._in_a_row = 0, 0, 0
+
+    def check(self, number: int, was_skipped: bool) -> None:
+        """Take in step `number`. Raises: WorkError where `MOST_SKIPPED` in a row changed nothing."""
+        self._steps += 1
+        self._skipped += was_skipped
+        self._in_a_row = self._in_a_row + 1 if was_skipped else 0
+        if self._in_a_row >= MOST_SKIPPED:
+            raise WorkError(
+                f"The gradients overflowed in float16 in each of the {MOST_SKIPPED} steps up to step {number}, however "
+                "far the loss was scaled down: nothing was trained in them. Checkpoints before them stay. Train into a "
+                "new --cpdir with --mixed_precision=bf16, or no."
+            )
+
+    def notes(self) -> list[str]:
+        """What to say at a run's end."""
+        if not self._skipped:
+            return []
+        return [f"{self._skipped:,} of {self._steps:,} steps changed nothing: their gradients overflowed in float16"]
 
 
 def _conversations(batches: Iterable[StoredBatch]) -> list[int]:

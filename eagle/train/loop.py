@@ -21,7 +21,7 @@ from eagle.train import checkpoint
 from eagle.train.averaging import averaged, swap, update
 from eagle.train.checkpoint import Position
 from eagle.train.dataset import FeatureDataset, epoch_batches, micro_batches, validation_order
-from eagle.train.divergence import LossGrowth, check_finite
+from eagle.train.divergence import LossGrowth, SkippedSteps, check_finite
 from eagle.train.exchange import Exchange
 from eagle.train.loader import Key, Loader, ahead
 from eagle.train.options import TrainOptions
@@ -75,6 +75,7 @@ class Trainer:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.best_tau, self._validations_without_gain = 0.0, 0
         self._is_resumed = False
+        self.skipped = SkippedSteps()
         tracker = None if options.report_to == "none" else accelerator
         self.log = RunLog(
             options.run_folder, active=accelerator.is_main_process, total_steps=self.total_steps, tracker=tracker
@@ -149,6 +150,8 @@ class Trainer:
                     if self.position.step >= self.total_steps:
                         break
             self._end_epoch(model, epoch, save_now)
+        for note in self.skipped.notes():
+            self.log.say(f"note: {note}")
         self.log.close()
 
     def _judge_start(self, model: torch.nn.Module) -> None:
@@ -233,6 +236,7 @@ class Trainer:
         judged = feature_loss + token_loss + (norms if accelerator.scaler is None else 0)
         check_finite(judged, self.position.step + 1, group, lr)
         self.optimizer.step()
+        self.skipped.check(self.position.step + 1, self.optimizer.step_was_skipped)
         update(self.optimizer, self.position.step + 1, options.ema)
         self.scheduler.step()
         self.optimizer.zero_grad()

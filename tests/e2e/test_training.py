@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 
 from eagle.drafts.saved import load_draft, resolve_pointer
@@ -207,6 +208,19 @@ def test_gradient_accumulation_in_the_environment(
     found = [torch.load(tmp_path / name / "last" / "optimizer.pt")["optimizer"] for name in ("plain", "run")]
     moments = [[state["exp_avg"] for state in one["state"].values()] for one in found]
     assert all(torch.equal(*pair) for pair in zip(*moments, strict=True)) and moments[0]
+
+
+def test_steps_that_change_nothing_end_the_run(
+    store: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those that a scaler of float16 leaves out, which a CPU has not."""
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
+    run = options(store, llama, tmp_path / "run", "--bs", 1, "--val_ratio", 0, "--init", "random")
+    said = trained(*run, "--max_steps", 2).out
+    assert "note: 2 of 2 steps changed nothing: their gradients overflowed in float16" in said
+    shutil.rmtree(tmp_path / "run")
+    answer = trained(*run, code=1)
+    assert "up to step 20, " in answer.error and "--mixed_precision=bf16" in answer.error
 
 
 @pytest.mark.parametrize("init", ["random", "closed_form"])

@@ -9,7 +9,7 @@ from eagle.drafts.alignment import StoredBatch, collate
 from eagle.errors import WorkError
 from eagle.store.record import Record
 from eagle.target.features import HIDDEN_STATE
-from eagle.train.divergence import GROWTH, WINDOW, LossGrowth, check_finite
+from eagle.train.divergence import GROWTH, MOST_SKIPPED, WINDOW, LossGrowth, SkippedSteps, check_finite
 from eagle.train.run_log import StepResult
 
 
@@ -57,3 +57,18 @@ def test_the_conversations_whose_features_are_to_blame_are_named():
     batches[0].features[HIDDEN_STATE].values[31, 2, 1] = float("inf")  # a target only
     with pytest.raises(WorkError, match=r"at step 2, in the features of the conversations 30, 31 \("):
         check_finite(float("nan"), 2, batches, 1e-3)
+
+
+def test_steps_that_change_nothing_are_counted_and_end_the_run():
+    """A few are how the loss scale is found."""
+    watch = SkippedSteps()
+    watch.check(1, False)
+    assert watch.notes() == []
+    for number in range(2, 1 + MOST_SKIPPED):
+        watch.check(number, True)
+    watch.check(1 + MOST_SKIPPED, False)
+    (note,) = watch.notes()
+    assert note.startswith(f"{MOST_SKIPPED - 1} of {MOST_SKIPPED + 1} steps changed nothing")
+    with pytest.raises(WorkError, match=r"each of the 20 steps up to step 120, .*--mixed_precision=bf16"):
+        for number in range(101, 200):
+            watch.check(number, True)

@@ -18,6 +18,7 @@ from eagle.drafts.losses import (
     top_k_distillation,
 )
 from eagle.drafts.token_loss import OwnHead, TokenLossHead, likeliest
+from eagle.releases import TORCH
 
 STEPS, N, H, V = 3, 13, 6, 50
 
@@ -85,6 +86,23 @@ def test_a_head_of_its_own_over_fewer_tokens(tensors, block, part, name):
     assert torch.equal(result.agrees, torch.tensor(ids)[logits.argmax(-1)] == chosen)
     assert torch.equal(result.in_top_3, (torch.tensor(ids)[logits.topk(3).indices] == chosen[:, None]).any(-1))
     assert not result.agrees[:, ~known].any() and 0 < result.agrees.sum() < result.in_top_3.sum()
+
+
+@pytest.mark.skipif(TORCH < (2, 2), reason="float16 on a CPU came with torch 2.2")
+def test_the_gradient_of_a_head_of_its_own_in_float16(tensors):
+    """Of thousands of rows that agree the sum is no float16 number, and is wanted in float32 all the same."""
+    rows = 1000
+    features, steps = torch.full((STEPS, rows, H), 40.0), torch.ones(STEPS)
+    head, weight = torch.zeros(V, H), torch.zeros(V, H).requires_grad_()
+    head[0] = 1.0
+    found = TokenLossHead(head.half(), own_head(weight, list(range(V)))).loss(
+        features.half(), features[0].half(), step_weights=steps, block=rows
+    )
+    (gradient,) = torch.autograd.grad(found.token_loss @ steps, weight)
+    expected = torch.full((V, H), STEPS * rows * 40.0 / V)
+    expected[0] -= STEPS * rows * 40.0
+    assert expected.abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=0)
 
 
 def test_a_frozen_head_of_its_own(tensors):
