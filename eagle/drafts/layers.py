@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,13 @@ from torch.nn import functional
 from eagle.drafts.chain_attention import ChainMask, Mask
 from eagle.releases import TORCH
 from eagle.target.config import ModelConfig
+
+
+def biases_among(names: Iterable[str]) -> dict[str, Any]:
+    """Which biases a layer with tensors of these names has, as its config says it: of attention all or none."""
+    biases = [name for name in names if name.endswith(".bias")]
+    attention = any(".self_attn." in name for name in biases)
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": any(".mlp." in name for name in biases)}
 
 
 class Attention(nn.Module):

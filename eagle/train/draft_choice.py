@@ -9,10 +9,12 @@ from pathlib import Path
 
 from eagle.drafts.coverage import Coverage
 from eagle.drafts.families import DRAFT_FAMILIES, check_served
-from eagle.drafts.saved import load_draft_config, start_folder
+from eagle.drafts.layers import biases_among
+from eagle.drafts.saved import draft_names, load_draft_config, start_folder
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import aux_layers, describe_feature, holder_of, states_in
+from eagle.target.weights import Weights
 from eagle.train.options import TrainOptions
 
 
@@ -29,7 +31,8 @@ def draft_config(options: TrainOptions, target: ModelConfig, widths: Mapping[str
     if file and file != options.configpath:  # it goes on as the network that its weights were trained in
         saved = load_draft_config(file.parent, family)
         own = {name: getattr(saved, name) for name in ("rope_theta", "rope_scaling", "rms_norm_eps")}
-        config = dataclasses.replace(config, **own)
+        names = draft_names(Weights(file.parent, flag="--init"))
+        config = dataclasses.replace(config, **own, **biases_among(names))
     if target.window is not None and options.max_len > target.window:
         raise RequestError(
             f"--max_len {options.max_len}: the base model attends to the last {target.window} tokens, and vLLM limits "

@@ -230,6 +230,37 @@ def test_training_goes_on_in_the_network_that_the_weights_are_of(tmp_path: Path)
         warm_start(other, source, "--init", family, target, lambda: head)
 
 
+@pytest.mark.parametrize("brought", ["q k v", "q k v o", "gate up down", "q k v up"])
+def test_training_goes_on_with_the_biases(base: Path, tmp_path: Path, brought: str):
+    """Of attention all four, of the MLP all three: one that the draft has not is zero, or is missing."""
+    names = brought.split()
+    sizes = {"q": 32, "k": 16, "v": 16, "o": H, "gate": 64, "up": 64, "down": H}
+    biases = {
+        f"midlayer.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj.bias": torch.randn(sizes[name])
+        for name in names
+    }
+    said = {"attention_bias": "q" in names, "mlp_bias": "up" in names}
+    source = write(tmp_path / "draft", PLAIN | said, draft() | d2t() | biases)
+    options = TrainOptions(tmp_path / "run", base, tmpdir=tmp_path, draft="eagle3", init=str(source))
+    target, weights, family = load_config(base), Weights(base), DRAFT_FAMILIES["eagle3"]
+    network = family.build(draft_config(options, target, {}), read_embedding(weights, target).float())
+
+    def start() -> list[str]:
+        return warm_start(network, source, "--init", family, target, lambda: read_head(weights, target))
+
+    if "up" in names and "gate" not in names:
+        with pytest.raises(RequestError, match=r"mlp.gate_proj.bias is missing"):
+            start()
+        return
+    assert start() == []
+    found = {name: tensor for name, tensor in network.trained_state().items() if name.endswith(".bias")}
+    assert len(found) == 4 * ("q" in names) + 3 * ("up" in names)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, biases.get(name, torch.zeros(len(tensor))))
+    save_draft(network, tmp_path / "saved")
+    assert load_draft(tmp_path / "saved").config == network.config
+
+
 def test_training_goes_on_with_the_layers_of_an_object(base: Path, tmp_path: Path):
     """Whatever more the store holds."""
     source = write(tmp_path / "draft", PLAIN | {"eagle_config": {AUX: [0, 3, 6]}}, draft() | d2t())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eagle.drafts.choices import DraftChoices
+from eagle.drafts.layers import biases_among
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import LLAMA, TARGET_FAMILIES
@@ -178,14 +179,7 @@ def completed_config(config: ModelConfig, tensors: Mapping[str, torch.Tensor], l
         DRAFT_VOCAB: said.get(DRAFT_VOCAB, config.vocab_size if drafted is None else len(drafted)),
         NORMED_RESIDUAL: bool(said.get(NORMED_RESIDUAL, False)),
     }
-    has_bias = any(name.startswith("midlayer.self_attn.") and name.endswith(".bias") for name in tensors)
-    return dataclasses.replace(
-        config,
-        qkv_bias=has_bias,
-        o_bias=has_bias,
-        mlp_bias=any(name.startswith("midlayer.mlp.") and name.endswith(".bias") for name in tensors),
-        extra=own,
-    )
+    return dataclasses.replace(config, extra=own, **biases_among(tensors))
 
 
 def _layers_read(said: object, layers: int | None) -> list[int]:
