@@ -10,6 +10,9 @@ wait for each other: a copy between two cards has each of them wait for all that
 
 Here the rope is on the first card, what layers have in common is handed on from card to card as the hidden states are,
 and results stay where they are. A card then waits for its neighbours alone.
+
+On NPUs little of this is won: there the host itself waits for both cards around a copy (torch_npu's ``copy_d2d``), and
+one thread starts all batches. A thread for each batch on its way would need layers that several threads may call.
 """
 
 from __future__ import annotations
