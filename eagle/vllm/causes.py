@@ -18,7 +18,7 @@ from eagle.data.template_variables import shown
 from eagle.target.features import HIDDEN_STATE
 from eagle.vllm.as_exported import Trained
 from eagle.vllm.capture import Watched
-from eagle.vllm.conversations import HeldOut, told_to
+from eagle.vllm.conversations import Conversation, HeldOut, told_to
 
 PREFIX, FEATURES, DRAFT = "prefix", "features", "draft"
 #: In words, in the order of the tests.
@@ -60,18 +60,24 @@ class Evidence:
     differs: frozenset[str] = field(default_factory=frozenset)
 
     @cached_property
+    def _other(self) -> list[Conversation]:
+        """Those whose served prompt is not the stored one."""
+        return [one for one in self.held_out.conversations if one.served and one.served != one.stored]
+
+    @cached_property
     def prompts(self) -> tuple[list[int], list[int]] | None:
         """Of the first conversation whose served prompt is not the stored one, both: stored, served. None where most
         are the same: a conversation that a server would not be sent like that is no cause."""
         known = [one for one in self.held_out.conversations if one.served is not None]
-        other = [(one.stored, one.served) for one in known if one.served and one.served != one.stored]
-        return other[0] if 2 * len(other) > len(known) else None
+        if 2 * len(self._other) <= len(known):
+            return None
+        first = self._other[0]
+        return first.stored, first.served or []
 
     @property
     def is_of_variables(self) -> bool:
-        """Whether the served template makes most of the stored prompts where it is told what it was for the store."""
-        other = [one for one in self.held_out.conversations if one.served and one.served != one.stored]
-        return 2 * sum(one.as_told == one.stored for one in other) > len(other)
+        """Whether the served template makes most of these stored prompts where it is told what it was for the store."""
+        return 2 * sum(one.as_told == one.stored for one in self._other) > len(self._other)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

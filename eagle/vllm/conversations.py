@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _served_prompts(
     if opened.digest != data["digest"]:
         return None, f"{' '.join(paths)} is not what the store was made from, {' '.join(known)}; {cure}"
     serving, records = encoder(manifest), opened.records
-    told = encoder(manifest)
+    told = copy.copy(serving)
     told.variables = parse_kwargs(told_to(manifest)) or {}
 
     def prompts(conversation: int) -> tuple[list[int] | None, list[int] | None]:
