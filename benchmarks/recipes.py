@@ -151,6 +151,8 @@ def train(one: Plan, seed: int, args: argparse.Namespace) -> Path:
         config = args.workdir / f"config-{key}.json"
         write_json(config, one.config)
         command += ["--configpath", str(config)]
+    # Does not decide the draft, so it is not in the key: an interrupted row loses no more than this.
+    command += ["--save_every", "10m"]
     call([*command, "--cpdir", str(cpdir)], args.workdir / f"{cpdir.name}.log")
     (cpdir / "trained").touch()
     return cpdir

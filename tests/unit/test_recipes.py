@@ -150,6 +150,7 @@ def test_what_was_trained_is_found_again(target, tmp_path, monkeypatch):
     found = [recipes.train(one, 0, args) for one in plans]
     assert found[0] == found[1] and len(set(found)) == len(commands) == len(names) - 1
     assert re.fullmatch(r"family-eagle3-[0-9a-f]{8}-0", found[0].name)
+    assert all("--save_every" in command for command in commands), "else an interrupted row begins anew"
     assert [recipes.train(one, 0, args) for one in plans] == found and len(commands) == len(names) - 1
     assert recipes.train(plans[0], 1, args) != found[0]
     spelled = dataclasses.replace(plans[0], flags=[*plans[0].flags, "--ttt_decay", "0.8"])
