@@ -28,9 +28,10 @@ make_environment() {
     }
     echo "Making $folder with $requirements ..."
     start_anew "$folder" installed.txt
-    "$base" -m venv "$folder"
-    "$folder/bin/python" -m pip install -q -r "$requirements"
-    printf '%s\n' "$wanted" >"$folder/installed.txt"
+    # Chained, since a shell that sources this may not end at what fails: half an environment is never called complete.
+    "$base" -m venv "$folder" &&
+        "$folder/bin/python" -m pip install -q -r "$requirements" &&
+        printf '%s\n' "$wanted" >"$folder/installed.txt"
 }
 
 if [ "${EAGLE_ENV:-}" = current ]; then
@@ -61,6 +62,6 @@ elif [ -n "${EAGLE_ENV:-}" ]; then
     echo "error: EAGLE_ENV=$EAGLE_ENV; expected 'current', or leave it unset for an environment of its own." >&2
     exit 2
 else
-    make_environment "$root/.venv" requirements-dev.txt "$given_python"
+    make_environment "$root/.venv" requirements-dev.txt "$given_python" || exit
     PYTHON="$root/.venv/bin/python"
 fi

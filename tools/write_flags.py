@@ -91,7 +91,7 @@ COMMANDS = (
         eagle.vllm.convert.make_parser,
         {"en": "Step 5: the folder vLLM loads", "zh": "步骤 5：vLLM 可加载的文件夹"},
         "python convert_eagle_ckpt_to_vllm_compatible.py --base-path ./llama-2-7b-chat --draft-path ./checkpoints \\\n"
-        "    --base-weight-name model.safetensors.index.json --draft-weight-name model.safetensors",
+        "    --base-weight-name model.safetensors.index.json --draft-weight-name model.safetensors --layout v1",
         "eagle-convert",
     ),
     Command(
@@ -99,7 +99,7 @@ COMMANDS = (
         eagle.regenerate.main.make_parser,
         {"en": "The base model's own replies", "zh": "基座模型自己的回答"},
         "python tools/regenerate.py --server http://localhost:8000/v1 --model_name ./llama-2-7b-chat \\\n"
-        "    --data_path ./sharegpt.json --output ./own.jsonl",
+        "    --data_path ./sharegpt.json --temperature 0.8 --output ./own.jsonl",
         "eagle-regenerate",
     ),
     Command(
@@ -114,7 +114,7 @@ COMMANDS = (
         "eagle.vllm.verify",
         eagle.vllm.verify.make_parser,
         {"en": "Verify a draft in vLLM", "zh": "在 vLLM 中验证草稿"},
-        "python -m eagle.vllm.verify --base-path ./llama-2-7b-chat --draft-path ./checkpoints-vllm/v1 \\\n"
+        "python -m eagle.vllm.verify --base-path ./llama-2-7b-chat --draft-path ./checkpoints-vllm \\\n"
         "    --num_speculative_tokens 3 --dtype float32",
         "eagle-verify",
     ),

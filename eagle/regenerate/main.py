@@ -24,8 +24,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model_name", type=Path, required=True, help="folder of the base model; with --server its config, tokenizer "
         "and template are enough")  # fmt: skip
-    add("--data_path", type=Path, required=True, help="conversations, .json, .jsonl or .parquet; their replies are "
-        "not read")  # fmt: skip
+    add("--data_path", type=Path, required=True, help="conversations: .json, .jsonl, .parquet, .arrow, or a folder "
+        "of them; their replies are not read")  # fmt: skip
     add("--output", type=Path, required=True, help="file to write: .json (an array) or .jsonl; beside it the journal "
         "of an unfinished run, and a report")  # fmt: skip
     add("--server", nargs="+", action="extend", default=[], metavar="URL", help="OpenAI-compatible servers of the "

@@ -75,10 +75,10 @@ def make_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "--allow_truncated", action="store_true", help="with --data_path: use the whole records of a file cut short"
     )
     add("draft", str, "the kind of draft", choices=tuple(DRAFT_FAMILIES))
-    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: all that "
-        "--tmpdir holds, else vLLM's)")  # fmt: skip
+    add("aux_layers", str, "with --draft eagle3: the layers whose inputs the draft reads (default: what "
+        "--configpath says, else all that --tmpdir holds, else vLLM's)")  # fmt: skip
     add("draft_vocab_size", int, "with --draft eagle3: how many tokens the draft chooses among, the most frequent ones "
-        "of the replies (default: 32000, or all)")  # fmt: skip
+        "of the replies (default: what --configpath says, else 32000, or all)")  # fmt: skip
     add("cpdir", Path, "where checkpoints go; continued where it holds this run's")
     add("basepath", Path, "folder of the base model")
     add("configpath", Path, "the draft's config: the base model's with num_hidden_layers 1 (default: derived)")

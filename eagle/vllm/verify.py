@@ -1,6 +1,6 @@
 """Prove an exported draft in a real vLLM: does it load, is the output the target's own, how much is accepted?
 
-    python -m eagle.vllm.verify --base-path ./llama-2-7b-chat --draft-path ./checkpoints-vllm/v1 \\
+    python -m eagle.vllm.verify --base-path ./llama-2-7b-chat --draft-path ./checkpoints-vllm \\
         --num_speculative_tokens 3 --dtype float32 --output report.json
 
 Needs vLLM 0.9 or newer in this environment. Two engines are started one after the other, each in its own process: with

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from eagle.files import ROOT
 from tests.npu import stand_ins
-from tests.tiny import conversations, make_target, write_sharegpt
+from tests.tiny import conversations, make_target
 
 #: Seconds that a block may take.
 PATIENCE = 600
@@ -96,8 +96,8 @@ def served(work: Path) -> None:
     """What the guide serves, as far as the stand-ins look at it: a base model, and a draft in both layouts."""
     folders = {
         "llama-2-7b-chat": ({}, ["model.norm.weight"]),
-        "checkpoints-vllm/v1": ({"architectures": ["LlamaForCausalLM"]}, ["model.fc.weight"]),
-        "checkpoints-vllm/v0": ({"model_type": "eagle", "model": {}}, ["lm_head.weight", "embed_tokens.weight"]),
+        "checkpoints-vllm": ({"architectures": ["LlamaForCausalLM"]}, ["model.fc.weight"]),
+        "checkpoints-v0": ({"model_type": "eagle", "model": {}}, ["lm_head.weight", "embed_tokens.weight"]),
     }
     for name, (config, tensors) in folders.items():
         (work / name).mkdir(parents=True)
@@ -106,10 +106,16 @@ def served(work: Path) -> None:
 
 
 def data(work: Path) -> None:
-    write_sharegpt(work / "sharegpt.json", conversations(COUNT, turns=1))
-    (work / "alpaca.json").write_text(json.dumps([{"instruction": "Say hello.", "input": "", "output": "Hello."}]))
-    chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
-    (work / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    """Half of the conversations in each of two formats, from which section 4 makes the file that the others read."""
+    turns = [[turn["value"] for turn in record["conversations"]] for record in conversations(COUNT, turns=1)]
+    asked = [{"instruction": question, "input": "", "output": reply} for question, reply in turns[: COUNT // 2]]
+    (work / "alpaca.json").write_text(json.dumps(asked))
+    roles = ("user", "assistant")
+    chats = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]}
+        for pair in turns[COUNT // 2 :]
+    ]
+    (work / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 
 
 def losses(cpdir: Path) -> list[float]:

@@ -17,6 +17,7 @@ from eagle.store.reader import FeatureStore
 from tests.npu.guide import COUNT, Typist, checkout, data, free_port, losses, served, target
 from tests.npu.simulated import environment
 from tests.pages import shell_blocks
+from tests.tiny import conversations, write_sharegpt
 
 GUIDE = (ROOT / "docs" / "ascend.md").read_text(encoding="utf-8")
 #: Where the second half begins: it needs nothing of the first but conversations, so that both may run side by side.
@@ -81,9 +82,10 @@ def test_from_the_container_to_a_served_draft(tmp_path: Path) -> None:
 def test_70b_and_several_machines(tmp_path: Path) -> None:
     shell = typist(tmp_path)
     target(tmp_path, "llama-2-70b-chat", "llama_2_chat_70B_config.json", layers=4)
+    write_sharegpt(tmp_path / "sharegpt.json", conversations(COUNT, turns=1))
     said = type_all(shell, GUIDE[HALF:])
 
-    assert workers(said) == [2, 1, 1]
+    assert workers(said) == [2, 2, 2]
     assert trainings(said) == ["2 x npu", "2 x npu"]
     assert len(FeatureStore(tmp_path / "features-two")) == COUNT
     assert sorted(path.name for path in (tmp_path / "features-two").glob("node-*")) == ["node-0", "node-1"]
@@ -102,7 +104,7 @@ def test_70b_and_several_machines(tmp_path: Path) -> None:
         ("pip install -r requirements-", "pip install -r requirement-"),
         ("|numpy|transformers", "|numpi|transformers"),
         ("tools/sharegpt_convert.py", "tools/sharegpt_converter.py"),
-        ("--output converted.json", "--ouput converted.json"),
+        ("--output sharegpt.json", "--ouput sharegpt.json"),
         ("curl -s http", "curl -S http"),
         ("grep vllm:spec_decode_num", "grep vllm:specdecode"),
         ("vllm serve ./llama", "vllm server ./llama"),
