@@ -204,7 +204,7 @@ def warm_start(
                 "from another draft."
             )
         notes = []
-    else:  # its layer is always the base model's, whatever its config says, in export as well
+    else:  # a layer that is trained here is always the base model's, whatever the config says that it began with
         differing = network_differences(load_draft_config(source, family), network.config)
         notes = [f"{flag} {source}: {what}; it goes on as here" for what in differing]
     optional = family.optional(state)

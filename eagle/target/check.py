@@ -16,7 +16,7 @@ from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.identity import Identity
 from eagle.target.quantization import UNQUANTIZED, Use, check_head, plain_tensors, quantized_tensors
-from eagle.target.trunk import expected_tensors
+from eagle.target.trunk import expected_tensors, served_config
 from eagle.target.weights import Header, Weights, first_weight_file
 from eagle.text import listed
 
@@ -45,6 +45,7 @@ def check_target(folder: Path, flag: str, weight_name: str | None = None, use: U
     config = check_config(folder, flag, use)
     weights = Weights(folder, weight_name, flag)
     expected = expected_tensors(config)
+    served_config(folder, config)  # what transformers would say of it later, in a worker
     _check_tensors(weights, expected, config)
     if weights.weight_name is None or (not config.quantization and expected.keys() <= set(weights.names())):
         return CheckedTarget(config, weights, Identity(folder, weights))

@@ -277,6 +277,8 @@ def _rope(raw: dict[str, Any], source: str, default: float) -> tuple[float, dict
     theta = theta_new if theta_new is not None else theta_old
     kind = scaling.pop("type", None)  # the name transformers 4 used first
     scaling.setdefault("rope_type", kind or "default")
+    if scaling["rope_type"] == "longrope" and (original := raw.get("original_max_position_embeddings")):
+        scaling.setdefault("original_max_position_embeddings", original)  # beside it, in the form of transformers 4
     return float(theta or default), None if scaling["rope_type"] == "default" else scaling
 
 

@@ -33,8 +33,6 @@ def phi3(raw: Raw) -> Raw:
         rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
         if (part := rope.pop("partial_rotary_factor", None)) is not None:
             raw["partial_rotary_factor"] = part
-        if rope["rope_type"] == "longrope" and raw.get("original_max_position_embeddings"):
-            rope.setdefault("original_max_position_embeddings", raw["original_max_position_embeddings"])
         raw[key] = rope
     if raw.get("partial_rotary_factor") == 1.0:
         del raw["partial_rotary_factor"]

@@ -19,9 +19,10 @@ from eagle.target.refusals import (
     odd_window,
     optional_window,
     other_code_than_phi3s,
-    own_code,
     soft_cap,
+    unknown_rope,
     unread_window,
+    weights_elsewhere,
 )
 
 #: As which vLLM loads every draft, whatever its target.
@@ -205,14 +206,15 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
             rms_norm_eps=1e-5,
             understood=dialects.phi3,
             own_keys=("sliding_window", "partial_rotary_factor"),
-            refusals=(*(other_code_than_phi3s if refusal is own_code else refusal for refusal in EVERY), odd_window),
+            # Its rope may be partial, and it may bring the code that transformers took over.
+            refusals=(other_code_than_phi3s, unknown_rope, weights_elsewhere, odd_window),
             window="sliding_window",
         ),
         TargetFamily(
             name="gemma3_text",
             describes="Gemma 3 (text)",
             architecture="Gemma3ForCausalLM",
-            since=(4, 53),
+            since=(5, 0),  # 4.57.1's AutoModel finds none of its weights
             max_position_embeddings=131072,
             rope_theta=1e6,
             tied=True,

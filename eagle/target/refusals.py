@@ -81,6 +81,18 @@ def unknown_rope(raw: dict[str, Any]) -> str | None:
     return None
 
 
+def partial_rope(raw: dict[str, Any]) -> str | None:
+    # transformers' class of these models turns whole heads, vLLM's as much of one as the key says.
+    ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
+    found = next((part for rope in ropes if (part := rope.get("partial_rotary_factor")) is not None), None)
+    if found is None or found == 1:
+        return None
+    return (
+        f"partial_rotary_factor is {found!r}, which transformers does not heed for these models and vLLM does. Take "
+        "the key out of config.json where the model was trained with a rope over whole heads."
+    )
+
+
 def unsteady_rope(rope: dict[str, Any] | None, positions: int, longest: int) -> str | None:
     """Why features of records of up to `longest` tokens would be no property of a record. rope: scaling, as read.
     positions: the model's.
@@ -123,9 +135,11 @@ def odd_window(raw: dict[str, Any]) -> str | None:
 
 
 def unread_window(raw: dict[str, Any]) -> str | None:
-    # The key is Mistral's; transformers' class of these models has no window, and vLLM's takes it from the key.
+    # The key is Mistral's; transformers' class of these models has no window, and vLLM's takes it from the key,
+    # whatever Qwen's switch says beside it. A draft, of a single layer, has the window of its target there.
     found = raw.get("sliding_window")
-    if not found or raw.get("use_sliding_window") is False or found >= raw.get("max_position_embeddings", 0):
+    switched_off = raw.get("use_sliding_window") is False and raw.get("num_hidden_layers") == 1
+    if not found or switched_off or found >= raw.get("max_position_embeddings", 0):
         return None
     return (
         f"sliding_window is {found!r}, which transformers does not heed for these models and vLLM does. Take the key "
@@ -149,4 +163,4 @@ def both_directions(raw: dict[str, Any]) -> str | None:
     return "use_bidirectional_attention is on: an encoder, and no model that continues a text. Name a chat model."
 
 
-EVERY: tuple[Refusal, ...] = (own_code, unknown_rope, weights_elsewhere)
+EVERY: tuple[Refusal, ...] = (own_code, unknown_rope, partial_rope, weights_elsewhere)

@@ -18,7 +18,12 @@ from eagle.releases import TORCH
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.weights import Weights
+from eagle.text import listed
 from eagle.versions import release
+
+
+def transformers_release() -> tuple[int, ...]:
+    return release(version("transformers"))
 
 
 def check_packages(family: str) -> None:
@@ -29,7 +34,7 @@ def check_packages(family: str) -> None:
     from transformers.utils import is_torch_available
 
     known = TARGET_FAMILIES[family]
-    if release(version("transformers")) < known.since:
+    if transformers_release() < known.since:
         raise RequestError(
             f"transformers {version('transformers')} does not compute {known.describes} models as they are served; "
             f"{'.'.join(map(str, known.since))} and newer do. Update transformers."
@@ -44,7 +49,7 @@ def check_packages(family: str) -> None:
 
 def from_pretrained_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`from_pretrained`'s keyword for the dtype, which transformers renamed in 4.56."""
-    return {"dtype" if release(version("transformers")) >= (4, 56) else "torch_dtype": dtype}
+    return {"dtype" if transformers_release() >= (4, 56) else "torch_dtype": dtype}
 
 
 def load_trunk(
@@ -66,7 +71,8 @@ def load_trunk(
     offload_folder: where layers go that fit on no card; without it they are not accepted, since every batch would read
     them from disk.
 
-    Raises: RequestError where the cards are too small for the target, or the device does not compute in that dtype.
+    Raises: RequestError where the cards are too small for the target, the device does not compute in that dtype, or
+    this transformers leaves weights out.
     """
     from transformers import AutoModel
     from transformers.utils import logging
@@ -90,11 +96,12 @@ def load_trunk(
     if offload_folder:
         placement["offload_folder"] = str(offload_folder)
     try:
-        trunk = AutoModel.from_pretrained(
+        trunk, found = AutoModel.from_pretrained(
             str(folder),
             config=served_config(folder, config),
             **from_pretrained_dtype(dtype),
             attn_implementation=attention,
+            output_loading_info=True,
             **placement,
         )
     except ValueError as error:
@@ -105,6 +112,11 @@ def load_trunk(
         if not room or not is_out_of_memory(error):
             raise
         raise _too_small(folder, room) from error
+    if found["missing_keys"]:  # random, and nobody is told: the notes of transformers are off
+        raise RequestError(
+            f"{folder}: transformers {version('transformers')} does not find {listed(sorted(found['missing_keys']))} "
+            f"among the weights: its class of {config.family} models looks for other names. Update transformers."
+        )
     outside = {"cpu", "disk"} - {device.type} if not offload_folder else set()
     if spread and outside & {str(place) for place in getattr(trunk, "hf_device_map", {}).values()}:
         raise _too_small(folder, room)
@@ -125,15 +137,57 @@ def served_config(folder: str | Path, config: ModelConfig) -> Any:
 
     Of longrope's two sets of factors transformers takes the short one where a batch is short; vLLM takes the long one
     for every sequence as soon as it is to serve longer ones than the original context.
+
+    Raises: RequestError where this transformers does not read it, or would compute another rope.
     """
     from transformers import AutoConfig
 
-    theirs = AutoConfig.from_pretrained(str(folder))
+    try:
+        theirs = AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # of transformers' own kinds, which change from release to release
+        said = " ".join(str(error).split())
+        raise RequestError(
+            f"{folder}/config.json: transformers {version('transformers')} does not read it: {said}. Take the one that "
+            "was published with the weights, or correct the value."
+        ) from None
+    theirs.pad_token_id = None  # changes no feature, and need not be in the vocabulary
+    if not getattr(theirs, "quantization_config", True):
+        del theirs.quantization_config  # empty, which is none
+    _check_yarn(config)
+    if transformers_release() < (5,) and getattr(theirs, "rope_parameters", None):
+        _say_as_transformers_4(theirs, config)
+    original = (config.rope_scaling or {}).get("original_max_position_embeddings")
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "longrope" and original:
+        # Where it stands beside the rope, Llama's class takes the whole context for it.
+        theirs.original_max_position_embeddings = original
+        if rope := getattr(theirs, "rope_parameters", None):
+            rope["original_max_position_embeddings"] = original
     if has_long_rope(config):
         for name in ("rope_scaling", "rope_parameters"):
             if rope := getattr(theirs, name, None):
                 rope["short_factor"] = rope["long_factor"]
     return theirs
+
+
+def _say_as_transformers_4(theirs: Any, config: ModelConfig) -> None:
+    """transformers 4 does not read ``rope_parameters``, in which transformers 5 writes all of a rope, nor new names."""
+    scaling = dict(config.rope_scaling) if config.rope_scaling else None
+    theirs.rope_theta, theirs.rope_scaling = config.rope_theta, scaling
+    for key, value in config.own.items():
+        setattr(theirs, key, value)
+
+
+def _check_yarn(config: ModelConfig) -> None:
+    """Raises: RequestError where this transformers takes a yarn's context for its original one."""
+    rope, positions = config.rope_scaling or {}, config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or positions
+    if rope.get("rope_type") == "yarn" and original != positions and transformers_release() < (4, 57):
+        raise RequestError(
+            f"the base model has a rope of type 'yarn' over {original:,} original positions, which transformers "
+            f"{version('transformers')} takes for one over all {positions:,}: other angles than vLLM's. Update "
+            f"transformers to 4.57 or newer, or write max_position_embeddings {original} into a copy of the model's "
+            "config.json, with which the angles are right."
+        )
 
 
 def _too_small(folder: str | Path, memory: dict[int | str, int]) -> RequestError:
@@ -173,8 +227,10 @@ def _plain_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     raw = dataclasses.replace(config, rope_scaling=None).to_json()
-    for key in ("model_type", "rope_theta", "rope_scaling", "rope_parameters"):
+    # Nor what changes no tensor, and may be no value that transformers takes.
+    for key in ("model_type", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype"):
         raw.pop(key)
+    raw["pad_token_id"] = None
     return AutoConfig.for_model(config.family, **raw)
 
 

@@ -14,6 +14,7 @@ from eagle.drafts.saved import draft_names, load_draft_config, start_folder
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import aux_layers, describe_feature, holder_of, states_in
+from eagle.target.quantization import Use
 from eagle.target.weights import Weights
 from eagle.train.options import TrainOptions
 
@@ -52,7 +53,7 @@ def config_file(options: TrainOptions) -> Path | None:
     family, given = options.family, options.configpath
     if given and not family.config_keys:
         for other in DRAFT_FAMILIES.values():
-            if named := load_config(given, other.config_keys).extra:
+            if named := load_config(given, other.config_keys, Use.SERVED).extra:
                 raise RequestError(
                     f"--configpath {given} is the config of {other.describes} ({', '.join(named)}), and this run "
                     f"trains {family.describes}. Add --draft {other.name}, or leave --configpath out."

@@ -22,6 +22,7 @@ from eagle.files import existing_path
 from eagle.store.reader import FeatureStore
 from eagle.target.check import check_config, check_target
 from eagle.target.config import ModelConfig, load_config
+from eagle.target.quantization import Use
 from eagle.target.trunk import trunk_values
 from eagle.target.weights import first_weight_file
 from eagle.text import visible
@@ -92,7 +93,7 @@ def setting_of(options: TrainOptions, accelerator: Accelerator) -> Setting:
     if options.data_path and options.basepath and not options.is_engine:
         trunk = trunk_values(target) * parse_dtype(options.dtype).itemsize
     path = options.configpath
-    if path and options.basepath is None and load_config(path).num_hidden_layers != 1:
+    if path and options.basepath is None and load_config(path, use=Use.SERVED).num_hidden_layers != 1:
         options = dataclasses.replace(options, configpath=None)  # it is the base model's
     draft = draft_config(options, target, store.widths)
     return Setting(
@@ -139,7 +140,7 @@ def planned_target(options: TrainOptions) -> ModelConfig:
             "--dry_run without --basepath or --configpath: expected one of them, for the shapes. --basepath may be a "
             "folder that holds nothing but config.json; --configpath one of configs/."
         )
-    return dataclasses.replace(load_config(options.configpath), num_hidden_layers=MANY_LAYERS)
+    return dataclasses.replace(load_config(options.configpath, use=Use.SERVED), num_hidden_layers=MANY_LAYERS)
 
 
 @dataclass(frozen=True, slots=True)

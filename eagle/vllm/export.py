@@ -201,6 +201,8 @@ def export(
     if not allow_other_base:
         check_same_target(draft, checked.identity)
         check_embedding(draft, lambda: read_embedding(base, target))
+    for difference in draft.config.differences(target.draft(), ("rope_theta", "rope_scaling", "rms_norm_eps")):
+        print(f"note: the draft's {difference}; it is written as the draft says, which is how it was trained")
     output = output_path or default_output(draft_path)
     family = DRAFT_FAMILIES[draft.family]
     serving = serving_of(target, family)

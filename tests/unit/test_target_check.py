@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from eagle.errors import RequestError
+from eagle.target import trunk as trunks
 from eagle.target.check import check_target
 from eagle.target.config import load_config, parse_config
 from eagle.target.identity import Identity, spread
 from eagle.target.refusals import ROPE_TYPES
 from eagle.target.tokenizer import load_tokenizer, tokens_without_row
-from eagle.target.trunk import expected_tensors, trunk_values
+from eagle.target.trunk import expected_tensors, load_trunk, transformers_release, trunk_values
 from eagle.target.weights import WEIGHT_FILES, Weights, fingerprint
 from tests.tiny import VOCAB, keep_only_tokenizer_model, make_target, sentencepiece_model
 from tests.unit.config_cases import PARAMETERS, base, skip_unless_known
@@ -48,6 +49,84 @@ def test_expected_tensors_are_what_transformers_saves(tmp_path, target):
     folder = make_target(tmp_path / "m", **TARGETS[target])
     saved = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert expected_tensors(load_config(folder)) == saved
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"use_cache": "perhaps"}, "use_cache"),
+        ({"attention_bias": None}, "attention_bias"),
+        ({"dtype": "auto"}, "auto"),
+    ],
+)
+def test_what_transformers_does_not_read_is_said_before_anything_begins(tmp_path, said, named):
+    if transformers_release() < (5,):
+        pytest.skip("transformers 4 takes these values")
+    folder = make_target(tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | said))
+    with pytest.raises(RequestError, match=rf"config\.json: transformers \S+ does not read it: .*{named}"):
+        check_target(folder, "--model_name")
+
+
+def test_what_changes_no_feature_may_be_odd(tmp_path):
+    """A padding id behind the vocabulary, as Llama-2's with 32000 of 32000, and an empty quantization_config."""
+    folder, ids = make_target(tmp_path / "m"), torch.arange(3, 20)[None]
+    plain = load_trunk(folder, torch.float32, torch.device("cpu"))(input_ids=ids).last_hidden_state
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(raw | {"pad_token_id": raw["vocab_size"], "quantization_config": {}})
+    )
+    assert check_target(folder, "--model_name").config.quantization is None
+    trunk = load_trunk(folder, torch.float32, torch.device("cpu"))
+    assert torch.equal(trunk(input_ids=ids).last_hidden_state, plain)
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama3", "linear"])
+def test_both_generations_configs_give_the_same_features(tmp_path, kind):
+    """Whichever transformers wrote the config, and whichever reads it."""
+    scaling: dict = {
+        "plain": {"rope_type": "default"},
+        "linear": {"rope_type": "linear", "factor": 4.0},
+        "llama3": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    }[kind]  # fmt: skip
+    folder, ids = make_target(tmp_path / "m"), torch.arange(200)[None] % VOCAB
+    raw = json.loads((folder / "config.json").read_text())
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        raw.pop(key, None)
+    forms = {
+        4: {"rope_theta": 5e5, "rope_scaling": None if kind == "plain" else scaling},
+        5: {"rope_parameters": {**scaling, "rope_theta": 5e5}},
+    }
+    found = []
+    for form in forms.values():
+        (folder / "config.json").write_text(json.dumps(raw | form))
+        with torch.no_grad():
+            found.append(load_trunk(folder, torch.float32, torch.device("cpu"))(input_ids=ids).last_hidden_state)
+    assert torch.equal(*found)
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_theta": 1e4}))
+    with torch.no_grad():
+        other = load_trunk(folder, torch.float32, torch.device("cpu"))(input_ids=ids).last_hidden_state
+    assert not torch.allclose(found[0], other, atol=1e-2)
+
+
+def test_a_yarn_that_an_old_transformers_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    folder = make_target(tmp_path / "m", max_position_embeddings=256)
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("rope_theta", None), raw.pop("rope_scaling", None)
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_parameters": yarn}))
+    monkeypatch.setattr(trunks, "transformers_release", lambda: (4, 45, 2))
+    with pytest.raises(RequestError, match=r"'yarn' over 64 original positions.*write max_position_embeddings 64"):
+        check_target(folder, "--model_name")
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_parameters": yarn, "max_position_embeddings": 64}))
+    check_target(folder, "--model_name")
+    monkeypatch.setattr(trunks, "transformers_release", lambda: (4, 57))
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_parameters": yarn}))
+    check_target(folder, "--model_name")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

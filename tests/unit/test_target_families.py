@@ -25,7 +25,7 @@ from eagle.target.config import load_config, parse_config
 from eagle.target.cpu_trunk import packed_trunk
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.features import HIDDEN_STATE, aux_name, features_of
-from eagle.target.trunk import expected_tensors, load_trunk, parts_of, trunk_values
+from eagle.target.trunk import expected_tensors, has_long_rope, least_context, load_trunk, parts_of, trunk_values
 from eagle.target.weights import Weights, read_head, read_norm
 from eagle.train.arguments import read_options
 from eagle.train.draft_choice import draft_config
@@ -179,6 +179,15 @@ def test_a_look_alike_is_refused(made, name, tmp_path):
         (base("mistral_7B") | {"sliding_window": 0}, "sliding_window is 0; expected a number of tokens, or null"),
         (base("phi_4") | {"sliding_window": "2047"}, "sliding_window is '2047'"),
         (base("llama_3.1_8B") | {"sliding_window": 4096}, "which transformers does not heed"),
+        (
+            base("llama_3.1_8B") | {"sliding_window": 4096, "use_sliding_window": False},
+            "sliding_window is 4096, which transformers does not heed",
+        ),
+        (base("llama_3.1_8B") | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which"),
+        (
+            base() | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor is 0.25, which",
+        ),
         (base("phi_4") | {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "the rope type 'ntk' is not known"),
     ],
 )
@@ -231,6 +240,22 @@ def test_both_generations_of_transformers_say_the_same_of_phi():
     }  # fmt: skip
     assert parse_config(new) == parse_config(old)
     assert parse_config(old).draft().rope_scaling is None
+
+
+def test_longrope_beside_its_rope_is_every_familys():
+    """Which context is the original one may stand at the top of config.json; vLLM heeds it there for Llama too."""
+    factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    raw = base("llama_3.1_8B") | {"rope_scaling": {"type": "longrope", **factors}}
+    raw |= {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    config = parse_config(raw)
+    assert config.rope_scaling["original_max_position_embeddings"] == 16 and has_long_rope(config)
+    assert least_context(config) == 17
+
+
+def test_a_drafts_window_is_its_targets():
+    """Drafts come with Qwen's keys in a Llama's config; vLLM takes a draft's window from its target."""
+    raw = base("llama_3.1_8B") | {"sliding_window": 4096, "use_sliding_window": False}
+    assert parse_config(raw | {"num_hidden_layers": 1}).window is None
 
 
 def test_what_changes_a_family_changes_its_digest():

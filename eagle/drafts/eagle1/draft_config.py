@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
+from eagle.target.quantization import Use
 
 
 def draft_config_for(target: ModelConfig, configpath: str | Path | None) -> ModelConfig:
@@ -20,7 +21,7 @@ def draft_config_for(target: ModelConfig, configpath: str | Path | None) -> Mode
     derived = target.draft()
     if configpath is None:
         return derived
-    given = load_config(configpath)
+    given = load_config(configpath, use=Use.SERVED)  # no draft takes over how its base model is quantized
     if given.num_hidden_layers != 1:
         raise RequestError(
             f"--configpath {configpath}: num_hidden_layers is {given.num_hidden_layers}; a draft has exactly "

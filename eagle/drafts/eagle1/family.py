@@ -63,12 +63,12 @@ class Eagle1(DraftFamily):
 
     def config_of(self, target: ModelConfig, saved: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
         names = set(tensors)
-        rope = saved.rope_scaling
-        layer = target.draft()
-        if rope and rope["rope_type"] == "longrope":  # which new drafts have not: it was trained with it
-            layer = dataclasses.replace(layer, rope_scaling=rope)
         return dataclasses.replace(
-            layer,
+            target.draft(),
+            # What its weights were trained with, as vLLM would take it from the draft's own folder.
+            rope_theta=saved.rope_theta,
+            rope_scaling=saved.rope_scaling,
+            rms_norm_eps=saved.rms_norm_eps,
             qkv_bias="layers.0.self_attn.q_proj.bias" in names,
             o_bias="layers.0.self_attn.o_proj.bias" in names,
             mlp_bias="layers.0.mlp.gate_proj.bias" in names,

@@ -15,6 +15,7 @@ from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import LLAMA, TARGET_FAMILIES
 from eagle.target.features import aux_name
+from eagle.target.quantization import Use
 
 #: Keys of config.json, as vLLM and SGLang read them.
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
@@ -84,7 +85,7 @@ def draft_config_for(target: ModelConfig, configpath: Path | None, choices: Draf
 
     Raises: RequestError for what does not fit the target.
     """
-    given = load_config(configpath, CONFIG_KEYS) if configpath else None
+    given = load_config(configpath, CONFIG_KEYS, Use.SERVED) if configpath else None
     shape = given or target
     extra: dict[str, Any] = {}
     if given is not None:
