@@ -213,7 +213,7 @@ class ServedTarget:
             text = _whole_characters(message.get("content") or "")
             reasoning = first_said(message, *REASONING_NAMES)
             if isinstance(reasoning, str) and "</think>" not in text:
-                text = f"<think>\n{_whole_characters(reasoning).strip()}\n</think>\n\n{text.lstrip()}"
+                text = _behind_reasoning(_whole_characters(reasoning).strip(), text, is_cut=finish == LENGTH)
             return Said(finish, None, text, counted, context)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise WorkError(
@@ -264,6 +264,17 @@ def _broken_off(answer: dict[str, Any]) -> str | None:
     first = choices[0] if isinstance(choices, list) and choices else None
     reason = first.get("finish_reason") if isinstance(first, dict) else None
     return f"the server broke the reply off ({reason})" if reason in _BROKEN_OFF else None
+
+
+def _behind_reasoning(reasoning: str, text: str, *, is_cut: bool) -> str:
+    """A reply as the model wrote it, of which a server gives the reasoning and the answer apart.
+
+    Without an answer nothing says that the reasoning was ended: that of a reply that was cut off stays open, and one
+    that ended by itself is empty.
+    """
+    if text.strip():
+        return f"<think>\n{reasoning}\n</think>\n\n{text.lstrip()}"
+    return f"<think>\n{reasoning}" if is_cut else ""
 
 
 def _whole_characters(text: str) -> str:

@@ -124,6 +124,9 @@ def test_where_one_of_two_rests_the_other_is_asked():
         ({"content": "y"}, "eos_token", (STOP, "y")),
         ({"content": "no no no"}, "repetition", (LENGTH, "no no no")),
         ({"content": "", "refusal": "I will not"}, "stop", (FILTERED, "")),
+        ({"content": None, "reasoning_content": "hm\n"}, "length", (LENGTH, "<think>\nhm")),
+        ({"content": "", "reasoning": "hm"}, "repetition", (LENGTH, "<think>\nhm")),
+        ({"content": "ye", "thinking": "hm"}, "length", (LENGTH, "<think>\nhm\n</think>\n\nye")),
     ],
 )
 def test_what_a_server_says_in_words(message, finish, expected):
@@ -136,6 +139,15 @@ def test_what_a_server_says_in_words(message, finish, expected):
     assert said.finish == (FILTERED if expected[0] == FILTERED else LENGTH)
     said = served._read({**answer, "usage": {"completion_tokens": 9}}, [], 99)
     assert (said.finish, said.context) == (expected[0], 0 if finish == "length" else None)
+
+
+def test_reasoning_that_ends_without_an_answer_is_an_empty_reply():
+    """Whether the model ended its reasoning before it ended its turn, the text does not tell."""
+    served = ServedTarget(servers("http://h/v1"), "m", FROM_TEXT, 100, Sampling(), [], {})
+    for content in (None, "", "\n\n"):
+        message = {"content": content, "reasoning_content": "hm"}
+        said = served._read({"choices": [{"message": message, "finish_reason": "stop"}]}, [], 99)
+        assert (said.finish, said.text.strip()) == (STOP, "")
 
 
 TGI = "Input validation error: `inputs`"
