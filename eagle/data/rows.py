@@ -70,16 +70,21 @@ def _rows_of(messages: list[Message], encoder: Encoder, max_length: int, tally: 
     return rows
 
 
-def aligned_rows(messages: list[Message], encoder: Encoder, at_least: int | None = None) -> list[Aligned]:
+def aligned_rows(
+    messages: list[Message], encoder: Encoder, at_least: int | None = None, *, is_cut: bool = False
+) -> list[Aligned]:
     """The rows of a conversation and their text. Raises: Dropped.
 
     at_least: only the rows that are trained when each is cut to so many tokens; more than these may be in them.
+    is_cut: the last reply was cut off: its row ends with its text, as the model did not say the end of turn.
     """
-    messages = _with_reasoning_as_served(messages, encoder, Tally())
-    whole = _in_one_piece(messages, encoder, at_least)
+    served = _with_reasoning_as_served(messages, encoder, Tally())
+    # Where the one that was cut off was reasoning alone, which is taken out, those before it are whole.
+    is_cut = is_cut and len(served) == len(messages)
+    whole = _in_one_piece(served, encoder, at_least)
     if whole:
-        return [whole]
-    rows = list(_by_turn(messages, encoder, Tally(), at_least))
+        return [_without_end_of_turn(whole, served, encoder) if is_cut else whole]
+    rows = list(_by_turn(served, encoder, Tally(), at_least, is_cut=is_cut))
     return [row for row in rows if is_supervised(row.loss_mask[:at_least])]
 
 
@@ -160,14 +165,27 @@ def _in_one_piece(messages: list[Message], encoder: Encoder, at_least: int | Non
     return aligned
 
 
-def _by_turn(messages: list[Message], encoder: Encoder, tally: Tally, at_least: int | None) -> Iterator[Aligned]:
-    """Rows of replies behind the server's own prompts; of those that `at_least` tokens do not reach none."""
+def _without_end_of_turn(whole: Aligned, messages: list[Message], encoder: Encoder) -> Aligned:
+    """A conversation in one piece, up to the end of its last reply's text, which the template may have trimmed."""
+    start, reply = encoder.reply_spans(messages)[1][-1][0], messages[-1]["content"]
+    end = start + len(reply if whole.text.startswith(reply, start) else reply.strip())
+    kept = int(np.searchsorted(whole.offsets[:, 1], end, side="right"))
+    return Aligned(whole.text[:end], whole.input_ids[:kept], whole.loss_mask[:kept], whole.offsets[:kept])
+
+
+def _by_turn(
+    messages: list[Message], encoder: Encoder, tally: Tally, at_least: int | None, *, is_cut: bool = False
+) -> Iterator[Aligned]:
+    """Rows of replies behind the server's own prompts; of those that `at_least` tokens do not reach none.
+
+    is_cut: as `aligned_rows`.
+    """
     row: Aligned | None = None
     left_out = beyond = found = 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        turn = _served(messages[: index + 1], encoder)
+        turn = _served(messages[: index + 1], encoder, is_cut=is_cut and index == len(messages) - 1)
         if turn is None:
             left_out += "weight" not in message
             continue
@@ -204,8 +222,10 @@ def _with_reply(encoder: Encoder, turn: _Turn, prompt: np.ndarray, offsets: np.n
     return Aligned(text, ids, mask, offsets)
 
 
-def _served(messages: list[Message], encoder: Encoder) -> _Turn | None:
+def _served(messages: list[Message], encoder: Encoder, *, is_cut: bool) -> _Turn | None:
     """The last reply of these messages as a server has it; None where its prompt begins a reasoning that is missing.
+
+    is_cut: that reply was cut off, perhaps inside its reasoning.
 
     Raises: Dropped.
     """
@@ -213,10 +233,10 @@ def _served(messages: list[Message], encoder: Encoder) -> _Turn | None:
     prompt = encoder.prompt(messages[:-1])
     before, after = encoder.frame(messages[:-1])
     reply = _as_rendered(reply, encoder.render(messages), before, after)
-    end = after[: encoder.end_of_turn(after)]
+    end = "" if is_cut else after[: encoder.end_of_turn(after)]
     if opened := OPENS.search(prompt):
         begin, close = f"<{opened[1]}>", f"</{opened[1]}>"
-        if close not in reply:
+        if close not in reply and not (is_cut and reply.lstrip().startswith(begin)):
             return None
         if reply.lstrip().startswith(begin):  # the prompt has said it already, and perhaps a line break
             reply = reply.lstrip().removeprefix(begin).removeprefix(prompt[opened.start() + len(begin) :])

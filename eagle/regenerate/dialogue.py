@@ -192,18 +192,8 @@ def rows_from_text(walk: Walk, encoder: Encoder) -> list[Row]:
 
     Of a reply that was cut off the end of turn is left away, which the model did not say.
     """
-    messages = walk.messages
-    found = aligned_rows(messages, encoder)
-    rows = [Row(row.input_ids.tolist(), row.loss_mask.tolist()) for row in found]
-    if walk.finishes[-1] == LENGTH:
-        last, after = found[-1], encoder.frame(messages[:-1])[1]
-        if not last.text.endswith(after):  # a row of its own ends with the end of turn
-            after = after[: encoder.end_of_turn(after)]
-        end = len(last.text) - len(after)
-        if last.text[:end].rstrip().endswith(messages[-1]["content"].rstrip()):  # else that reply is in no row
-            keep = int(np.searchsorted(last.offsets[:, 1], end, side="right"))
-            rows[-1] = Row(rows[-1].input_ids[:keep], rows[-1].loss_mask[:keep])
-    return rows
+    rows = aligned_rows(walk.messages, encoder, is_cut=walk.finishes[-1] == LENGTH)
+    return [Row(row.input_ids.tolist(), row.loss_mask.tolist()) for row in rows]
 
 
 def _digest(content: Any) -> bytes:
