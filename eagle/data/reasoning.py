@@ -8,15 +8,24 @@ _NAMES = "think|thinking|thought|reasoning"
 #: What a generation prompt ends with that begins the model's reasoning.
 OPENS = re.compile(rf"<({_NAMES})>\s*\Z")
 #: What a generation prompt ends with that has ended it: the model answers at once.
-CLOSED = re.compile(rf"</(?:{_NAMES})>\s*\Z")
+CLOSED = re.compile(rf"</({_NAMES})>\s*\Z")
 ENDS = re.compile(rf"</(?:{_NAMES})>")
+#: What a reply begins with: its reasoning, up to the first end tag of that name. Tags elsewhere are its subject.
+_BEGINS = re.compile(rf"\s*<({_NAMES})>.*?</\1>", re.DOTALL)
+#: The tag in which `eagle.data.cleaning` puts a reasoning that stands in a field of its own.
+_OURS = "think"
 
 
-def has_reasoning(reply: str) -> bool:
-    return ENDS.search(reply) is not None
+def has_reasoning(reply: str, name: str | None = None) -> bool:
+    """Whether a reply begins with its reasoning. name: as `answer_of` (default: whichever)."""
+    found = _BEGINS.match(reply)
+    return found is not None and (name is None or found[1] in (name, _OURS))
 
 
-def answer_of(reply: str) -> str:
-    """A reply without its reasoning, and without the white space between the two."""
-    ends = list(ENDS.finditer(reply))
-    return reply[ends[-1].end() :].lstrip() if ends else reply
+def answer_of(reply: str, name: str) -> str:
+    """A reply without the reasoning that it begins with, and without the white space between the two.
+
+    name: of the tag that is the template's; what stands between others is part of the answer.
+    """
+    found = _BEGINS.match(reply)
+    return reply[found.end() :].lstrip() if found and found[1] in (name, _OURS) else reply

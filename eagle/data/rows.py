@@ -98,21 +98,21 @@ def _with_reasoning_as_served(messages: list[Message], encoder: Encoder, tally: 
     if not has_some and not encoder.begins_with_reasoning:
         return messages
     is_over = CLOSED.search(encoder.prompt(messages[: messages.index(replies[0])]))
-    if is_over and has_some:
+    if is_over and any(has_reasoning(reply["content"], is_over[1]) for reply in replies):
         tally.repaired["reasoning_taken_out"] += 1
-        return _answers_alone(messages, tally)
+        return _answers_alone(messages, is_over[1], tally)
     trained = [reply["content"] for reply in replies if "weight" not in reply]
     if not is_over and encoder.begins_with_reasoning and not all(map(has_reasoning, trained)):
         tally.repaired["reasoning_absent"] += 1
     return messages
 
 
-def _answers_alone(messages: list[Message], tally: Tally) -> list[Message]:
-    """The conversation without any reasoning, up to a reply that is nothing else. Raises: Dropped."""
+def _answers_alone(messages: list[Message], name: str, tally: Tally) -> list[Message]:
+    """The conversation without any reasoning, up to a reply that is nothing else. name: of its tag. Raises: Dropped."""
     kept: list[Message] = []
     for message in messages:
         if message["role"] == "assistant":
-            message = {**message, "content": answer_of(message["content"])}
+            message = {**message, "content": answer_of(message["content"], name)}
             if not message["content"].strip():
                 kept.pop()  # its question
                 if not any(other["role"] == "assistant" for other in kept):

@@ -231,6 +231,37 @@ def test_what_is_trained_of_a_model_that_reasons_is_counted() -> None:
     assert dropped.value.reason == "empty_reply"
 
 
+ABOUT_TAGS = [
+    "Write </think> behind it, never </thought>.",
+    "```\n<think>\na\n</think>\n```\nis how it looks.",
+    "<reasoning>two and two</reasoning>four",
+    "<reasoning>a</think>b",
+    "<think>is never closed",
+]
+
+
+@pytest.mark.parametrize("said", ABOUT_TAGS)
+@pytest.mark.parametrize("name", ["qwen3, thinking off", "smollm3, thinking off"])
+def test_a_reply_that_talks_of_tags_is_trained_whole(name: str, said: str) -> None:
+    """Reasoning is what a reply begins with, in the tag that the template writes."""
+    for reply in (said, f"{THOUGHTS[0]}{said}"):
+        messages = conversation(["hi", "one thing", "and?", reply])
+        assert [text for _, text in trained(name, messages)] == ["one thing<|im_end|>", said + "<|im_end|>"]
+        assert counted(name, messages) == ({} if reply == said else {"reasoning_taken_out": 1})
+
+
+def test_a_reply_that_talks_of_tags_holds_no_reasoning() -> None:
+    for said in ABOUT_TAGS[:2]:
+        assert counted("qwen3", conversation(["hi", said])) == {"reasoning_absent": 1}
+
+
+@pytest.mark.parametrize("said", ["Hm. </think>four", "<think>Hm. </think>four"])
+def test_where_the_prompt_begins_the_reasoning_its_end_tag_is_enough(said: str) -> None:
+    for name in ("deepseek r1", "qwen3, always thinking"):
+        ((_, text),) = trained(name, conversation(["hi", said]))
+        assert text == "Hm. </think>four" + FAMILIES[name].end
+
+
 def test_context_without_reasoning_is_not_counted() -> None:
     messages = conversation(["hi", "hello there", "and?", THOUGHTS[0] + "more of it"])
     messages[1]["weight"] = "0"
