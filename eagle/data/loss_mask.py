@@ -22,6 +22,7 @@ import numpy as np
 
 from eagle.data.chat_template import check_template_beside, choose_template
 from eagle.data.cleaning import Dropped, Message, Tally, described
+from eagle.data.reasoning import MARKS
 from eagle.data.rendering import Renderer
 from eagle.data.template_variables import shown
 from eagle.errors import RequestError
@@ -83,9 +84,12 @@ class Encoder(Renderer):
         #: Whether white space that the template writes before a reply, and no prompt has, is the model's to say; only
         #: jobs that version 0.1 began are continued without.
         self.trains_leading_space = True
-        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         #: A text is cut at these before it is tokenised: what comes behind one does not change what is before.
-        self.special_ids = np.array(special, dtype=np.int32)
+        self.special_ids = np.array(list(special), dtype=np.int32)
+        #: Those that the text of a reply is without, as a server gives it. Marks of reasoning stay: by them a template
+        #: knows what to leave out of a history.
+        self.unsaid_ids = frozenset(number for number, content in special.items() if not MARKS.search(content))
 
     def digest(self) -> str:
         """sha256 over the vocabulary, the merges, the template and its variables: what decides the tokens of a text."""

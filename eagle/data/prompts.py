@@ -7,6 +7,7 @@ any other suffix than .json, .jsonl, .ndjson, .parquet, .arrow   one prompt a li
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from eagle.errors import RequestError
 from eagle.files import existing_path, read_json
 from eagle.target.config import ModelConfig
 
+#: Tokens of a prompt's end that are looked at for some that are text by themselves: no character has more bytes.
+_TAIL = 8
 DEFAULT_PROMPTS = Path(__file__).parent / "default_prompts.jsonl"
 
 
@@ -130,6 +133,40 @@ def _until_human(record: Any) -> list[Message]:
 def encode_messages(messages: list[Message], encoder: Encoder) -> list[int]:
     """Token ids of a conversation in the chat template, ready for the reply. Raises: Dropped."""
     return encoder.tokenize(encoder.prompt(messages))[0].tolist()
+
+
+def text_of_reply(reply: Sequence[int], prompt: Sequence[int], encoder: Encoder, stop: Collection[int]) -> str:
+    """A reply's text, as the history of the next turn has it.
+
+    reply: token ids, as they were sampled behind those of `prompt`. stop: ids that end a reply, which its text is
+    without.
+    """
+    said = [token for token in reply if token not in stop and token not in encoder.unsaid_ids]
+    text = _decode(said, encoder)
+    # As servers do, behind the end of the prompt: word pieces lose the space in front of a text, which was said.
+    for count in range(1, min(_TAIL, len(prompt)) + 1):
+        tail = list(prompt[-count:])
+        before = _decode(tail, encoder)
+        if before and "\ufffd" not in before:  # else it begins inside of a character
+            whole = _decode(tail + said, encoder)
+            # A reply that was cut inside its first character spoils the bytes before it, too.
+            text = whole[len(before) :] if whole.startswith(before) else text
+            break
+    return without_heading(text, encoder)
+
+
+def _decode(ids: list[int], encoder: Encoder) -> str:
+    return encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def without_heading(text: str, encoder: Encoder) -> str:
+    """A reply as a history has it: what the template writes in front of one by itself, the model has said there."""
+    if encoder.before_reply.isspace():
+        return text.removeprefix(encoder.before_reply)
+    heading = encoder.before_reply.strip() if not encoder.has_generation_prompt else ""
+    if heading and text.lstrip().startswith(heading):
+        return text.lstrip()[len(heading) :].lstrip()
+    return text
 
 
 def encode_first_turn(prompt: Prompt, encoder: Encoder) -> list[int]:

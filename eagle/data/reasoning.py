@@ -12,6 +12,9 @@ CLOSED = re.compile(rf"</({_NAMES})>\s*\Z")
 ENDS = re.compile(rf"</(?:{_NAMES})>")
 #: What a reply begins with: its reasoning, up to the first end tag of that name. Tags elsewhere are its subject.
 _BEGINS = re.compile(rf"\s*<({_NAMES})>.*?</\1>", re.DOTALL)
+#: What a token is called that a tokenizer holds for special and that marks reasoning: <think>, [/THINK], <seed:think>,
+#: <|START_THINKING|>, ...
+MARKS = re.compile("think|thought|reason", re.IGNORECASE)
 #: The tag in which `eagle.data.cleaning` puts a reasoning that stands in a field of its own.
 _OURS = "think"
 

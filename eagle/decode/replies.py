@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from eagle.data.cleaning import Dropped, Message
 from eagle.data.loss_mask import Encoder
-from eagle.data.prompts import Prompt, encode_messages
+from eagle.data.prompts import Prompt, encode_messages, text_of_reply
 from eagle.decode.generate import Generation
 
 #: Continues token ids by at most so many new ones.
@@ -56,5 +56,4 @@ def answer(
         mine = drafted(ids, room)
         reply = Reply(prompt.id, prompt.category, number, len(ids), mine, alone(ids, room) if alone else None)
         yield reply
-        spoken = [token for token in mine.tokens if token not in stop]
-        messages.append({"role": "assistant", "content": encoder.tokenizer.decode(spoken, skip_special_tokens=True)})
+        messages.append({"role": "assistant", "content": text_of_reply(mine.tokens, ids, encoder, stop)})

@@ -16,7 +16,7 @@ from typing import Any
 
 from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder
-from eagle.data.prompts import encode_messages
+from eagle.data.prompts import encode_messages, text_of_reply, without_heading
 from eagle.progress import progress_bar
 from eagle.regenerate.dialogue import SAMPLED, Dialogue, Walk, walk_through
 from eagle.regenerate.journal import CUT, FILTERED, LENGTH, REJECTED, STOP, TOO_LONG, Answer, Journal
@@ -52,8 +52,6 @@ class Asking:
         self.engine, self.encoder, self.journal = engine, encoder, journal
         self.counts, self.lock = Counts(), threading.Lock()
         self._max_new_tokens, self._seed, self._stop = max_new_tokens, seed, frozenset(stop)
-        heading = encoder.before_reply.strip() if not encoder.has_generation_prompt else ""
-        self._heading = heading
         self._asked: dict[bytes, Future[Answer | None]] = {}
         self._new: set[bytes] = set()
         self._count_lock = threading.Lock()
@@ -163,23 +161,15 @@ class Asking:
         if said.finish in (TOO_LONG, CUT, FILTERED):
             return Answer(said.finish, context=context)
         if self.engine.tokens_from != SAMPLED or said.ids is None:
-            return Answer(said.finish, self._without_heading(said.text), context=context)
-        spoken = [token for token in said.ids if token not in self._stop]
+            with self.lock:
+                return Answer(said.finish, without_heading(said.text, self.encoder), context=context)
         with self.lock:
-            text = self.encoder.tokenizer.decode(
-                spoken, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )  # fmt: skip
+            text = text_of_reply(said.ids, prompt, self.encoder, self._stop)
         # A reply that has both the last token it may have and an end of turn in it is whole.
         finish = STOP if said.ids and said.ids[-1] in self._stop else said.finish
         behind = walk.behind(prompt)
         context = context if finish == LENGTH else None
-        return Answer(finish, self._without_heading(text), said.ids, prompt[behind:], behind, context)
-
-    def _without_heading(self, text: str) -> str:
-        """A reply as a history has it: what the template writes in front of one by itself, the model said here."""
-        if self._heading and text.lstrip().startswith(self._heading):
-            return text.lstrip()[len(self._heading) :].lstrip()
-        return text
+        return Answer(finish, text, said.ids, prompt[behind:], behind, context)
 
     def _seed_of(self, key: bytes) -> int:
         """A request's own seed, so that its reply does not depend on which others there are."""
