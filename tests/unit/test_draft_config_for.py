@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from eagle.drafts.eagle1.draft_config import draft_config_for
+from eagle.drafts.eagle3.draft_config import draft_config_for as eagle3_config_for
+from eagle.drafts.interface import DraftChoices
 from eagle.errors import RequestError
 from eagle.target.config import parse_config
 from tests.unit.config_cases import (
@@ -29,6 +31,14 @@ def test_the_base_config_with_one_layer_is_accepted(tmp_path):
     target = parse_config(base())
     stale = draft_file(tmp_path, layer_types=["full_attention"] * 32, max_window_layers=32)
     assert draft_config_for(target, stale) == target.draft()
+
+
+def test_how_the_base_model_is_quantized_is_no_matter(tmp_path):
+    """The base model's config.json with one layer says it too."""
+    target = parse_config(base())
+    quantized = draft_file(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+    assert draft_config_for(target, quantized) == target.draft()
+    assert eagle3_config_for(target, quantized, DraftChoices()).quantization is None
 
 
 def test_a_folder_is_accepted(tmp_path):

@@ -172,6 +172,28 @@ def test_both_layouts_go_into_subfolders_beside_the_draft(llama: tuple[Path, Pat
     assert folders == {name: tmp_path / "run-vllm" / name for name in ("v1", "v0")}
 
 
+def test_a_drafts_own_rope_and_eps_are_kept_and_said(
+    llama: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was trained with them; vLLM takes them from its folder."""
+    base, draft = llama
+    config, tensors = read(draft)
+    other = tmp_path / "other"
+    other.mkdir()
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    own = {"rope_theta": 123.0, "rope_scaling": scaling, "rms_norm_eps": 1e-3}
+    config["rope_parameters"] = {**scaling, "rope_theta": 123.0}
+    (other / "config.json").write_text(json.dumps(config | own))
+    save_file(tensors, other / "model.safetensors")
+    written, _ = read(export(base, other, tmp_path / "out", "v1")["v1"])
+    assert {key: written[key] for key in own} == own and written["rope_parameters"]["rope_theta"] == 123.0
+    said = capsys.readouterr().out
+    for name in own:
+        assert f"note: the draft's {name} is" in said
+    export(base, draft, tmp_path / "same", "v1")
+    assert "note" not in capsys.readouterr().out
+
+
 # --- a bias on fc
 
 

@@ -124,6 +124,13 @@ BROUGHT: dict[str, tuple[dict, Callable[[], Tensors], dict]] = {
         PLAIN | {"eagle_config": {AUX: [0, 3, 6], "use_aux_hidden_state": True, "use_last_layernorm": True}},
         lambda: draft() | d2t(), {AUX: [0, 3, 6]},
     ),
+    "SpecForge's layers, by their outputs": (
+        PLAIN | {"eagle_config": {AUX: [1, 3, 4], "use_aux_hidden_state": True}},
+        lambda: draft() | d2t(), {AUX: [2, 4, 5]},
+    ),
+    "layers at the top are vLLM's": (
+        PLAIN | {"eagle_config": {AUX: [1, 3, 4]}, AUX: [1, 3, 4]}, lambda: draft() | d2t(), {AUX: [1, 3, 4]}
+    ),
     "empty layers": (PLAIN | {"eagle_config": {AUX: []}, AUX: None}, lambda: draft() | d2t(), {AUX: [2, 3, 4]}),
     "one layer": (PLAIN | {AUX: [6]}, lambda: draft(1) | d2t(), {AUX: [6], "num_aux_hidden_states": 1}),
     "four layers": (PLAIN | {AUX: [0, 2, 4, 6]}, lambda: draft(4) | d2t(), {"num_aux_hidden_states": 4}),

@@ -17,7 +17,7 @@ from eagle.target.families import LLAMA, TARGET_FAMILIES
 from eagle.target.features import aux_name
 from eagle.target.quantization import Use
 
-#: Keys of config.json, as vLLM and SGLang read them.
+#: Keys of config.json, as vLLM reads them.
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 DRAFT_VOCAB = "draft_vocab_size"
 NORMED_RESIDUAL = "norm_before_residual"
@@ -150,7 +150,13 @@ def _said_by(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(nested, dict):
         variants.append(f"{NESTED} {nested!r}")
         nested = {}
-    said = {key: nested[key] for key in (AUX_LAYERS, "norm_before_fc") if nested.get(key)} | said
+    inner = {key: nested[key] for key in (AUX_LAYERS, "norm_before_fc") if nested.get(key)}
+    layers = inner.get(AUX_LAYERS)
+    if isinstance(layers, list) and _is_list_of_layers(layers) and layers[0] == 1:
+        # SpecForge's and Model Optimizer's count the layers whose outputs are read, and begin with 1; others mean
+        # inputs, as vLLM does. SGLang tells them apart like this (sgl-project/sglang#25454).
+        inner[AUX_LAYERS] = [layer + 1 for layer in layers]
+    said = inner | said
     variants += [name for name in VARIANTS if said.pop(name, False)]
     if not nested.get("use_aux_hidden_state", True):
         variants.append("use_aux_hidden_state false")

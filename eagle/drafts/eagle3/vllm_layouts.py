@@ -1,6 +1,6 @@
 """The two folders in which vLLM loads an EAGLE-3 draft.
 
-    plain         a Llama config with the draft's keys at the top; SGLang loads it too
+    plain         a Llama config with the draft's keys at the top; SGLang, by reading, loads it with the default layers
     speculators   the form of the speculators library: ``vllm serve FOLDER`` alone serves target and draft
 
 The tensors are the same: the public names, no ``embed_tokens`` (vLLM takes the target's), ``d2t`` as offsets where the
@@ -163,7 +163,7 @@ def _bias_rules(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iter
 
 PLAIN = Layout(
     name="plain",
-    engines="vLLM with EAGLE-3 (run on 0.32.0), and by reading SGLang",
+    engines="vLLM with EAGLE-3 (run on 0.32.0), and by reading SGLang where the draft reads the default layers",
     loads=lambda release: release >= (0, 9),
     speculative={"method": "eagle3"},
     config=_plain_config,
