@@ -34,12 +34,18 @@ def describe_features(data_digest: str, dtype: str, stored_as: str, told: str = 
 
 
 def check_no_reshard(folder: Path, flag: str) -> None:
-    """Raises: RequestError where a reshard was interrupted after it began to change the folder."""
-    if any((folder / name).is_dir() for name in INTERRUPTED_RESHARD):
-        raise RequestError(
-            f"{flag} {folder}: resharding was interrupted here. Nothing is lost; run the same reassign_data_num.py "
-            "command again to finish it."
-        )
+    """Raises: RequestError where a reshard was interrupted after it began to change the folder, or one above it."""
+    for place in (folder, *folder.resolve().parents):
+        if any((place / name).is_dir() for name in INTERRUPTED_RESHARD):
+            raise interrupted(folder, flag, place)
+
+
+def interrupted(folder: Path, flag: str, where: Path) -> RequestError:
+    """That a reshard was interrupted. flag: what named the folder; where: the one that is resharded."""
+    return RequestError(
+        f"{flag} {folder}: resharding was interrupted {'here' if where == folder else f'in {where}'}. Nothing is lost; "
+        "run the same reassign_data_num.py command again to finish it."
+    )
 
 
 def read_manifest(path: Path) -> dict:

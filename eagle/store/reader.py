@@ -12,7 +12,6 @@ The classic layout of the public EAGLE scripts (``data_<n>.ckpt`` pickles) is re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import torch
 
 from eagle.errors import RequestError, WorkError
 from eagle.progress import is_first_here, progress_bar
-from eagle.store.classic_dumps import ClassicFolder, Head, is_dump_name, read_head
+from eagle.store.classic_dumps import ClassicFolder, Head, read_head
 from eagle.store.completeness import differing_nodes, missing_nodes, wrong_counts
-from eagle.store.damage import Damage, Damaged, exhausted
+from eagle.store.damage import Damage, Damaged
+from eagle.store.found_files import find_files
 from eagle.store.manifest import MANIFEST, check_no_reshard, describe_features, read_manifest
 from eagle.store.record import Record, RecordSource, StoredRecord, digest_of
 from eagle.store.shard import Shard, is_shard_name
@@ -43,8 +43,9 @@ class FeatureStore:
     read: see `eagle.store.verify.skip_damaged`. without: leave out what was found to be damaged before, without reading
     it.
 
-    Raises: FileNotFoundError, RequestError (nothing in it, mixed hidden sizes or dtypes), Damaged (a WorkError: a file
-    is, or all are), Exhausted (another: the machine has no more open files, memory maps or memory).
+    Raises: FileNotFoundError, RequestError (nothing in it, mixed hidden sizes or dtypes, a reshard that was interrupted
+    in it or in a folder above), Damaged (a WorkError: a file is, or all are), Exhausted (another: the machine has no
+    more open files, memory maps or memory).
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class FeatureStore:
         self.manifests: dict[Path, dict] = {}
         self.damage = without or Damage()
         self._folder_digests: dict[Path, str] = {}
-        groups = self._open(skip_damaged)
+        groups = self._open(flag, skip_damaged)
         if not groups and self.damage.files:
             first, *others = self.damage.messages or [""]
             more = f" (and {len(others):,} more are not whole either)" if others else ""
@@ -79,9 +80,9 @@ class FeatureStore:
             self._leave_out_places(without.records)
         self._arrange(flag)
 
-    def _open(self, skip_damaged: bool) -> list[tuple[str, RecordSource]]:
+    def _open(self, flag: str, skip_damaged: bool) -> list[tuple[str, RecordSource]]:
         """Every file below the folder with the digest of its data: shards by path, then folders of dumps by path."""
-        shards, dumps = _find_files(self.folder)
+        shards, dumps = find_files(self.folder, flag)
         known = set(self.damage.files)
         groups: list[tuple[str, RecordSource]] = []
         heads: dict[Path, dict[Path, Head]] = {}
@@ -334,31 +335,3 @@ class FeatureStore:
                     f"{named[:12]}), but --basepath {basepath} is another model (fingerprint "
                     f"{digest[:12]}). Train against the model the features came from, or run allocation.py again."
                 )
-
-
-def _find_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """The finished shards and the dumps below a folder, both sorted, but for what hidden folders hold.
-
-    Shards in there are not finished, and dumps are somebody's who put them away. A folder may be a link: step 3 goes on
-    in one that was moved to another disk.
-    """
-    shards, dumps = [], []
-    seen = set()
-    for name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        folder = Path(name)
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link to what is there already, or round in a circle
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = (one for one in folders if not one.startswith("."))
-        shards += [folder / file for file in files if is_shard_name(file)]
-        dumps += [folder / file for file in files if is_dump_name(file)]
-    return sorted(shards), sorted(dumps)
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed must not go missing in silence, but for those of others (lost+found)."""
-    if isinstance(error, PermissionError):
-        return
-    raise exhausted(error, Path(error.filename)) or error

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +224,37 @@ def test_without_a_word_on_what_was_resharded_nothing_was_made_before(tmp_path):
     (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RequestError, match="is not empty"):
         reshard(tmp_path / "dumps", tmp_path / "new", 2)
+
+
+@pytest.mark.parametrize("left", [".reshard-deleting", ".reshard-moving"])
+def test_an_interrupted_reshard_is_seen_from_above_and_from_inside(tmp_path, monkeypatch, left):
+    """Some of the records are in a folder that nobody reads, until the same command has finished."""
+    stores = finished(tmp_path / "all" / "a", [20] * 12), make_store(tmp_path / "all" / "b", [20] * 12)
+    root = stores[0]
+
+    def stop(self, target):
+        assert left not in self.parts, "interrupted"
+        return done(self, target)
+
+    name = "rename" if left == ".reshard-deleting" else "replace"  # the next thing that is done then
+    with monkeypatch.context() as patched:
+        done = getattr(Path, name)
+        patched.setattr(Path, name, stop)
+        with pytest.raises(AssertionError, match="interrupted"):
+            reshard(root, root, 2)
+    assert (root / left).is_dir()
+    (tmp_path / "link").symlink_to(root)
+    (root / "0").mkdir(exist_ok=True)
+    for named in (root, tmp_path / "link", root / "0", root / "..", tmp_path, tmp_path / "all"):
+        with pytest.raises(RequestError, match=r"resharding was interrupted .*run the same reassign_data_num") as said:
+            FeatureStore(named)
+        assert f"--tmpdir {named}: " in str(said.value)
+    assert f"interrupted in {root}. " in str(said.value)
+    assert len(FeatureStore(stores[1])) == 12, "what lies beside it may be read"
+    reshard(root, root, 2)
+    manifest = json.loads((stores[1] / "manifest.json").read_text()) | {"data": {"digest": "another"}}
+    (stores[1] / "manifest.json").write_text(json.dumps(manifest))
+    assert len(FeatureStore(tmp_path / "all")) == 24 and len(FeatureStore(root / "0")) == 6
 
 
 @pytest.mark.parametrize("lost", ["shard-00000.safetensors", "done.json", "."])
