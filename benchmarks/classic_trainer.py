@@ -38,7 +38,7 @@ from eagle.entry import run
 from eagle.store.reader import FeatureStore
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.weights import Weights, read_embedding, read_head
-from eagle.train.dataset import FeatureDataset, split_store
+from eagle.train.dataset import FeatureDataset, keep_apart, split_store
 from eagle.train.loader import Key, Loader
 from eagle.train.options import TrainOptions
 from eagle.train.validation import validate
@@ -82,6 +82,7 @@ class PublishedTrainer:
         self.optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.95))
         store = FeatureStore(args.tmpdir)
         train, held_out = split_store(store, 0.05, 42)
+        train, _ = keep_apart(store, train, held_out, args.max_len)
         self.train = FeatureDataset(store, train, args.max_len, self.draft.reads, noise=self.noise)
         self.held_out = FeatureDataset(store, held_out, args.max_len, self.draft.reads)
         self.step, self.seconds = 0, 0.0

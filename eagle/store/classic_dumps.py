@@ -18,7 +18,7 @@ import torch
 
 from eagle.errors import RequestError
 from eagle.store.damage import Damaged, Replaced, exhausted
-from eagle.store.record import Record, StoredRecord, supervised_counts, token_counts
+from eagle.store.record import Record, StoredRecord, supervised_counts, token_counts, token_key
 from eagle.target.features import HIDDEN_STATE
 from eagle.tensor_file import DTYPE_CODES
 
@@ -109,6 +109,10 @@ class ClassicFolder:
             record = self.read(position, features=False)
             counts += token_counts(record.input_ids.numpy()[:max_len], record.loss_mask.numpy()[:max_len], size)
         return counts
+
+    def token_keys(self, positions: Sequence[int], max_len: int | None = None) -> list[int]:
+        """Of these records: see `eagle.store.record.token_key`."""
+        return [token_key(self.read(position, features=False).input_ids.numpy()[:max_len]) for position in positions]
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Raises: Damaged, Exhausted, Replaced, OSError."""

@@ -251,6 +251,15 @@ class FeatureStore:
         """How often each of the target's `size` tokens belongs to a reply, ``[size]``; of records cut to `max_len`."""
         return np.sum([source.token_counts(size, max_len) for source in self.sources], axis=0)
 
+    def token_keys(self, indices: np.ndarray, max_len: int | None = None) -> np.ndarray:
+        """A number for the tokens of these records ``[R]``, cut to `max_len`: see `eagle.store.record.token_key`."""
+        keys = np.empty(len(indices), dtype=np.int64)
+        numbers, positions = self._numbers[indices], self._positions[indices]
+        for number in np.unique(numbers).tolist():
+            own = numbers == number
+            keys[own] = self.sources[number].token_keys(positions[own].tolist(), max_len)
+        return keys
+
     def unsupervised(self) -> list[str]:
         """The records without a supervised position, in words."""
         found = []

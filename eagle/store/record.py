@@ -144,6 +144,12 @@ def token_counts(input_ids: np.ndarray, loss_mask: np.ndarray, size: int) -> np.
     return np.bincount(own, minlength=size)
 
 
+def token_key(input_ids: np.ndarray) -> int:
+    """A number of 64 bits for a row of tokens ``[T]``: equal rows have equal ones, in every process and on any day."""
+    content = np.ascontiguousarray(input_ids, dtype="<i4")
+    return int.from_bytes(hashlib.blake2b(content.data, digest_size=8).digest(), "little", signed=True)
+
+
 def within(loss_mask: np.ndarray, offsets: np.ndarray, max_len: int | None) -> np.ndarray:
     """The loss masks ``[N]`` of records that begin at these offsets, 0 behind the first `max_len` tokens of each."""
     if max_len is None:
@@ -194,4 +200,8 @@ class RecordSource(Protocol):
         ...
 
     def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray: ...
+    def token_keys(self, positions: Sequence[int], max_len: int | None = None) -> list[int]:
+        """See `token_key`; of these records, cut to `max_len`, without reading their features."""
+        ...
+
     def leave_out(self, positions: Sequence[int]) -> None: ...

@@ -33,7 +33,7 @@ from eagle.files import fsync_folder
 from eagle.store.damage import Damaged, Replaced, exhausted
 from eagle.store.dtypes import Packed
 from eagle.store.open_files import OPEN, Restamped, Span, Stamp, stamp_of
-from eagle.store.record import Record, StoredRecord, checksum, supervised_counts, token_counts, within
+from eagle.store.record import Record, StoredRecord, checksum, supervised_counts, token_counts, token_key, within
 from eagle.target.features import HIDDEN_STATE, states_in
 from eagle.tensor_file import DTYPE_CODES, Entry, NotWhole, read_array, read_header, write_pieces
 
@@ -281,6 +281,15 @@ class Shard:
                 own[self.offsets[number] : self.offsets[number + 1]] = True
             mask = mask * own
         return token_counts(ids, within(mask, self.offsets, max_len), size)
+
+    def token_keys(self, positions: Sequence[int], max_len: int | None = None) -> list[int]:
+        """Of these records: see `eagle.store.record.token_key`."""
+        starts = [int(self.offsets[self._number(position)]) for position in positions]
+        ends = [start + int(self.lengths[position]) for start, position in zip(starts, positions, strict=True)]
+        if max_len is not None:
+            ends = [min(end, start + max_len) for start, end in zip(starts, ends, strict=True)]
+        spans = [self._span("input_ids", start, end) for start, end in zip(starts, ends, strict=True)]
+        return [token_key(ids.numpy()) for ids in self._read(spans)]
 
     def read(self, position: int, *, features: bool = True) -> Record:
         """Record `position` of this shard; without `features` its hidden_state is empty ``[0, H]``.

@@ -35,6 +35,7 @@ class RecordStore(Protocol):
     def supervised(self, max_len: int | None = None) -> np.ndarray: ...
     def records_digest(self) -> str | None: ...
     def token_counts(self, size: int, max_len: int | None = None) -> np.ndarray: ...
+    def token_keys(self, indices: np.ndarray, max_len: int | None = None) -> np.ndarray: ...
     def notes(self) -> list[str]: ...
     def identity(self) -> list[str]: ...
 
@@ -122,6 +123,29 @@ def split_store(
         held_out = min(max(held_out, 1), count - 1)
     is_held_out = np.isin(groups, conversations[order[:held_out]])
     return usable[~is_held_out], usable[is_held_out]
+
+
+def keep_apart(
+    store: RecordStore, train: np.ndarray, held_out: np.ndarray, max_len: int, *, leave_out: bool = True
+) -> tuple[np.ndarray, list[str]]:
+    """The training records but for those whose tokens within `max_len` are a validation record's, and notes on them.
+
+    Files of conversations hold some more than once, under several numbers. Which are held out does not change by it.
+    leave_out: otherwise they stay, and are counted. They also stay where all are such, as in a file that repeats one
+    conversation to try something out.
+    """
+    lengths = np.minimum(store.lengths, max_len)
+    alike = train[np.isin(lengths[train], lengths[held_out])]
+    keys = store.token_keys(np.concatenate([alike, held_out]), max_len)
+    twins = alike[np.isin(keys[: len(alike)], keys[len(alike) :])]
+    if not len(twins):
+        return train, []
+    found = f"{len(twins):,} of {len(train):,} training records have the same tokens as a validation record"
+    if not leave_out:
+        return train, [f"{found}: the run began with them and goes on with them"]
+    if len(twins) == len(train):
+        return train, [f"{found}, so that validation says nothing of other conversations"]
+    return np.setdiff1d(train, twins), [f"{found} and are left out"]
 
 
 def usable_records(store: RecordStore, max_len: int, where: str) -> tuple[np.ndarray, list[str]]:

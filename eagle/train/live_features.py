@@ -28,7 +28,7 @@ from eagle.generate.engine_check import check_steady
 from eagle.generate.source_options import FeatureSource, SourceOptions
 from eagle.generate.sources import DEFAULT_SOURCE, ENGINES, open_source
 from eagle.store.manifest import describe_features
-from eagle.store.record import Record, StoredRecord, digest_of, supervised_counts, token_counts, within
+from eagle.store.record import Record, StoredRecord, digest_of, supervised_counts, token_counts, token_key, within
 from eagle.target.config import load_config
 from eagle.target.features import HIDDEN_STATE
 from eagle.target.quantization import Use
@@ -137,6 +137,11 @@ class LiveFeatures:
         """As `eagle.store.reader.FeatureStore.token_counts`."""
         known = self.tokens_of
         return token_counts(known.input_ids, within(known.loss_mask, known.offsets, max_len), size)
+
+    def token_keys(self, indices: np.ndarray, max_len: int | None = None) -> np.ndarray:
+        """As `eagle.store.reader.FeatureStore.token_keys`."""
+        rows = (self.tokens_of[place].input_ids[:max_len] for place in self._places[indices].tolist())
+        return np.array([token_key(row) for row in rows], dtype=np.int64)
 
     def records_digest(self) -> str:
         """As `FeatureStore.records_digest`; a template that writes the date may write another one."""

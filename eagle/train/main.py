@@ -42,7 +42,7 @@ from eagle.target.weights import read_embedding, read_head, read_norm
 from eagle.train import checkpoint
 from eagle.train.agreement import describe
 from eagle.train.arguments import read_options
-from eagle.train.dataset import FeatureDataset, RecordStore, split_store, usable_records
+from eagle.train.dataset import FeatureDataset, RecordStore, keep_apart, split_store, usable_records
 from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.dry_run import dry_run
 from eagle.train.engine import check_engine, describe_engine, log_of, shared_engine
@@ -56,6 +56,8 @@ from eagle.train.validation import DEPTH
 from eagle.train.whole_store import whole_store
 
 RUN = "train_options.json"
+#: What a run says of the training records that it leaves out because they are validated on; nothing where none are.
+TWINS = "twins_left_out"
 
 
 def check_cpdir(options: TrainOptions) -> None:
@@ -148,6 +150,10 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
             f"{where} holds {len(usable):,} records with something to learn from, and --val_ratio {options.val_ratio} "
             "leaves none to train on. Lower --val_ratio, or take more conversations."
         )
+    before = saved[1].get("run", {}) if saved else None
+    # A run that an earlier version began has trained on them, and its batches are of all these records.
+    apart, more = keep_apart(store, train, held_out, options.max_len, leave_out=before is None or TWINS in before)
+    notes += more
 
     # With mixed precision the frozen matrices take its dtype; without, everything is float32.
     compute = device.compute_dtype(accelerator.mixed_precision)
@@ -186,7 +192,6 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         notes.append(f"records are cut to {target.window} tokens: the base model, and so its draft, attends to no more")
 
     settings = {k: v for k, v in options.to_json().items() if k not in FREE_ON_RESUME}
-    before = saved[1].get("run", {}) if saved else None
     settings["lr"] = rate_as_in(before, options.learning_rate(config.hidden_size), config.hidden_size)
     run_identity = {
         # A run that version 0.1 began goes on under the name it gave the target.
@@ -200,6 +205,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         **settings,
         **config.extra,
     }
+    if len(apart) < len(train):
+        run_identity[TWINS] = len(train) - len(apart)
     if chosen := shaping(options.engine_args or {}):
         run_identity["engine_args"] = chosen
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
@@ -221,7 +228,7 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         draft,
         family.objective(draft, head, options.losses()),
         compute,
-        data_set(train, noise=options.noise, seed=options.seed),
+        data_set(apart, noise=options.noise, seed=options.seed),
         data_set(held_out),
         run_identity,
         notes,

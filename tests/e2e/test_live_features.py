@@ -33,6 +33,8 @@ def test_the_records_are_those_of_a_store(store: Path, data: Path, llama: Path) 
         assert torch.equal(record.input_ids, expected.input_ids)
         assert torch.equal(record.loss_mask, expected.loss_mask)
         torch.testing.assert_close(record.hidden_state, expected.hidden_state, rtol=1e-4, atol=1e-5)
+    chosen = np.array([5, 0, 11])
+    assert all(np.array_equal(computed.token_keys(chosen, n), stored.token_keys(chosen, n)) for n in (None, 9, 2048))
 
 
 def test_end_num_chooses_the_same_conversations(data: Path, llama: Path, tmp_path: Path) -> None:

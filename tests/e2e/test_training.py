@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from eagle.drafts.saved import load_draft, resolve_pointer
 from eagle.store.reader import FeatureStore
+from eagle.store.writer import ShardWriter
 from eagle.target.config import load_config
 from eagle.train.checkpoint import states
+from eagle.train.dataset import keep_apart, split_store
 from tests.e2e.commands import Answer, command, inside, start
 from tests.e2e.killed import train_and_die
 
@@ -162,6 +165,33 @@ def test_a_process_without_validation_records_waits_for_nobody(store: Path, llam
     ours, alone = (steps_of(tmp_path / name)[-1] for name in ("run", "alone"))
     assert ours["val_positions"] == alone["val_positions"]
     assert ours["val_token_loss"] == pytest.approx(alone["val_token_loss"], abs=1e-4)
+
+
+def test_what_is_validated_is_not_trained_under_another_number(store: Path, llama: Path, tmp_path: Path) -> None:
+    """And a run that an earlier version began, which did, goes on with the batches that it has begun."""
+    writer, records = ShardWriter(tmp_path / "twice" / "0"), list(FeatureStore(store))
+    for number, record in enumerate([*records, *records[:20]]):
+        writer.add(replace(record, conversation=number))
+    writer.close_shard()
+    found = FeatureStore(tmp_path / "twice")
+    train, held_out = split_store(found, 0.2, 42)
+    kept, (note,) = keep_apart(found, train, held_out, 2048)
+    assert 3 < len(train) - len(kept) < 20 and len(held_out) == 12
+
+    run = options(tmp_path / "twice", llama, tmp_path / "run", "--val_ratio", 0.2, "--bs", 4, "--save_every", 2)
+    said = trained(*run, "--max_steps", 5).out
+    assert f"{len(kept)} training and 12 validation records" in said and f"note: {note}" in said
+    first = states(tmp_path / "run")[-1] / "state.json"
+    assert json.loads(first.read_text())["run"]["twins_left_out"] == len(train) - len(kept)
+    assert "resuming from" in trained(*run, "--max_steps", 5).out
+
+    for state in (tmp_path / "run").glob("state_*/state.json"):
+        content = json.loads(state.read_text())
+        del content["run"]["twins_left_out"]
+        state.write_text(json.dumps(content))
+    said = trained(*run, "--max_steps", 5).out
+    assert "resuming from" in said and f"{len(train)} training and 12 validation records" in said
+    assert "the run began with them and goes on with them" in said
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The one shift, the noise, and how an epoch is dealt out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,14 @@ from eagle.drafts.alignment import collate, shift, supervised_positions
 from eagle.errors import WorkError
 from eagle.store.dtypes import STORE_DTYPES
 from eagle.store.reader import FeatureStore
-from eagle.store.record import Record, supervised_counts
+from eagle.store.record import Record, supervised_counts, token_key
 from eagle.store.shard import write_shard
 from eagle.target.features import HIDDEN_STATE
 from eagle.train.dataset import (
     FeatureDataset,
     check_tokens,
     epoch_batches,
+    keep_apart,
     micro_batches,
     split_store,
     validation_order,
@@ -204,6 +207,59 @@ def test_split_of_what_is_usable(store):
     assert sorted([*train, *validation]) == usable.tolist() and len(validation) == 2
     everything = split_store(store, 0.25, 1, np.arange(40))
     assert all((a == b).all() for a, b in zip(everything, split_store(store, 0.25, 1), strict=True))
+
+
+def repeating(folder: Path, dumps: bool) -> FeatureStore:
+    """Sixty conversations: 35 rows of random tokens, and 25 of them once more, in any order."""
+    random = np.random.RandomState(0)
+    rows = [random.randint(0, 9, random.randint(6, 10)) for _ in range(35)]
+    rows += rows[:25]
+    records = []
+    for number, place in enumerate(random.permutation(60)):
+        ids, mask = torch.from_numpy(rows[place]).int(), torch.ones(len(rows[place]), dtype=torch.uint8)
+        records.append(Record(number, ids, mask, torch.randn(len(ids), 4)))
+        content = {"input_ids": ids.long(), "loss_mask": mask, "hidden_state": records[-1].hidden_state}
+        if dumps:
+            torch.save(content, folder / f"data_{number}.ckpt")
+    for at in range(0, 0 if dumps else 60, 20):
+        write_shard(folder / f"shard-0000{at // 20}.safetensors", records[at : at + 20])
+    return FeatureStore(folder)
+
+
+@pytest.mark.parametrize("dumps", [False, True])
+@pytest.mark.parametrize("max_len", [5, 100])
+def test_what_is_validated_is_not_trained_under_another_number(tmp_path, dumps, max_len):
+    """Whatever is held out stays held out; and the records that are left keep their order."""
+    store = repeating(tmp_path, dumps)
+    store.leave_out([3, 40])
+    train, held_out = split_store(store, 0.2, 1)
+    rows = {index: tuple(store[index].input_ids[:max_len].tolist()) for index in range(len(store))}
+    validated = {rows[index] for index in held_out}
+    expected = [index for index in train.tolist() if rows[index] not in validated]
+    left = len(train) - len(expected)
+    assert 3 < left < len(train) / 2
+    kept, (note,) = keep_apart(store, train, held_out, max_len)
+    assert kept.tolist() == expected
+    assert (
+        note == f"{left} of {len(train)} training records have the same tokens as a validation record and are left out"
+    )
+    everything, (note,) = keep_apart(store, train, held_out, max_len, leave_out=False)
+    assert everything is train and note.endswith("the run began with them and goes on with them")
+    assert keep_apart(store, kept, held_out, max_len) == (kept, [])
+    assert keep_apart(store, train, held_out[:0], max_len) == (train, [])
+
+
+def test_a_file_of_one_conversation_is_still_trained_on(store):
+    """As somebody makes who tries it out: all of it is what is validated."""
+    train, held_out = np.array([0, 7, 14]), np.array([21])
+    kept, (note,) = keep_apart(store, train, held_out, 100)
+    assert kept is train and "3 of 3 training records" in note and "says nothing of other conversations" in note
+
+
+def test_a_key_of_tokens_is_the_same_in_every_process():
+    rows = [np.arange(4, dtype=np.int32), np.arange(4), np.arange(8, dtype=np.int32)[:4], np.arange(8)[::2] // 2]
+    assert {token_key(row) for row in rows} == {-387804988308644362}
+    assert token_key(np.arange(3)) != token_key(rows[0]) and isinstance(token_key(np.arange(0)), int)
 
 
 LENGTHS = np.random.RandomState(0).randint(5, 500, 333)
