@@ -12,7 +12,7 @@ in the order has the shares of the whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -281,13 +281,21 @@ def outcomes(tokens: Tokens, indices: Sequence[int], sources: Sequence[dict]) ->
     ]
 
 
-def outcome_lines(found: Sequence[Outcome]) -> list[str]:
-    """Raises: WorkError where not one conversation of a source can be used, and of others some can."""
-    empty = [one for one in found if one.conversations and not one.usable]
-    if empty and len(empty) < len(found):
+def outcome_lines(found: Sequence[Outcome], elsewhere: Collection[str] = ()) -> list[str]:
+    """elsewhere: the paths of which other nodes can use some, whatever this one can.
+
+    Raises: WorkError where not one conversation of another source can be used, and of others some can.
+    """
+    unusable = [one for one in found if one.conversations and not one.usable]
+    empty = [one for one in unusable if one.path not in elsewhere]
+    if empty and len(unusable) < len(found):
         raise WorkError(
             f"{FLAG} {empty[0].path}: none of its {empty[0].conversations:,} conversations can be used. Give it alone "
             "to see why (--dry_run), or leave it out."
         )
     usable, tokens = sum(one.usable for one in found), sum(one.tokens for one in found)
-    return [one.line(usable, tokens) for one in found]
+    lines = [one.line(usable, tokens) for one in found]
+    return [
+        f"{line}; other nodes can use some" if one.path in elsewhere else line
+        for one, line in zip(found, lines, strict=True)
+    ]

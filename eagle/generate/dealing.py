@@ -38,12 +38,17 @@ CONTINUED = "continued_by"
 FREE_OPTIONS = ("batch_tokens", "workers", "chat_template")
 
 
-def node_share(manifest: dict) -> Sequence[int]:
-    """The conversations one node computes, as indices into the data: those used, dealt out to the nodes in turn."""
+def job_share(manifest: dict) -> np.ndarray:
+    """The conversations that all nodes compute together, as indices into the data, in the job's order."""
     options, data = manifest["options"], manifest["data"]
     sizes = [source["records"] for source in data.get("sources", [data])]
-    order = choose(options["seed"], sizes, options["conversations"], options.get("shares"))
-    return order[options["node_rank"] :: options["num_nodes"]].tolist()
+    return choose(options["seed"], sizes, options["conversations"], options.get("shares"))
+
+
+def node_share(manifest: dict) -> Sequence[int]:
+    """Those of them that one node computes: they are dealt out to the nodes in turn."""
+    options = manifest["options"]
+    return job_share(manifest)[options["node_rank"] :: options["num_nodes"]].tolist()
 
 
 def worker_folders(store: Path) -> list[Path]:

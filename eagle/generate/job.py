@@ -26,7 +26,7 @@ from eagle.drafts.families import DRAFT_FAMILIES, check_served
 from eagle.dtypes import check_computes, dtype_name, parse_dtype
 from eagle.errors import RequestError
 from eagle.files import existing_path, write_json
-from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, node_share
+from eagle.generate.dealing import FREE_OPTIONS, LEFT, count_redealt, forget_done, has_shards, job_share, node_share
 from eagle.generate.engine_check import check_engine, check_steady, shaping, vllm_of
 from eagle.generate.progress import finished
 from eagle.generate.request import GenerationRequest
@@ -162,7 +162,7 @@ def resolve(request: GenerationRequest, *, only_planned: bool = False) -> Job:
         "made_by": provenance(),
     }
     share = node_share(manifest)
-    data.refuse_other_formats(sorted(share))
+    data.refuse_other_formats(sorted(job_share(manifest).tolist()))  # of a small source this node may have one or two
     return Job(request, kind, len(share), manifest, notes, data.records, encoder, config, identity)
 
 

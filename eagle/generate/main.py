@@ -6,18 +6,20 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
+
 from eagle.data.chat_template import BUILT_IN_TEMPLATES
 from eagle.data.cleaning import Tally
-from eagle.data.mixture import DATA_HELP, as_data_path, outcome_lines
+from eagle.data.mixture import DATA_HELP, as_data_path, outcome_lines, sources_of
 from eagle.data.template_variables import FLAG, HELP, parse_kwargs
-from eagle.data.tokens import Tokens
+from eagle.data.tokens import Tokens, encode
 from eagle.drafts.choices import parse_layers
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import DTYPES
 from eagle.entry import HelpFormatter
 from eagle.errors import WorkError
 from eagle.generate.claim import claimed
-from eagle.generate.dealing import begin, is_done
+from eagle.generate.dealing import begin, is_done, job_share, node_share
 from eagle.generate.job import Job, check_outdir, encode_job, finish, mixture, resolve
 from eagle.generate.launch import run_workers
 from eagle.generate.plan import dry_run_lines, make_plan, sized
@@ -193,8 +195,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def mixed(job: Job, tokens: Tokens) -> list[str]:
-    """What came of each path, where there are several. Raises: WorkError where nothing did."""
-    return [visible(line) for line in outcome_lines(mixture(tokens, job.manifest))]
+    """What came of each path, where there are several. Raises: WorkError where nothing did, on any node."""
+    found = mixture(tokens, job.manifest)
+    empty = [number for number, one in enumerate(found) if not one.usable]
+    elsewhere = [found[number].path for number in empty if is_used_elsewhere(job, number)]
+    return [visible(line) for line in outcome_lines(found, elsewhere)]
+
+
+def is_used_elsewhere(job: Job, source: int) -> bool:
+    """Whether another node can use a conversation of that source. It takes as long as finding the first of them."""
+    every, own = job_share(job.manifest), node_share(job.manifest)
+    numbers, _ = sources_of([one["records"] for one in job.manifest["data"]["sources"]], every)
+    others = np.setdiff1d(every[numbers == source], own).tolist()
+    return any(encode(job.records, job.encoder, [one], job.request.max_length).lengths.any() for one in others)
 
 
 def check_usable(job: Job, tally: Tally, tokens: int) -> None:

@@ -207,6 +207,27 @@ def test_a_source_of_which_nothing_can_be_used(inputs, tmp_path):
         mixed(job, encode_job(job, save=False))
 
 
+def test_a_node_that_can_use_nothing_of_a_small_source(inputs, tmp_path):
+    """What another node can use is no reason to refuse; what none can is, on every node."""
+    alpaca, none = {"instruction": "a", "output": "b"}, {"conversations": []}
+    for name, bad in (("bad", none), ("alpaca", alpaca)):
+        good = json.loads(inputs[3].read_text())
+        mixed_up = write_sharegpt(tmp_path / f"{name}.json", [good[0], bad, good[1], bad])
+        lines = []
+        for rank in range(4):
+            more = {"num_nodes": 4, "node_rank": rank}
+            job = resolve(request(inputs, tmp_path / "store", inputs[1], mixed_up, **more))
+            lines.append(mixed(job, encode_job(job, save=False))[1])
+        assert sorted(line.split(": ", 1)[1].split(" conv")[0] for line in lines) == ["0", "0", "1", "1"]
+        assert sum("0 conversations (1 more are left out)" in line for line in lines) == 2
+        assert all(line.endswith("; other nodes can use some") == (": 0 conv" in line) for line in lines)
+    useless = write_sharegpt(tmp_path / "useless.json", [none] * 4)
+    for rank in range(2):
+        job = resolve(request(inputs, tmp_path / "store", inputs[1], useless, num_nodes=2, node_rank=rank))
+        with pytest.raises(WorkError, match=r"useless\.json: none of its 2 conversations can be used"):
+            mixed(job, encode_job(job, save=False))
+
+
 def test_what_is_left_out_or_there_twice_is_said(inputs, tmp_path):
     records = json.loads(inputs[2].read_text())
     other = write_sharegpt(tmp_path / "other.json", [*records[:3], {"conversations": []}, *conversations(4, seed=99)])
