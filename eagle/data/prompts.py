@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle.data.cleaning import Dropped, Message, Tally, clean_record, first_of, read_turn, system_of, turns_of
+from eagle.data.cleaning import Dropped, Message, first_of, read_turn, system_of, turns_of
 from eagle.data.loss_mask import Encoder
 from eagle.data.reader import SUFFIXES, convert_command, open_records, refuse_by_first_bytes
 from eagle.data.sharegpt.formats import Columns, shapes_of
@@ -175,18 +175,6 @@ def encode_first_turn(prompt: Prompt, encoder: Encoder) -> list[int]:
         return encode_messages([*prompt.begin(), {"role": "user", "content": prompt.turns[0]}], encoder)
     except Dropped as error:
         raise RequestError(f"Prompt {prompt.id}: {error} (template: {encoder.template_name}).") from error
-
-
-def encode_before_reply(record: Any, encoder: Encoder) -> list[int]:
-    """Token ids of a conversation as step 3 reads it, ready for the first of its replies that is trained.
-
-    Raises: Dropped.
-    """
-    messages = clean_record(record, Tally())
-    trained = next(
-        at for at, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message
-    )
-    return encode_messages(messages[:trained], encoder)
 
 
 def stop_tokens(base: Path, config: ModelConfig, encoder: Encoder) -> list[int]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eagle.data.cleaning import Dropped
+from eagle.data.cleaning import Dropped, Message, Tally, clean_record
 from eagle.data.loss_mask import Encoder
 from eagle.data.mixture import open_data
-from eagle.data.prompts import encode_before_reply
+from eagle.data.prompts import encode_messages
 from eagle.data.reader import are_records
 from eagle.data.template_variables import parse_kwargs
 from eagle.errors import RequestError, WorkError
@@ -84,7 +85,7 @@ def held_out(
         if replies and replies[0] > 0:
             stored = record.input_ids[: replies[0]].tolist()
             prompt = prompts.get(store.data_of(index))
-            serving, as_told = prompt(record.conversation) if prompt else (None, None)
+            serving, as_told = prompt(record) if prompt else (None, None)
             serving = serving if serving and len(serving) <= longest else None
             found.append(Conversation(record, stored, serving, as_told))
     if not found:
@@ -99,8 +100,8 @@ def told_to(manifest: dict[str, Any]) -> str | None:
     return (manifest.get("options") or {}).get("chat_template_kwargs")
 
 
-#: The served prompt of a conversation by its number; and with the variables of the store.
-_Prompts = Callable[[int], tuple[list[int] | None, list[int] | None]]
+#: The served prompt before the first trained reply of a record; and with the variables of the store.
+_Prompts = Callable[[Record], tuple[list[int] | None, list[int] | None]]
 
 
 def _served_prompts(
@@ -122,20 +123,47 @@ def _served_prompts(
     told = copy.copy(serving)
     told.variables = parse_kwargs(told_to(manifest)) or {}
 
-    def prompts(conversation: int) -> tuple[list[int] | None, list[int] | None]:
+    def prompts(row: Record) -> tuple[list[int] | None, list[int] | None]:
+        conversation = row.conversation
         if conversation >= len(records):
             return None, None  # a further row, of a later reply
         try:
-            record = records[conversation]
+            messages = clean_record(records[conversation], Tally())
+        except Dropped:
+            return None, None  # tokens already
         except ValueError as error:
             raise WorkError(f"{paths[0]}: record {conversation} cannot be read ({error}).") from error
-        return _encoded(record, serving), _encoded(record, told)
+        before = messages[: reply_of(row, messages, told)]
+        return _encoded(before, serving), _encoded(before, told)
 
     return prompts, ""
 
 
-def _encoded(record: Any, encoder: Encoder) -> list[int] | None:
+def reply_of(row: Record, messages: list[Message], encoder: Encoder) -> int:
+    """Which of a conversation's messages the first trained reply of its first row is.
+
+    A reply that cannot be trained (it lacks the reasoning that the prompt begins, or is too short) gives no row, and
+    the first row is of a later reply. Which, its prompt says, or where the encoder makes another one, what is said.
+    Where that is no reply's, the tokenizer is another, and the first reply is taken.
+    """
+    trained = [at for at, one in enumerate(messages) if one["role"] == "assistant" and "weight" not in one]
+    own = row.loss_mask.nonzero().flatten().tolist()
+    begin = own[0]
+    end = next((before + 1 for before, after in pairwise(own) if after > before + 1), own[-1] + 1)
+    stored = row.input_ids[:begin].tolist()
+    said = encoder.tokenizer.decode(row.input_ids[begin:end], skip_special_tokens=True).strip()
+    replies = {at: messages[at]["content"].strip() for at in trained}
+    known = (
+        *(at for at in trained if len(trained) > 1 and _encoded(messages[:at], encoder) == stored),
+        *(at for at, reply in replies.items() if said and reply.endswith(said)),
+        *(at for at, reply in replies.items() if said and said in reply),  # the row is cut
+        trained[0],
+    )
+    return known[0]
+
+
+def _encoded(messages: list[Message], encoder: Encoder) -> list[int] | None:
     try:
-        return encode_before_reply(record, encoder)
+        return encode_messages(messages, encoder)
     except Dropped:
-        return None  # tokens already, or the served template refuses it
+        return None  # the served template refuses it

@@ -291,6 +291,27 @@ def test_replies_that_are_not_trained_belong_to_the_prompt(made: Made, tmp_path:
     assert [one.name for one in verdict.causes] == ["generation prompt"]
 
 
+def test_a_first_reply_that_gives_no_row(made: Made, tmp_path: Path) -> None:
+    """It lacks the reasoning that the prompt begins; the first row is of the second reply, and so is the prompt."""
+    opens = tmp_path / "opens.jinja"
+    opens.write_text(made.templates["plain"].read_text().replace("assistant\\n'", "assistant\\n<think>\\n'"))
+    assert opens.read_text() != made.templates["plain"].read_text()
+    records = conversations(24, turns=2, seed=3)
+    for record in records:
+        record["conversations"][3]["value"] = f"<think>\nabc\n</think>\n\n{record['conversations'][3]['value']}"
+    data = write_sharegpt(tmp_path / "talks.json", records)
+    store = make_store(tmp_path / "store", made.pair.target, data, opens, "eagle1")
+    assert len(FeatureStore(store)) > 20
+    gate = gate_of(made.pair, store, opens)
+    assert all(one.served == one.as_told == one.stored for one in gate.held_out.conversations)
+    verdict = made.verdict(store=store, template=opens)
+    assert verdict.is_sound, gate_lines(verdict)
+    # Another template is still found out, behind the same turns.
+    gate = gate_of(made.pair, store, made.templates["plain"])
+    cut = [one.stored[: len(one.served or [])] == one.served for one in gate.held_out.conversations]
+    assert all(cut) and all(len(one.served or []) < len(one.stored) for one in gate.held_out.conversations)
+
+
 def test_the_split_is_the_runs(tmp_path: Path) -> None:
     """What is said to be held out is what the trained run held out."""
     checkpoint = tmp_path / "run" / "state_3"
