@@ -254,17 +254,22 @@ def _store_files(store: FeatureStore) -> list[Path]:
 
 
 def cut_evenly(tokens: np.ndarray, parts: int) -> list[int]:
-    """Where to cut a row of records into `parts` of about equal tokens: ``parts + 1`` record indices."""
+    """Where to cut a row of records into `parts` of about equal tokens: ``parts + 1`` record indices.
+
+    Every part has a record, of which there have to be as many as parts.
+    """
     ends = np.cumsum(tokens).tolist()
     total = ends[-1] if ends else 0
     cuts = [0]
     for part in range(1, parts):
-        goal = total * part / parts
+        goal, given = total * part / parts, ends[cuts[-1] - 1] if cuts[-1] else 0
+        if given >= goal:  # a long record has taken what was this part's too: it shares what is left
+            goal = given + (total - given) / (parts - part + 1)
         at = bisect_right(ends, goal)
         # Either side of the goal may be nearer.
         if at < len(ends) and ends[at] - goal < goal - (ends[at - 1] if at else 0):
             at += 1
-        cuts.append(max(at, cuts[-1]))
+        cuts.append(min(max(at, cuts[-1] + 1), len(ends) - (parts - part)))
     return [*cuts, len(ends)]
 
 

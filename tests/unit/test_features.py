@@ -239,6 +239,21 @@ def test_cut_evenly(parts):
     assert max(sums) - min(sums) <= 2 * lengths.max()
 
 
+@pytest.mark.parametrize(
+    "lengths", [[2048, *[60] * 7], [*[60] * 7, 2048], [60, 60, 60, 2048, 2048, 60, 60, 60], [5] * 8]
+)
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 8])
+def test_no_part_is_left_empty(lengths, parts):
+    """However long the longest record is."""
+    cuts = cut_evenly(np.array(lengths), parts)
+    assert cuts[0] == 0 and cuts[-1] == 8 and len(cuts) == parts + 1
+    assert all(after > before for before, after in pairwise(cuts))
+
+
+def test_what_a_long_record_leaves_is_shared():
+    assert cut_evenly(np.array([2048, *[60] * 7]), 4) == [0, 1, 3, 5, 8]
+
+
 def test_order_and_groups_of_any_store(tmp_path):
     """Against the definition: sorted by data file, conversation, file and place; numbered as they come."""
     random = np.random.RandomState(0)

@@ -63,6 +63,12 @@ def test_a_record_larger_than_that_is_the_only_excuse(tmp_path, parts):
     assert (found > 0).all()
 
 
+def test_every_folder_gets_a_record(tmp_path):
+    root = finished(tmp_path / "old", [2048, *[60] * 7])
+    assert all(part.records == 1 for part in reshard(root, tmp_path / "new", 8))
+    assert sorted(tokens_of(tmp_path / "new", 8)) == [*[60] * 7, 2048]
+
+
 def test_an_unfinished_store_is_not_resharded_in_place(tmp_path):
     """Data generation could not go on in it; into another folder it may be."""
     root = make_store(tmp_path / "old", [5] * 12)
