@@ -25,7 +25,7 @@ from eagle.regenerate.served import Question, Said
 from eagle.regenerate.transport import Stopped
 from eagle.streams import make_current
 from eagle.target.config import load_config
-from eagle.target.trunk import check_packages, from_pretrained_dtype, served_config
+from eagle.target.trunk import check_packages, from_pretrained_dtype, has_long_rope, served_config
 
 
 @dataclass(slots=True)
@@ -61,6 +61,10 @@ class OwnTarget:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), config=served_config(folder, config), **from_pretrained_dtype(dtype)
         )
+        if has_long_rope(config):
+            # Phi-3's class forgets its cache where a batch grows past the original context, since its rope would change
+            # there; this one has the long factors from the start.
+            model.config.original_max_position_embeddings = config.max_position_embeddings
         self._model = model.to(device).eval()
         self._said = f"decoded here by transformers, {dtype_name(dtype)} on {describe(device)}, {batch} at a time"
         self._waiting: list[_Waiting] = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from eagle.errors import RequestError
 from eagle.files import check_no_pointer, read_json
 from eagle.target.config import ModelConfig
+from eagle.versions import release
 
 #: What a tokenizer may consist of.
 TOKENIZER_FILES = (
@@ -29,7 +31,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     import transformers
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder)
     there = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -44,7 +46,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     if "tokenizer.model" in there and "tokenizer.json" not in there:
         _check_sentencepiece(folder / "tokenizer.model", where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+        tokenizer = _of_any_class(folder, there)
+        # Text is what the tokens say: vLLM takes no space out of it either, whatever tokenizer_config.json has.
+        tokenizer.clean_up_tokenization_spaces = False
         if "tokenizer.json" not in there:
             return tokenizer
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -53,7 +57,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         made = f"note: transformers {transformers.__version__} makes of {folder} a {type(tokenizer).__name__}, which"
         if _is_rebuilt_wrongly(tokenizer, own):
             print(f"{made} is not what its tokenizer.json says; tokenizer.json is used", file=sys.stderr)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), clean_up_tokenization_spaces=False)
         elif text := _tokenised_otherwise(tokenizer, own):
             said, file = tokenizer.tokenize(text, add_special_tokens=False), own.encode(text, add_special_tokens=False)
             print(
@@ -64,6 +68,25 @@ def load_tokenizer(folder: str | Path) -> Any:
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain exceptions of its own
         raise RequestError(f"{where}: {_reason(folder, there, error)}") from error
+
+
+def _of_any_class(folder: Path, there: list[str]) -> Any:
+    """What transformers makes of a tokenizer, or of its tokenizer.json where it takes a class that is none of its own.
+
+    transformers 4.57 has mistral_common's for Mistral's models that name no class, where that is installed (vLLM brings
+    it): it lacks most of what a tokenizer can do, and finds only files of its own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+    except ValueError as error:
+        if "tokenizer.json" not in there or "No tokenizer file found" not in str(error):
+            raise
+        tokenizer = None
+    if isinstance(tokenizer, PreTrainedTokenizerBase) or "tokenizer.json" not in there:
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
 def _check_sentencepiece(path: Path, where: str) -> None:
@@ -124,6 +147,14 @@ def _reason(folder: Path, there: list[str], error: Exception) -> str:
                 return (
                     f"it is code of its own ({content['auto_map']}), which is not run here. Save a fast tokenizer "
                     "beside the model (a tokenizer.json), and take auto_map out of tokenizer_config.json."
+                )
+            listed = isinstance(content.get("extra_special_tokens"), list)
+            if name == "tokenizer_config.json" and listed and release(version("transformers")) < (5,):
+                return (
+                    "transformers 5 saved it, and this one is older, as a server's beside it may be. Rename "
+                    "extra_special_tokens in tokenizer_config.json to additional_special_tokens, and set "
+                    "tokenizer_class to PreTrainedTokenizerFast where there is a tokenizer.json; or update "
+                    "transformers."
                 )
     said = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")[:200]
     if re.search(r"Tokenizer class \w+ does not exist", said):

@@ -105,6 +105,12 @@ def load_trunk(
             **placement,
         )
     except ValueError as error:
+        if "torch.load" in str(error):
+            raise RequestError(
+                f"{folder}: transformers {version('transformers')} reads .bin weights with torch 2.6 or newer alone, "
+                f"and this is {torch.__version__}. Save them as safetensors (save_pretrained, where such a torch is), "
+                "or take another pair of the two."
+            ) from None
         if not spread or "offload" not in str(error):
             raise
         raise _too_small(folder, room) from error
@@ -150,6 +156,14 @@ def served_config(folder: str | Path, config: ModelConfig) -> Any:
             f"{folder}/config.json: transformers {version('transformers')} does not read it: {said}. Take the one that "
             "was published with the weights, or correct the value."
         ) from None
+    if theirs.model_type != config.family:  # a Mistral with layer_types is a Ministral there, with windows of its own
+        raise RequestError(
+            f"{folder}/config.json says model_type {config.family!r}, and transformers {version('transformers')} takes "
+            f"it for {theirs.model_type!r}, which is not supported. Take out of it what the released config of that "
+            "kind of model does not have (layer_types, of a Mistral)."
+        )
+    if getattr(theirs, "head_dim", 0) is None:  # Mistral's classes of transformers 4 leave it open
+        theirs.head_dim = config.head_dim
     theirs.pad_token_id = None  # changes no feature, and need not be in the vocabulary
     if not getattr(theirs, "quantization_config", True):
         del theirs.quantization_config  # empty, which is none

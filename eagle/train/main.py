@@ -79,7 +79,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     check_mode()
     kind = device.choose_kind()
     check_launch(kind)
-    check_sharding()
+    check_sharding(loads_base=options.data_path is not None and not options.is_engine)
     if not options.dry_run:  # which may plan for another machine's card
         check_precision(kind)
     tracker = None if options.report_to == "none" else options.report_to

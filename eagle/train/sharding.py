@@ -27,8 +27,11 @@ def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
-def check_sharding(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises: RequestError for a kind of FSDP that is not supported, or a torch without it."""
+def check_sharding(environment: Mapping[str, str] = os.environ, *, loads_base: bool = False) -> None:
+    """loads_base: whether every process loads the base model, for features without a store.
+
+    Raises: RequestError for a kind of FSDP that is not supported, or a torch without it.
+    """
     if not is_sharded(environment):
         return
     try:
@@ -46,6 +49,12 @@ def check_sharding(environment: Mapping[str, str] = os.environ) -> None:
         )
     if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise RequestError("fsdp_offload_params true in accelerate's config: expected false; offloading is not there.")
+    if loads_base and environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("true", "1"):
+        raise RequestError(
+            "fsdp_cpu_ram_efficient_loading true in accelerate's config: transformers would read the base model in the "
+            "first process alone, and the others would compute with empty weights. Set it to false, as in "
+            "configs/fsdp.yaml."
+        )
 
 
 def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim.Optimizer) -> UnrolledDraft:

@@ -35,6 +35,7 @@ from eagle.regenerate.request import RegenerateRequest
 from eagle.regenerate.served import Counted, Question, ServedTarget, cure, is_too_long
 from eagle.regenerate.transport import Failed, Refused, Servers, _said
 from eagle.vllm.engine import EngineError
+from tests.families import make_row, row_named
 from tests.serving import FakeServer, Fault, runs, write_stand_in
 from tests.tiny import make_target
 from tests.unit.test_regenerate_parts import KEEPS, encoder_with
@@ -355,6 +356,23 @@ def test_a_sampled_reply_depends_on_its_own_seed_alone(target):
     apart = [engine.decode([question])[0].ids for question in questions]
     assert together == apart
     assert engine.decode([dataclasses.replace(questions[0], seed=99)])[0].ids != apart[0]
+    engine.stop()
+
+
+@pytest.mark.skipif(not row_named("phi3-longrope").is_known_here(), reason="this transformers computes it otherwise")
+def test_a_batch_may_grow_past_the_original_context(tmp_path):
+    """Of longrope, where Phi-3's class would forget its cache; every reply is what it is alone."""
+    folder = make_row(tmp_path / "phi3", row_named("phi3-longrope"))
+    raw = json.loads((folder / "config.json").read_text())
+    for rope in (raw, *(raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key))):
+        if rope.get("original_max_position_embeddings"):
+            rope["original_max_position_embeddings"] = 16
+    (folder / "config.json").write_text(json.dumps(raw))
+    alone = load_target(folder, torch.float32, torch.device("cpu"))
+    few = [prompt for prompt in prompts() if len(prompt) < 16]
+    plain = [generate_alone(alone, prompt, 24, Sampling()).tokens for prompt in few]
+    engine = own(folder, Sampling(), [])
+    assert [said.ids for said in engine.decode([Question([], prompt, 24, 0) for prompt in few])] == plain
     engine.stop()
 
 

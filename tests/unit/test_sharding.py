@@ -32,6 +32,16 @@ def test_what_is_not_there_is_refused(more, message):
         check_sharding(environment)
 
 
+@pytest.mark.skipif(TORCH < (2, 6), reason="FSDP version 2 came with torch 2.6")
+def test_a_base_model_is_loaded_by_every_process():
+    """transformers leaves it empty in all but the first where accelerate's config has its default."""
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    check_sharding(environment)  # a store's features are whole in every process
+    with pytest.raises(RequestError, match=r"fsdp_cpu_ram_efficient_loading true .* Set it to false"):
+        check_sharding(environment, loads_base=True)
+    check_sharding(environment | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}, loads_base=True)
+
+
 def test_an_old_torch_is_refused_with_what_is_needed_whatever_an_old_accelerate_passes_on(monkeypatch):
     """accelerate before 1.6 knows no version, and would be told to use the very file that it was given."""
     monkeypatch.delattr("torch.distributed.fsdp.fully_shard", raising=False)

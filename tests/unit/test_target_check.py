@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from eagle.errors import RequestError
+from eagle.target import tokenizer as tokenizers
 from eagle.target import trunk as trunks
 from eagle.target.check import check_target
 from eagle.target.config import load_config, parse_config
@@ -80,6 +82,44 @@ def test_what_changes_no_feature_may_be_odd(tmp_path):
     assert check_target(folder, "--model_name").config.quantization is None
     trunk = load_trunk(folder, torch.float32, torch.device("cpu"))
     assert torch.equal(trunk(input_ids=ids).last_hidden_state, plain)
+
+
+def test_text_is_what_the_tokens_say(tmp_path):
+    """A tokenizer_config.json may ask for spaces to be taken out before a full stop; vLLM takes out none."""
+    folder = make_target(tmp_path / "m", "qwen2")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clean_up_tokenization_spaces": True}))
+    tokenizer = load_tokenizer(folder)
+    text = "It does n't end . Does it ?"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_a_tokenizer_of_a_class_that_is_none_of_transformers(tmp_path, monkeypatch):
+    """As mistral_common's in transformers 4.57: tokenizer.json says what it is."""
+    folder = make_target(tmp_path / "m", "qwen2")
+    expected = load_tokenizer(folder)("Hello, you.")["input_ids"]
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **more: object())
+    assert load_tokenizer(folder)("Hello, you.")["input_ids"] == expected
+
+    def missing(*args: object, **more: object) -> None:
+        raise ValueError("No tokenizer file found in directory: m")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", missing)
+    assert load_tokenizer(folder)("Hello, you.")["input_ids"] == expected
+
+
+def test_a_tokenizer_that_a_newer_transformers_saved_is_named(tmp_path, monkeypatch):
+    folder = make_target(tmp_path / "m", "qwen2")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"extra_special_tokens": ["<a>"]}))
+
+    def fails(*args: object, **more: object) -> None:
+        raise AttributeError("'list' object has no attribute 'keys'")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    monkeypatch.setattr(tokenizers, "version", lambda name: "4.57.1")
+    with pytest.raises(RequestError, match=r"Rename extra_special_tokens in tokenizer_config\.json"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("kind", ["plain", "llama3", "linear"])

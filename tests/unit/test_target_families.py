@@ -213,6 +213,31 @@ def test_the_code_that_phi3_was_released_with_is_no_matter(made, tmp_path):
         check_target(folder, "--model_name")
 
 
+@pytest.mark.skipif(not row_named("mistral").is_known_here(), reason="this transformers computes it otherwise")
+def test_a_mistral_that_transformers_takes_for_another_kind_is_refused(made, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(made("mistral"), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    kinds = ["full_attention", "sliding_attention"] * (raw["num_hidden_layers"] // 2)
+    (folder / "config.json").write_text(json.dumps(raw | {"layer_types": kinds, "sliding_window": 16}))
+    with pytest.raises(RequestError, match="takes it for 'ministral'"):
+        check_target(folder, "--model_name")
+
+
+@pytest.mark.skipif(not row_named("mistral").is_known_here(), reason="this transformers computes it otherwise")
+def test_a_head_dim_that_is_left_open(tmp_path):
+    """Ropes other than the plain one are computed from it, by transformers 4 without a look at the sizes."""
+    folder = make_row(tmp_path / "m", row_named("mistral"), head_dim=32)
+    raw = json.loads((folder / "config.json").read_text())
+    for key in ("head_dim", "rope_parameters", "rope_scaling", "rope_theta"):
+        raw.pop(key, None)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": raw["max_position_embeddings"]}
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_theta": 1e4, "rope_scaling": yarn}))
+    config = check_target(folder, "--model_name").config
+    assert config.head_dim == raw["hidden_size"] // raw["num_attention_heads"]
+    load_trunk(folder, torch.float32, CPU)(input_ids=IDS)
+
+
 # What several ways of writing mean
 
 
