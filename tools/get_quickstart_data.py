@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -61,10 +62,24 @@ def convert_model(gguf: Path, target: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    _set_special_tokens(tokenizer, gguf)
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    (target / "tokenizer.model").unlink(missing_ok=True)  # transformers 4 copies the GGUF there
     (target / "model.safetensors").chmod(0o644)
+
+
+def _set_special_tokens(tokenizer: Any, gguf: Path) -> None:
+    """transformers 4 takes the token that begins a turn for the one that ends it, and cleans spaces out of text."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for name in ("bos", "eos"):
+        if field := fields.get(f"tokenizer.ggml.{name}_token_id"):
+            number = int(field.parts[field.data[0]][0])
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    tokenizer.clean_up_tokenization_spaces = False
 
 
 def main(argv: list[str] | None = None) -> int:
