@@ -246,5 +246,7 @@ class DraftOptions:
         count = self.count if nodes is None else nodes
         if self.mode == "dynamic_tree":
             return DynamicDrafter(count, self.tree_depth, self.tree_top_k)
-        paths = chain_paths(count) if self.mode == "chain" else by_promise(EAGLE1_PATHS)[:count]
-        return StaticDrafter(tuple(paths), device, sampling)
+        if self.mode == "chain":
+            # Of its likeliest tokens at any temperature, as vLLM drafts (draft_sample_method is greedy by default).
+            return StaticDrafter(chain_paths(count), device, Sampling())
+        return StaticDrafter(tuple(by_promise(EAGLE1_PATHS)[:count]), device, sampling)

@@ -200,6 +200,8 @@ def decode_all(
     alone(warm_up, 4)
     replies, acceptance = [], Acceptance(decoder.drafter.depth)
     length = target.config.max_position_embeddings
+    if (target.config.rope_scaling or {}).get("rope_type") == "dynamic":
+        length -= decoder.drafter.depth  # drafted nodes past the last position would turn the others by other angles
     with progress_bar(len(prompts), "prompt", desc="decoding") as bar:
         for prompt in prompts:
             baseline = alone if options.baseline else None
@@ -287,6 +289,11 @@ def main(argv: list[str] | None = None) -> int:
     draft = load_fitting_draft(args.draft_path, args.base_path, target)
     decoder = SpeculativeDecoder(target, draft, drafting.drafter(target.device, sampling), sampling)
     shape, order = shape_of(family_of(draft.own_state()), draft.config), None
+    if args.tmpdir and not family_of(draft.own_state()).has_own_vocabulary:
+        raise RequestError(
+            f"--tmpdir {args.tmpdir}: its tokens say what a smaller draft vocabulary would cover, and a draft of this "
+            "kind has the base model's whole one. Leave it out."
+        )
     if costs:
         for one in (shape, *(other.shape for other in others)):
             costs.check_shape(one)

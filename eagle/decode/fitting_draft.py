@@ -65,6 +65,12 @@ def check_fit(draft: ModelConfig, target: ModelConfig, folder: Path, family: Dra
             f"--draft-path {folder} is no draft of --base-path's model: {'; '.join(wrong)}. Name the base model it was "
             "trained for."
         )
+    if draft.max_position_embeddings < target.max_position_embeddings:
+        warn(
+            f"{folder}/config.json has max_position_embeddings {draft.max_position_embeddings}, the base model "
+            f"{target.max_position_embeddings}. With this folder as it is vLLM drafts nothing behind that, which is "
+            "measured here all the same; step 5 writes the base model's."
+        )
     for name in ("rope_theta", "rope_scaling"):
         mine, its = getattr(draft, name), getattr(expected, name)
         if mine != its:

@@ -230,7 +230,8 @@ def of_report(path: Path, asked: dict[str, Any], target: str, dtype: str) -> Mea
     ]
     if differing:
         raise RequestError(
-            f"{AGAINST} {path} answered something else: {', '.join(differing)} differ. Ask both drafts the same."
+            f"{AGAINST} {path} answered something else: {', '.join(differing)} differ. Ask both drafts the same "
+            "(with a chat template that writes the date, on one day)."
         )
     if report["dtype"] != dtype:
         raise RequestError(

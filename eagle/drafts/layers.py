@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from eagle.drafts.chain_attention import ChainMask, Mask
+from eagle.errors import RequestError
 from eagle.releases import TORCH
 from eagle.target.config import ModelConfig
 
@@ -133,7 +134,15 @@ class RotaryEmbedding(nn.Module):
         raw = config.to_json(as_llama=True)
         for key in ("architectures", "model_type", "torch_dtype", "qkv_bias"):
             raw.pop(key, None)
-        self.embedding = LlamaRotaryEmbedding(config=LlamaConfig(**raw))
+        try:
+            theirs = LlamaConfig(**raw)
+        except Exception as error:  # of transformers' own kinds, which change from release to release
+            said = " ".join(str(error).split())
+            raise RequestError(
+                f"a draft of hidden_size {config.hidden_size} with {config.num_attention_heads} heads is no layer that "
+                f"transformers, and with it vLLM, makes: {said}."
+            ) from None
+        self.embedding = LlamaRotaryEmbedding(config=theirs)
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin ``[B, T, head_dim]`` in the dtype of `hidden`, of positions ``[B, T]``."""

@@ -119,7 +119,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             # The run may have been killed between the checkpoint and its pointers.
             checkpoint.point(self.options.run_folder, checkpoint.LAST, folder.name)
-            if saved["is_best"]:
+            best = checkpoint.resolve_pointer(self.options.run_folder / checkpoint.BEST)
+            if saved["is_best"] or not best.is_dir():  # a damaged one may have been moved away
                 checkpoint.point(self.options.run_folder, checkpoint.BEST, folder.name)
         self.log.say(f"resuming from {folder} (step {self.position.step} of {self.total_steps})")
 

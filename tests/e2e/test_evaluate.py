@@ -141,11 +141,18 @@ def test_warnings(drafts, qwen, tmp_path, capsys):
     torch.save(state, draft / "pytorch_model.bin")
     config = json.loads((draft / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 123.0
+    config["max_position_embeddings"] = 64
     (draft / "config.json").write_text(json.dumps(config))
     (draft / "state.json").write_text(json.dumps({"run": {"target": "another"}}))
     words = ("--base-path", qwen, "--draft-path", draft, "--num_prompts", 1, "--no_baseline")
     _, answer = evaluated(tmp_path / "out", *words, EAGLE_TARIN_MODE="1")
-    for expected in ("EAGLE_TARIN_MODE", "rope_theta 123.0", "trained fc.bias", "trained for other weights"):
+    for expected in (
+        "EAGLE_TARIN_MODE",
+        "max_position_embeddings 64, the base model",
+        "rope_theta 123.0",
+        "trained fc.bias",
+        "trained for other weights",
+    ):
         assert expected in answer.error, expected
 
 

@@ -5,7 +5,7 @@ import torch
 
 from eagle.decode import generate
 from eagle.decode.acceptance_rule import settle
-from eagle.decode.drafter import DynamicDrafter, StaticDrafter
+from eagle.decode.drafter import DraftOptions, DynamicDrafter, StaticDrafter
 from eagle.decode.generate import SpeculativeDecoder
 from eagle.decode.sampling import Sampling, draw
 from eagle.decode.tree import chain_paths
@@ -16,7 +16,8 @@ from tests.tiny import make_target
 SAMPLED = Sampling(temperature=1.0, seed=3)
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 DRAFTERS = {
-    "chain": StaticDrafter(chain_paths(3), CPU, SAMPLED),
+    "chain": DraftOptions("chain", 3).drafter(CPU, SAMPLED),
+    "drawn chain": StaticDrafter(chain_paths(3), CPU, SAMPLED),
     "tree": StaticDrafter(TREE, CPU, SAMPLED),
     "dynamic tree": DynamicDrafter(9, 3, 3),
 }
@@ -133,6 +134,12 @@ def test_the_output_is_distributed_as_the_targets(markov, drafter):
 def test_the_output_shows_a_wrong_rule(markov, monkeypatch, rule):
     monkeypatch.setattr(generate, "settle", rule)
     assert transitions(markov, DRAFTERS["chain"]) < 1e-6
+
+
+def test_a_chain_is_of_the_likeliest_tokens_at_any_temperature():
+    """As vLLM drafts by default; a static tree's candidates are drawn."""
+    chain, tree = (DraftOptions(mode, 3).drafter(CPU, SAMPLED) for mode in ("chain", "tree"))
+    assert chain.sampling.greedy and not tree.sampling.greedy
 
 
 def test_draw_without_replacement():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eagle.drafts.eagle3.draft_config import default_aux_layers, draft_config_fo
 from eagle.drafts.eagle3.network import Eagle3Network
 from eagle.drafts.eagle3.vocabulary import most_frequent
 from eagle.drafts.families import DRAFT_FAMILIES
+from eagle.drafts.layers import RotaryEmbedding
 from eagle.drafts.objective import LossOptions
 from eagle.drafts.saved import load_draft, save_draft
 from eagle.drafts.starts import StartData
@@ -26,7 +28,7 @@ from eagle.drafts.unroll import UnrolledDraft
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import aux_layers, aux_name, features_of
-from eagle.target.trunk import from_pretrained_dtype
+from eagle.target.trunk import from_pretrained_dtype, transformers_release
 from eagle.target.weights import Weights, read_embedding, read_head, read_norm
 from eagle.vllm.export import export
 from tests.tiny import make_target
@@ -114,6 +116,17 @@ def test_a_file_of_another_width(target: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(RequestError, match="does not fit the base model: hidden_size is 64"):
         draft_config_for(load_config(target), tmp_path / "config.json", DraftChoices(LAYERS))
+
+
+def test_heads_that_the_width_is_no_multiple_of(target: Path):
+    """With a head_dim of their own, which vLLM's config of the layer refuses too."""
+    config = EAGLE3.config(load_config(target), None, DraftChoices(LAYERS))
+    odd = dataclasses.replace(config, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
+    if transformers_release() < (5,):
+        RotaryEmbedding(odd)
+    else:
+        with pytest.raises(RequestError, match=f"hidden_size {config.hidden_size} with 6 heads is no layer"):
+            RotaryEmbedding(odd)
 
 
 NESTED_LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2], "use_aux_hidden_state": True}}
