@@ -140,8 +140,24 @@ def test_the_ends_of_the_curve_are_explained(nodes, said):
     assert said in "\n".join(report_lines(full_report([reply("", [1, 2], [1, 2], CHAIN)], slow)))
 
 
-@pytest.mark.parametrize(("temperature", "expected"), [(0.0, [(0, 0), (0, 0)]), (1.0, [(0, 1), (3, 101)])])
-def test_sampling_and_acceptance_have_their_share_of_the_estimate(tmp_path, monkeypatch, temperature, expected):
+class DrawnChain(DraftOptions):
+    """A chain whose tokens are drawn, as a static tree's are."""
+
+    def drafter(self, device, sampling, nodes=None):
+        return StaticDrafter(chain_paths(self.count if nodes is None else nodes), device, sampling)
+
+
+@pytest.mark.parametrize(
+    ("drafting", "temperature", "expected"),
+    [
+        (DraftOptions("chain", 3), 0.0, [(0, 0), (0, 0)]),
+        (DraftOptions("chain", 3), 1.0, [(0, 1), (0, 1)]),  # of the likeliest tokens: only the target draws
+        (DrawnChain("chain", 3), 1.0, [(0, 1), (3, 101)]),
+    ],
+)
+def test_sampling_and_acceptance_have_their_share_of_the_estimate(
+    tmp_path, monkeypatch, drafting, temperature, expected
+):
     """By a clock that a distribution moves by 1 and the acceptance rule by 100, and nothing else."""
     target, sampling, now = tiny_target(make_target(tmp_path)), Sampling(temperature=temperature), [0.0]
 
@@ -155,9 +171,8 @@ def test_sampling_and_acceptance_have_their_share_of_the_estimate(tmp_path, monk
     monkeypatch.setattr(recommendation, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Sampling, "distribution", costs(1, Sampling.distribution))
     monkeypatch.setattr(generate, "settle", costs(100, generate.settle))
-    drafter = StaticDrafter(chain_paths(3), CPU, sampling)
-    decoder = SpeculativeDecoder(target, random_draft(target), drafter, sampling)
-    found = estimate_sizes(decoder, DraftOptions("chain", 3), [reply("", [1, 2], None, CHAIN)])
+    decoder = SpeculativeDecoder(target, random_draft(target), drafting.drafter(CPU, sampling), sampling)
+    found = estimate_sizes(decoder, drafting, [reply("", [1, 2], None, CHAIN)])
     alone, *_, longest = found
     assert [one.nodes for one in found] == [0, 1, 2, 3]
     assert [(one.draft_seconds, one.target_seconds) for one in (alone, longest)] == expected
