@@ -70,6 +70,14 @@ def trained_draft(
             f"{flag} {trained} is {DRAFT_FAMILIES[saved.family].describes}, and --draft-path {exported} is "
             f"{family.describes}. Name the run that was exported."
         )
+    if trained is None and not family.config_keys:
+        # A folder alone does not tell a draft with a rope of its own from a damaged one; nearly all have the base's.
+        usual, own = target.draft(), saved.config.rope_scaling
+        scaling = own if own and own["rope_type"] == "longrope" else usual.rope_scaling
+        config = dataclasses.replace(
+            saved.config, rope_theta=usual.rope_theta, rope_scaling=scaling, rms_norm_eps=usual.rms_norm_eps
+        )
+        saved = dataclasses.replace(saved, config=config)
     draft = family.build(saved.config, read_embedding(base, target).float(), saved.tensors)
     load_trained_state(draft, saved.tensors, str(saved.source))
     found = differences(exported, saved, base, target, family)
