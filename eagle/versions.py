@@ -25,3 +25,8 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def transformers_release() -> tuple[int, ...]:
+    """The numbers of the installed transformers; () without one."""
+    return release(installed("transformers") or "")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from eagle.errors import RequestError
 from eagle.files import check_no_pointer, read_json
 from eagle.target.config import ModelConfig
-from eagle.versions import release
+from eagle.versions import transformers_release
 
 #: What a tokenizer may consist of.
 TOKENIZER_FILES = (
@@ -149,7 +148,7 @@ def _reason(folder: Path, there: list[str], error: Exception) -> str:
                     "beside the model (a tokenizer.json), and take auto_map out of tokenizer_config.json."
                 )
             listed = isinstance(content.get("extra_special_tokens"), list)
-            if name == "tokenizer_config.json" and listed and release(version("transformers")) < (5,):
+            if name == "tokenizer_config.json" and listed and transformers_release() < (5,):
                 return (
                     "transformers 5 saved it, and this one is older, as a server's beside it may be. Rename "
                     "extra_special_tokens in tokenizer_config.json to additional_special_tokens, and set "

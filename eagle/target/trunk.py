@@ -19,11 +19,7 @@ from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import TARGET_FAMILIES
 from eagle.target.weights import Weights
 from eagle.text import listed
-from eagle.versions import release
-
-
-def transformers_release() -> tuple[int, ...]:
-    return release(version("transformers"))
+from eagle.versions import transformers_release
 
 
 def check_packages(family: str) -> None:
@@ -170,16 +166,14 @@ def served_config(folder: str | Path, config: ModelConfig) -> Any:
     _check_yarn(config)
     if transformers_release() < (5,) and getattr(theirs, "rope_parameters", None):
         _say_as_transformers_4(theirs, config)
-    original = (config.rope_scaling or {}).get("original_max_position_embeddings")
-    if config.rope_scaling and config.rope_scaling["rope_type"] == "longrope" and original:
-        # Where it stands beside the rope, Llama's class takes the whole context for it.
-        theirs.original_max_position_embeddings = original
-        if rope := getattr(theirs, "rope_parameters", None):
-            rope["original_max_position_embeddings"] = original
     if has_long_rope(config):
+        assert config.rope_scaling
+        # Where it stands beside the rope, Llama's class takes the whole context for it.
+        original = config.rope_scaling["original_max_position_embeddings"]
+        theirs.original_max_position_embeddings = original
         for name in ("rope_scaling", "rope_parameters"):
             if rope := getattr(theirs, name, None):
-                rope["short_factor"] = rope["long_factor"]
+                rope |= {"short_factor": rope["long_factor"], "original_max_position_embeddings": original}
     return theirs
 
 

@@ -28,8 +28,9 @@ from eagle.drafts.unroll import UnrolledDraft
 from eagle.errors import RequestError
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.features import aux_layers, aux_name, features_of
-from eagle.target.trunk import from_pretrained_dtype, transformers_release
+from eagle.target.trunk import from_pretrained_dtype
 from eagle.target.weights import Weights, read_embedding, read_head, read_norm
+from eagle.versions import transformers_release
 from eagle.vllm.export import export
 from tests.tiny import make_target
 from tests.unit.exports import read

@@ -19,8 +19,9 @@ from eagle.target.config import load_config, parse_config
 from eagle.target.identity import Identity, spread
 from eagle.target.refusals import ROPE_TYPES
 from eagle.target.tokenizer import load_tokenizer, tokens_without_row
-from eagle.target.trunk import expected_tensors, load_trunk, transformers_release, trunk_values
+from eagle.target.trunk import expected_tensors, load_trunk, trunk_values
 from eagle.target.weights import WEIGHT_FILES, Weights, fingerprint
+from eagle.versions import transformers_release
 from tests.tiny import VOCAB, keep_only_tokenizer_model, make_target, sentencepiece_model
 from tests.unit.config_cases import PARAMETERS, base, skip_unless_known
 from tests.unit.test_target import LAYOUTS
@@ -117,7 +118,7 @@ def test_a_tokenizer_that_a_newer_transformers_saved_is_named(tmp_path, monkeypa
         raise AttributeError("'list' object has no attribute 'keys'")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
-    monkeypatch.setattr(tokenizers, "version", lambda name: "4.57.1")
+    monkeypatch.setattr(tokenizers, "transformers_release", lambda: (4, 57, 1))
     with pytest.raises(RequestError, match=r"Rename extra_special_tokens in tokenizer_config\.json"):
         load_tokenizer(folder)
 
