@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eagle.data.reasoning import behind_reasoning
+
 ROLES = {
     "human": "user",
     "user": "user",
@@ -286,7 +288,9 @@ def read_turn(turn: Any) -> list[Message]:
         raise Dropped("malformed_turn")
     message = _message(role, _joined(text) if isinstance(text, list) else text)
     if message["role"] == "assistant":
-        message["content"] = _with_reasoning(turn, message["content"])
+        reasoning = first_said(turn, *REASONING_NAMES)
+        if isinstance(reasoning, str):
+            message["content"] = behind_reasoning(_message("gpt", reasoning)["content"], message["content"])
         if turn.get("weight") is not None:
             if turn["weight"] not in (0, 1):  # True and 1.0 equal 1
                 raise Dropped("bad_weight")
@@ -319,11 +323,3 @@ def _joined(parts: list[Any]) -> str | None:
             raise Dropped("not_text")
         texts.append(text)
     return "\n".join(texts) if texts else None
-
-
-def _with_reasoning(turn: dict[str, Any], text: str) -> str:
-    """A reply as the model wrote it, where a server has put its reasoning into a field of its own."""
-    reasoning = first_said(turn, *REASONING_NAMES)
-    if not isinstance(reasoning, str) or "</think>" in text:
-        return text
-    return f"<think>\n{_message('gpt', reasoning)['content'].strip()}\n</think>\n\n{text.lstrip()}"

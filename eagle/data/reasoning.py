@@ -15,7 +15,7 @@ _BEGINS = re.compile(rf"\s*<({_NAMES})>.*?</\1>", re.DOTALL)
 #: What a token is called that a tokenizer holds for special and that marks reasoning: <think>, [/THINK], <seed:think>,
 #: <|START_THINKING|>, ...
 MARKS = re.compile("think|thought|reason", re.IGNORECASE)
-#: The tag in which `eagle.data.cleaning` puts a reasoning that stands in a field of its own.
+#: The tag in which `behind_reasoning` puts a reasoning that stands in a field of its own.
 _OURS = "think"
 
 
@@ -32,3 +32,19 @@ def answer_of(reply: str, name: str) -> str:
     """
     found = _BEGINS.match(reply)
     return reply[found.end() :].lstrip() if found and found[1] in (name, _OURS) else reply
+
+
+def behind_reasoning(reasoning: str, reply: str) -> str:
+    """A reply as the model wrote it, of which a server gives the reasoning in a field of its own.
+
+    Some servers leave it in the reply too, whose beginning the prompt may have written: such a reply stays as it is.
+    Tags elsewhere are its subject.
+    """
+    before, *behind = ENDS.split(reply, maxsplit=1)
+    if has_reasoning(reply, _OURS) or (behind and _words(reasoning) in _words(before)):
+        return reply
+    return f"<{_OURS}>\n{reasoning.strip()}\n</{_OURS}>\n\n{reply.lstrip()}"
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from eagle.data.cleaning import REASONING_NAMES, Message, first_said
+from eagle.data.reasoning import behind_reasoning
 from eagle.decode.sampling import Sampling
 from eagle.errors import RequestError, WorkError
 from eagle.regenerate.address import KEY_VARIABLE
@@ -212,8 +213,8 @@ class ServedTarget:
                 finish = FILTERED
             text = _whole_characters(message.get("content") or "")
             reasoning = first_said(message, *REASONING_NAMES)
-            if isinstance(reasoning, str) and "</think>" not in text:
-                text = _behind_reasoning(_whole_characters(reasoning).strip(), text, is_cut=finish == LENGTH)
+            if isinstance(reasoning, str):
+                text = _with_reasoning(_whole_characters(reasoning), text, is_cut=finish == LENGTH)
             return Said(finish, None, text, counted, context)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise WorkError(
@@ -266,15 +267,15 @@ def _broken_off(answer: dict[str, Any]) -> str | None:
     return f"the server broke the reply off ({reason})" if reason in _BROKEN_OFF else None
 
 
-def _behind_reasoning(reasoning: str, text: str, *, is_cut: bool) -> str:
+def _with_reasoning(reasoning: str, text: str, *, is_cut: bool) -> str:
     """A reply as the model wrote it, of which a server gives the reasoning and the answer apart.
 
     Without an answer nothing says that the reasoning was ended: that of a reply that was cut off stays open, and one
     that ended by itself is empty.
     """
     if text.strip():
-        return f"<think>\n{reasoning}\n</think>\n\n{text.lstrip()}"
-    return f"<think>\n{reasoning}" if is_cut else ""
+        return behind_reasoning(reasoning, text)
+    return f"<think>\n{reasoning.strip()}" if is_cut else ""
 
 
 def _whole_characters(text: str) -> str:

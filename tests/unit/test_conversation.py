@@ -221,6 +221,24 @@ def test_reasoning_in_a_field_of_its_own_is_put_before_the_reply(name):
     assert messages[1]["content"] == "<think>\n2 + 2\n</think>\n\nfour"
 
 
+@pytest.mark.parametrize(
+    ("reply", "holds_it"),
+    [
+        ("<think>2 + 2</think>four", True),
+        ("<think>of other words</think>four", True),
+        ("2 +\n2\n</think>\n\nfour", True),  # behind a prompt that begins it
+        ("<thinking>2 + 2</thinking>four", True),
+        ("Qwen3 ends its reasoning with </think>.", False),
+        ("<reasoning>as the question wants it</reasoning> four", False),
+    ],
+)
+def test_reasoning_in_a_field_is_not_put_before_a_reply_that_holds_it(reply, holds_it):
+    """A reply that only mentions the tag is an answer, and its reasoning is not lost."""
+    turn_of_both = {"role": "assistant", "content": reply, "reasoning_content": " 2 + 2\n"}
+    messages = clean_record({"messages": [{"role": "user", "content": "?"}, turn_of_both]}, Tally())
+    assert messages[1]["content"] == (reply if holds_it else f"<think>\n2 + 2\n</think>\n\n{reply}")
+
+
 def test_a_blank_system_prompt_is_not_in_the_way_of_another():
     record = {"system": "", "system_prompt": "Be brief.", "conversations": [turn("human", "?"), turn("gpt", "x")]}
     assert clean_record(record, Tally())[0] == {"role": "system", "content": "Be brief."}

@@ -117,6 +117,8 @@ def test_where_one_of_two_rests_the_other_is_asked():
         ({"content": "yes", "reasoning_content": "hm"}, "stop", (STOP, "<think>\nhm\n</think>\n\nyes")),
         ({"content": "yes", "thinking": "hm"}, "stop", (STOP, "<think>\nhm\n</think>\n\nyes")),
         ({"content": "<think>hm</think>yes", "reasoning": "hm"}, "stop", (STOP, "<think>hm</think>yes")),
+        ({"content": "hm\n</think>\n\nyes", "reasoning": "hm"}, "stop", (STOP, "hm\n</think>\n\nyes")),
+        ({"content": "say </think>", "reasoning": "hm"}, "stop", (STOP, "<think>\nhm\n</think>\n\nsay </think>")),
         ({"content": None}, "stop", (STOP, "")),
         ({"content": "ye"}, "length", (LENGTH, "ye")),
         ({"content": "half \ud83d"}, "stop", (STOP, "half \ufffd")),
