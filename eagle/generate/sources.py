@@ -49,6 +49,7 @@ class TrunkSource:
         )
         overlap_batches(self.trunk)
         compiled = compile_trunk(self.trunk, options.device) if compiling else None
+        self.masked = compiled is None
         if compiled is not None:
             self.trunk, self.step = compiled, LENGTH_STEP
         packs = kind == "cpu" and compiled is None
@@ -57,14 +58,19 @@ class TrunkSource:
 
     @torch.inference_mode()
     def features(self, sequences: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """Padding stands on the right, where a causal model never looks, so no mask is needed."""
+        """Padding stands on the right, where a causal model never looks, so no mask is needed.
+
+        None at all would not do: then transformers 4.53 to 4.57 look for packed sequences, and give every layer a whole
+        mask, for which there are no flash kernels. One that masks nothing is dropped, but not by a compiled trunk.
+        """
         if self.packed is not None:
             return self.packed.features(sequences, self.names)
         ids = np.zeros((len(sequences), self._padded(sequences)), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
         input_ids = to_card(torch.from_numpy(ids), self.device)
-        return features_of(self.trunk, self.names, input_ids=input_ids, use_cache=False)
+        mask = torch.ones_like(input_ids) if self.masked else None
+        return features_of(self.trunk, self.names, input_ids=input_ids, attention_mask=mask, use_cache=False)
 
     def positions(self, sequences: Sequence[np.ndarray]) -> int:
         """How many positions a batch makes it compute: padding counts, what is computed for several counts once."""

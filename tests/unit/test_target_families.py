@@ -20,6 +20,9 @@ from eagle.drafts.choices import DraftChoices
 from eagle.drafts.families import DRAFT_FAMILIES
 from eagle.drafts.saved import save_draft
 from eagle.errors import RequestError
+from eagle.generate.source_options import SourceOptions
+from eagle.generate.sources import TrunkSource
+from eagle.releases import TORCH
 from eagle.target.check import check_target
 from eagle.target.config import load_config, parse_config
 from eagle.target.cpu_trunk import packed_trunk
@@ -87,6 +90,23 @@ def test_features_are_what_logits_are_read_from(made, name):
     torch.testing.assert_close(found[HIDDEN_STATE] @ head.T, expected.logits, rtol=1e-4, atol=1e-4)
     inputs = torch.cat([expected.hidden_states[layer] for layer in layers], -1)
     torch.testing.assert_close(found[aux_name(layers)], inputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(TORCH < (2, 1, 1), reason="attention is eager there")
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_whole_sequences_need_no_mask(made, name, monkeypatch):
+    """transformers 4.57 gives every layer one, unless it is told that nothing is masked."""
+    source = TrunkSource(SourceOptions(made(name), torch.float32, CPU, (HIDDEN_STATE,)))
+    source.packed = None  # as on cards
+    masks = []
+
+    def attention(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return torch._C._nn.scaled_dot_product_attention(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    source.features([IDS[0].numpy(), IDS[1, :9].numpy()])
+    assert masks == [None] * load_config(made(name)).num_hidden_layers
 
 
 @every
