@@ -115,7 +115,8 @@ def disk_table(drafts: Sequence[Shape], conversations: Sequence[int], tokens: in
             whole = [shape.store_bytes(count * tokens, count, dtype) for dtype in (SAME, "int8")]
             one = [shape.store_bytes(1, 0, dtype) for dtype in (SAME, "int8")]
             cells = [f"{size(both)} ({each:,} B)" for both, each in zip(whole, one, strict=True)]
-            rows.append([f"{count:,}", shape.label, *cells, f"0; {size(count * tokens * TOKEN_BYTES)} of memory"])
+            memory = size(count * tokens * TOKEN_BYTES)  # each process has all tokens
+            rows.append([f"{count:,}", shape.label, *cells, f"0; {memory} a process"])
     return table(["conversations", "hidden size, draft", "bfloat16 (a token)", "int8 (a token)", "no store"], rows)
 
 

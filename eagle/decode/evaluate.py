@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         mine = Measured.of(report, shape)
         outputs = [reply.drafted.tokens for reply in replies]
         estimates = [] if order is None else smaller(mine, costs.shapes, order, outputs, replies)
-        report["serving"] = serving_report(costs, [mine, *others, *estimates])
+        report["serving"] = serving_report(costs, [mine, *others, *estimates]) if mine.drafts else None
         lines += serving_lines(report["serving"])
     print(visible("\n".join(lines)))
     if args.output:

@@ -24,6 +24,11 @@ from eagle.files import existing_path, read_json
 AGAINST = "--against"
 
 
+def drafts_of(report: dict[str, Any]) -> int:
+    """How often was drafted, by the report of `eagle.vllm.verify` or of `eagle.evaluate`."""
+    return report["drafts"] if "drafts" in report else report["steps"]
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A draft and what was accepted of it. name: its folder. accepted: the share of drafts whose first, second, ...
@@ -39,12 +44,11 @@ class Measured:
     @classmethod
     def of(cls, report: dict[str, Any], shape: Shape) -> Measured:
         """report: of `eagle.vllm.verify`, which counts drafts, or `eagle.evaluate`, which counts steps."""
-        drafts = report.get("drafts", report.get("steps", 0))
-        return cls(str(report["draft"]), shape, tuple(report["accepted_per_position"]), drafts)
+        return cls(str(report["draft"]), shape, tuple(report["accepted_per_position"]), drafts_of(report))
 
-    def tau(self, tokens: int) -> float | None:
-        """Of a chain of so many tokens; None where not so many were drafted."""
-        return 1 + sum(self.accepted[:tokens]) if tokens <= len(self.accepted) else None
+    def tau(self, tokens: int) -> float:
+        """Of a chain of so many tokens, at most as many as were drafted."""
+        return 1 + sum(self.accepted[:tokens])
 
     def error(self, tokens: int) -> float:
         """Standard error of that τ, by the lengths of the chains that were accepted."""
@@ -69,8 +73,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
+    """missing: the K that were drafted, and whose cost is not known."""
+
     draft: Measured
     points: list[Point]
+    missing: list[int]
 
     @property
     def best(self) -> Point:
@@ -124,13 +131,15 @@ class Choice:
 
 def curve(costs: StepCosts, draft: Measured, batch: int) -> Curve:
     """Of every K whose cost and acceptance are known."""
-    alone, points = costs.alone(batch), []
-    for tokens in range(1, costs.most_tokens + 1):
+    alone, points, missing = costs.alone(batch), [], []
+    for tokens in range(1, min(costs.most_tokens, len(draft.accepted)) + 1):
         tau, cost = draft.tau(tokens), costs.cost(draft.shape, tokens, batch)
-        if tau is not None and cost is not None:
+        if cost is None:
+            missing.append(tokens)
+        else:
             spread, error = alone.spread + cost.spread, 2 * draft.error(tokens) / tau
             points.append(Point(tokens, tau, cost.ms, tau * alone.ms / cost.ms, spread, error, cost.is_between))
-    return Curve(draft, points)
+    return Curve(draft, points, missing)
 
 
 def rate_of(tau: float, tokens: int) -> float | None:
@@ -219,6 +228,8 @@ def of_report(path: Path, asked: dict[str, Any], target: str, dtype: str) -> Mea
             f"{AGAINST} {path} is no report that can be compared: it does not say what was asked and what was drafted. "
             "Run eagle.evaluate or eagle.vllm.verify of this version for that draft."
         )
+    if not drafts_of(report):
+        raise RequestError(f"{AGAINST} {path} says that nothing was drafted: no reply was longer than one token.")
     if report.get("mode", "chain") != "chain":
         raise RequestError(f"{AGAINST} {path} is of --mode {report['mode']}, and vLLM drafts a chain. Evaluate one.")
     if report["target"] != target:
@@ -282,6 +293,8 @@ def _to_json(choice: Choice) -> dict[str, Any]:
         "curves": [
             {
                 "draft": one.draft.name,
+                "drafted": len(one.draft.accepted),
+                "not_measured": one.missing,
                 "shape": one.draft.shape.to_json(),
                 "estimate": one.draft.estimate or None,
                 "points": [dataclasses.asdict(point) for point in one.points],

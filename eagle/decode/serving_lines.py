@@ -9,8 +9,15 @@ from typing import Any
 from eagle.decode.step_costs import COMMAND
 
 
-def serving_lines(report: dict[str, Any]) -> Iterator[str]:
-    """For people. report: as `eagle.decode.serving_choice.serving_report`."""
+def serving_lines(report: dict[str, Any] | None) -> Iterator[str]:
+    """For people. report: as `eagle.decode.serving_choice.serving_report`, None where nothing was drafted."""
+    if report is None:
+        yield ""
+        yield (
+            "Serving: nothing was drafted, since no reply is longer than one token, and so nothing is said. Raise "
+            "--max_new_tokens, or ask for longer replies."
+        )
+        return
     curves = [one for choice in report["batches"] for one in choice["curves"]]
     names = _names({one["draft"] for one in curves})
     yield ""
@@ -22,6 +29,9 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
         for one in choice["curves"]:
             cells = {point["num_speculative_tokens"]: point for point in one["points"]}
             yield f"  {_named(one, names):{width}}" + "".join(_cell(cells.get(k)) for k in columns)
+            if one["not_measured"]:
+                tokens = ", ".join(map(str, one["not_measured"]))
+                yield f"  {_named(one, names)} was not measured at K {tokens} with this batch size"
         yield f"  {_verdict(choice, names)}"
         yield from (f"  {line}" for line in _needs(choice, report["most_tokens"]))
     if report["not_judged"]:
@@ -29,12 +39,14 @@ def serving_lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"batch {batches}: no draft whose acceptance is known was measured there, so nothing is said of it."
     if any(point["is_between"] for one in curves for point in one["points"]):
         yield "~: the cost was not measured and lies on the line between two that were."
-    if columns and columns[-1] < report["most_tokens"]:
+    most = report["most_tokens"]
+    drafted = {_named(one, names): one["drafted"] for one in curves if not one["estimate"] and one["drafted"] < most}
+    for name, tokens in drafted.items():
         yield (
-            f"No more than {columns[-1]} tokens were drafted, so a larger K is not judged. Draft "
-            f"{report['most_tokens']} at once to have all judged that were measured."
+            f"{name}: no more than {tokens} tokens were drafted, so a larger K of it is not judged. Draft {most} at "
+            "once to have all judged that were measured."
         )
-    if report["not_judged"] or any(choice["not_measured"] for choice in report["batches"]):
+    if report["not_judged"] or any(one["not_measured"] for one in (*report["batches"], *curves)):
         yield f"What was not measured is added by {COMMAND} with the same --output, for that batch size, shape and K."
     yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])
 

@@ -312,12 +312,15 @@ class FeatureStore:
         }
         return sorted(found)
 
-    def records_digest(self) -> str | None:
-        """Of which conversations it holds and how long each is, however they are sharded; None where nobody knows."""
+    def records_digest(self) -> str:
+        """Of which conversations it holds and how long each is, however they are sharded.
+
+        Where nobody knows which, as of classic dumps, of how long each is in their order alone.
+        """
         manifests = self.manifests.values()
         tokenizers = {one["data"].get("digest"): (one.get("tokenizer") or {}).get("digest") for one in manifests}
         if not self.data_digests() <= tokenizers.keys() - {None}:
-            return None
+            return digest_of("", np.empty(0), self.lengths)
         conversations = np.concatenate([source.conversations for source in self.sources])[self._order]
         return digest_of(repr(sorted(tokenizers.items())), conversations, self.lengths)
 

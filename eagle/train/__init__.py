@@ -3,7 +3,7 @@
 main            opens what is named, and trains
 arguments       the command line of ``eagle.train.main``
 options         what was asked for, checked once
-launch_check    what a launcher made of it
+launch_check    what a launcher made of it; accelerator: the devices and the precision that came of that
 group           the processes of a run begin together or not at all
 agreement       what they have to see alike
 watch           and they end together: heartbeats and last words

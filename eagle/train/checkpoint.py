@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ OPTIMIZER = "optimizer.pt"
 #: The checkpoint of a draft that was not trained yet.
 START = "state_0"
 _NAME = re.compile(r"state_(\d+)")
+#: How torch says which function it will not call for a file that may hold tensors alone.
+_UNKNOWN = re.compile(r"(?:GLOBAL|Unsupported class) ([\w.]+)")
 #: How the hidden names of checkpoints end that are being deleted.
 REMOVED = ".old.tmp"
 
@@ -161,7 +164,8 @@ def restore(folder: Path, model: DraftNetwork) -> dict[str, Any]:
 
 
 def _load_optimizer(folder: Path) -> dict[str, Any]:
-    """Raises: WorkError where it is missing or damaged, with the checkpoint to go on from instead."""
+    """Raises: WorkError where it is missing or damaged, with the checkpoint to go on from instead; RequestError where
+    it holds what this torch does not know, as other devices' tensors."""
     try:
         return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises anything on a damaged file
@@ -169,6 +173,12 @@ def _load_optimizer(folder: Path) -> dict[str, Any]:
             raise found from error
         if isinstance(error, PermissionError):
             raise
+        if isinstance(error, pickle.UnpicklingError) and (unknown := _UNKNOWN.search(str(error))):
+            raise RequestError(
+                f"--cpdir {folder.parent}: {OPTIMIZER} of {folder.name} was written on another kind of device, by "
+                f"{unknown[1]}, which is not known here. The file is whole: go on where such cards are, with the "
+                "release of their torch plugin that wrote it."
+            ) from error
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         before = [path.name for path in states(folder.parent) if path != folder]
         then = f"goes on from {before[-1]}" if before else "begins anew"

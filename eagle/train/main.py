@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from eagle import device
 from eagle.data.mixture import spelled
@@ -40,6 +39,7 @@ from eagle.target.check import check_target
 from eagle.target.identity import Identity
 from eagle.target.weights import read_embedding, read_head, read_norm
 from eagle.train import checkpoint
+from eagle.train.accelerator import make_accelerator
 from eagle.train.agreement import describe
 from eagle.train.arguments import read_options
 from eagle.train.dataset import FeatureDataset, RecordStore, keep_apart, split_store, usable_records
@@ -47,11 +47,10 @@ from eagle.train.draft_choice import draft_config, warn_of_coverage
 from eagle.train.dry_run import dry_run
 from eagle.train.engine import check_engine, describe_engine, log_of, shared_engine
 from eagle.train.group import Group, meet
-from eagle.train.launch_check import check_launch, check_mode, check_precision, launch_notes
+from eagle.train.launch_check import launch_notes
 from eagle.train.live_features import LiveFeatures, LiveSource
 from eagle.train.loop import Trainer
 from eagle.train.options import FREE_ON_RESUME, TrainOptions, rate_as_in
-from eagle.train.sharding import check_sharding
 from eagle.train.validation import DEPTH
 from eagle.train.whole_store import whole_store
 
@@ -71,32 +70,6 @@ def check_cpdir(options: TrainOptions) -> None:
         raise RequestError(
             f"--cpdir {cpdir} is not empty ({', '.join(found)}, ...) and holds no training run. Name a new folder."
         )
-
-
-def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises: RequestError for fewer processes than asked for, a tracker that is not installed, or a precision, FSDP of
-    a kind or another way to share the work that is not there."""
-    check_mode()
-    kind = device.choose_kind()
-    check_launch(kind)
-    check_sharding(loads_base=options.data_path is not None and not options.is_engine)
-    if not options.dry_run:  # which may plan for another machine's card
-        check_precision(kind)
-    tracker = None if options.report_to == "none" else options.report_to
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise RequestError(f"--report_to {tracker}: it is not installed here; pip install {tracker}, or leave it out.")
-    on_cpu = kind == "cpu"
-    try:
-        accelerator = Accelerator(
-            cpu=on_cpu, log_with=tracker, project_dir=str(options.run_folder) if tracker else None,
-            # Micro-batches are added up by the loop; a number in the environment would divide their losses once more.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )  # fmt: skip
-    except ValueError as error:
-        raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
-    for state in (PartialState(), accelerator.state):  # the second is made anew from the first, whoever asks for it
-        state.device = device.with_index(accelerator.device)
-    return accelerator
 
 
 def live_features(options: TrainOptions, accelerator: Accelerator, widths: dict[str, int]) -> LiveFeatures:
@@ -211,8 +184,8 @@ def build(options: TrainOptions, accelerator: Accelerator, saved: checkpoint.Sav
         run_identity["engine_args"] = chosen
     if options.draft == DEFAULT_DRAFT:  # as in checkpoints of versions that knew no other
         del run_identity["draft"]
-    # And did not say which conversations they were of; classic dumps do not, either.
-    if run_identity["conversations"] is None or (before is not None and "conversations" not in before):
+    # And did not say which conversations they were of.
+    if before is not None and "conversations" not in before:
         del run_identity["conversations"]
     # And no other weights, and no engine.
     only_ones = {"ttt_decay": 1.0, "freeze_head": False, "ema": 0.0, "feature_source": DEFAULT_SOURCE}

@@ -137,10 +137,18 @@ def whole_draft(draft: DraftNetwork, keep: bool) -> dict[str, torch.Tensor]:
 
 
 def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with whole tensors, as one process would write it; every process calls this."""
+    """``optimizer.state_dict()`` with whole tensors, as one process on a CPU would write it; every process calls this.
+
+    A card's tensor is pickled as the card's plugin likes, torch_npu 2.7.1's and 2.8.0's by a function of their own, and
+    would be read on such cards alone.
+    """
+
+    def kept(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        value = whole(value, keep)
+        return value.detach().cpu() if keep else None
+
     found = optimizer.state_dict()
-    state = {
-        number: {name: whole(value, keep) if torch.is_tensor(value) else value for name, value in values.items()}
-        for number, values in found["state"].items()
-    }
+    state = {number: {name: kept(value) for name, value in values.items()} for number, values in found["state"].items()}
     return {**found, "state": state}

@@ -68,9 +68,9 @@ class Options:
 
 
 class Costs:
-    """The file. Raises: RequestError where there is one of another request."""
+    """The file. Raises: RequestError where there is one of another request, or of another release of vLLM."""
 
-    def __init__(self, path: Path, base: Path, checked: CheckedTarget, options: Options) -> None:
+    def __init__(self, path: Path, base: Path, checked: CheckedTarget, options: Options, vllm: str) -> None:
         self.path = path
         self.content: dict[str, Any] = {
             "format": FORMAT,
@@ -88,14 +88,17 @@ class Costs:
             "made_by": provenance(),
         }
         if path.exists():
-            self._go_on(read_json(path, f"what {COMMAND} wrote"))
+            self._go_on(read_json(path, f"what {COMMAND} wrote"), vllm)
 
-    def _go_on(self, found: dict[str, Any]) -> None:
+    def _go_on(self, found: dict[str, Any], vllm: str) -> None:
         differing = [
             f"{name} is {found.get(name)} there and {self.content[name]} here"
             for name in ("format", "target", "asked", "hardware")
             if found.get(name) != self.content[name]
         ]
+        # The rest of an engine is known once one has run.
+        if (release := found.get("engine", {}).get("vllm", vllm)) != vllm:
+            differing.append(f"vLLM is {release} there and {vllm} here")
         if differing:
             raise RequestError(
                 f"--output {self.path} holds another request's measurements: {'; '.join(differing)}. Name another "

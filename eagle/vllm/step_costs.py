@@ -151,6 +151,8 @@ def measure(base: Path, checked: CheckedTarget, plans: Sequence[Plan], costs: Co
         made: dict[Shape | None, Path | None] = {None: None}
         for number in range(1, options.rounds + 1):
             asked = visits(plans, costs, options, number)
+            if not asked:  # all of that round is there, or agrees; of a later one some may not
+                continue
             for visit in asked:
                 if visit.plan and visit.shape not in made:
                     name = f"draft-{len(made)}"
@@ -181,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     version = check_vllm()
     output_folder(args.output.resolve().parent, "--output")
-    costs = Costs(args.output, args.base_path, checked, options)
+    costs = Costs(args.output, args.base_path, checked, options, version)
     costs.content["not_served"] = left_out
     for name, why in left_out.items():
         print(f"note: {name} is left out: {why}")

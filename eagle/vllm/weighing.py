@@ -55,7 +55,7 @@ class Weighing:
         )
         mine = Measured.of(report, self.shape)
         estimates = [] if self.order is None else smaller(mine, self.costs.shapes, self.order, result.outputs)
-        report["serving"] = serving_report(self.costs, [mine, *self.others, *estimates])
+        report["serving"] = serving_report(self.costs, [mine, *self.others, *estimates]) if mine.drafts else None
 
 
 def open_weighing(args: argparse.Namespace, checked: CheckedTarget, draft: Path, request: EngineRequest) -> Weighing:

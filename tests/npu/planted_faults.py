@@ -110,10 +110,10 @@ FAULTS = [
           "return LossSums(smooth_l1(states[0], targets).sum(),",
           "return LossSums(smooth_l1(states[0], targets).double().sum(),", TRAINING),
     # ---- the loop
-    Fault("trained-on-host", "eagle/train/main.py", "cpu=on_cpu, log_with", "cpu=True, log_with", TRAINING),
+    Fault("trained-on-host", "eagle/train/accelerator.py", "cpu=on_cpu, log_with", "cpu=True, log_with", TRAINING),
     Fault("head-left-on-host", "eagle/train/main.py", "read_head(weights, target).to(accelerator.device, compute)",
           "read_head(weights, target).to(compute)", TRAINING),
-    Fault("device-without-index", "eagle/train/main.py", "state.device = device.with_index(accelerator.device)",
+    Fault("device-without-index", "eagle/train/accelerator.py", "state.device = device.with_index(accelerator.device)",
           "state.device = accelerator.device", TRAINING),
     Fault("counts-left-on-host", "eagle/train/loop.py",
           "torch.stack(valid).sum(0).to(accelerator.device, torch.float32)",

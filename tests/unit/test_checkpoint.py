@@ -110,6 +110,19 @@ def test_a_damaged_optimizer_names_where_to_go_on_from(model, tmp_path, damage):
         checkpoint.restore(tmp_path / "state_1", model)
 
 
+def test_an_optimizer_of_another_kind_of_device_is_no_damaged_one(model, tmp_path, monkeypatch):
+    """torch_npu 2.7.1 and 2.8.0 have their cards' tensors rebuilt by a function of their own."""
+    folder = save(tmp_path, model, 1)
+
+    class OfACard:
+        def __reduce__(self):
+            return shutil.which, ("sh",)
+
+    torch.save({"optimizer": OfACard()}, folder / checkpoint.OPTIMIZER)
+    with pytest.raises(RequestError, match=r"another kind of device, by shutil.which, .* The file is whole"):
+        checkpoint.restore(folder, model)
+
+
 def test_a_full_disk_keeps_what_was_there(model, tmp_path, monkeypatch):
     save(tmp_path, model, 1)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 from eagle import ascend, device, streams
 from eagle.errors import RequestError
 from eagle.files import ROOT
 from eagle.releases import TORCH
-from eagle.train import main
+from eagle.train.accelerator import make_accelerator
 from eagle.train.options import TrainOptions
 from tests.cards import HIDDEN, shown
 
@@ -347,8 +347,16 @@ def test_a_device_without_a_number_is_the_threads_own(asked):
 def test_a_trainings_device_has_a_number(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "with_index", lambda place: torch.device(place.type, 0))
     try:
-        accelerator = main.make_accelerator(TrainOptions(cpdir=tmp_path, basepath=tmp_path, tmpdir=tmp_path))
+        accelerator = make_accelerator(TrainOptions(cpdir=tmp_path, basepath=tmp_path, tmpdir=tmp_path))
         for _ in range(2):
             assert accelerator.device.index == AcceleratorState().device.index == PartialState().device.index == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_float16_whose_loss_nobody_scales_is_refused(monkeypatch, tmp_path):
+    """accelerate 1.6's scaler with FSDP switches itself off where there is no CUDA."""
+    monkeypatch.setattr(Accelerator, "scaler", types.SimpleNamespace(is_enabled=lambda: False), raising=False)
+    monkeypatch.setattr(Accelerator, "__init__", lambda self, **_: None)
+    with pytest.raises(RequestError, match="does not scale the loss on cpu devices with FSDP"):
+        make_accelerator(TrainOptions(cpdir=tmp_path, basepath=tmp_path, tmpdir=tmp_path))

@@ -181,12 +181,12 @@ def test_a_store_that_was_made_anew_is_not_the_one_that_was_resharded(tmp_path, 
         reshard(tmp_path / "store", tmp_path / "new", 2)
 
 
-def write_dumps(folder, value=0.0):
-    """Six dumps of one length, whose features are all that value."""
-    folder.mkdir(exist_ok=True)
-    for number in range(6):
-        hidden = torch.full((9, 1), value, dtype=torch.bfloat16)
-        dump = {"input_ids": torch.arange(9), "loss_mask": torch.ones(9), "hidden_state": hidden}
+def write_dumps(folder, value=0.0, count=6, length=9):
+    """Dumps of one length, whose features are all that value."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for number in range(count):
+        hidden = torch.full((length, 1), value, dtype=torch.bfloat16)
+        dump = {"input_ids": torch.arange(length), "loss_mask": torch.ones(length), "hidden_state": hidden}
         torch.save(dump, folder / f"data_{number}.ckpt")
 
 
@@ -317,11 +317,22 @@ def test_which_records_they_are_is_known_however_they_are_cut(tmp_path):
         finished(tmp_path / name, lengths, tokenizer={"digest": "t"})
     reshard(tmp_path / "store", tmp_path / "new", 2)
     own = FeatureStore(tmp_path / "store").records_digest()
-    assert own == FeatureStore(tmp_path / "new").records_digest() is not None
+    assert own == FeatureStore(tmp_path / "new").records_digest()
     assert own != FeatureStore(tmp_path / "swapped").records_digest()
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
     (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": {"digest": "another"}}))
     assert FeatureStore(tmp_path / "new").records_digest() != own
+
+
+@pytest.mark.parametrize("workers", [4, 12])
+def test_dumps_in_another_order_are_other_records(tmp_path, workers):
+    """Nothing says which conversations they are of; of more than ten workers, folder 10 was read before folder 2."""
+    for worker in range(workers):
+        write_dumps(tmp_path / "dumps" / str(worker), count=1, length=5 + worker)
+    reshard(tmp_path / "dumps", tmp_path / "new", 2)
+    old, new = FeatureStore(tmp_path / "dumps"), FeatureStore(tmp_path / "new")
+    assert (old.records_digest() == new.records_digest()) == (old.lengths.tolist() == new.lengths.tolist())
+    assert (old.records_digest() == new.records_digest()) == (workers == 4)
 
 
 def test_tokens_behind_the_cut_are_not_counted(tmp_path):

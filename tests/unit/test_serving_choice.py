@@ -72,7 +72,26 @@ def test_tau_by_cost_decides_k(tmp_path):
     assert [point["num_speculative_tokens"] for point in points] == [1, 2, 3]  # at 4 nothing was drafted
     assert [point["tau"] for point in points] == pytest.approx([1.5, 1.8, 1.9])
     assert "Best: eagle3 of 8,192, K 2: 1.38 times." in shown(report)
-    assert "No more than 3 tokens were drafted, so a larger K is not judged. Draft 4" in shown(report)
+    assert (
+        "eagle3 of 8,192 (d): no more than 3 tokens were drafted, so a larger K of it is not judged. Draft 4"
+        in shown(report)
+    )
+
+
+def test_drafts_of_different_lengths_are_each_said_to_be(tmp_path):
+    """The one that drafted less may have been better beyond that; and a cost that is not known is no short draft."""
+    drafts = {EIGHT: {1: {k: 10.0 + k for k in range(1, 6)}}, TWO: {1: {k: 10.0 + k for k in range(1, 4)}}}
+    found = costs(tmp_path, {1: 10.0}, drafts)
+    short, long = Measured("short", EIGHT, (0.9, 0.8, 0.7)), Measured("long", TWO, (0.6, 0.5, 0.4, 0.3, 0.2))
+    said = shown(serving_report(found, [short, long]))
+    assert "eagle3 of 8,192 (short): no more than 3 tokens were drafted" in said and "(long): no more" not in said
+    assert "eagle3 of 2,048 (long) was not measured at K 4, 5 with this batch size" in said
+    assert "with the same --output, for that batch size, shape and K." in said
+    assert "(short) was not measured" not in said
+
+
+def test_of_nothing_that_was_drafted_nothing_is_said():
+    assert "nothing was drafted, since no reply is longer than one token" in shown(None)
 
 
 def test_a_draft_that_pays_alone_and_not_in_a_batch(tmp_path):

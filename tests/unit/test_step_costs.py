@@ -48,6 +48,7 @@ class Engines:
         monkeypatch.setattr(step_costs, "run_engines", self.run)
 
     def run(self, requests: list[EngineRequest], *, in_process: bool) -> Iterator[EngineResult]:
+        assert requests  # none is one too few for the child that runs them
         for request in requests:
             self.asked.append(request)
             if len(self.asked) == self.fails_at:
@@ -176,6 +177,7 @@ def test_rounds_end_where_two_agree(pair: tuple[Path, Path], monkeypatch: pytest
         engine.hurry *= 1.5
         return whole(requests, in_process=in_process)
 
+    assert read_step_costs(tmp_path / "quiet.json")  # which is finished
     monkeypatch.setattr(step_costs, "run_engines", slower)
     assert call(pair[0], tmp_path / "busy.json", *asked) == 0
     assert len(engine.asked) == 4 + 8
@@ -213,6 +215,9 @@ def test_another_requests_file_is_not_gone_on_with(pair, monkeypatch, capsys, tm
     engine.dtype = "bfloat16"
     assert call(pair[0], output, *asked, "--batch_sizes", 2) == 2
     assert "is of another engine" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(step_costs, "check_vllm", lambda: "0.33.0")
+    assert call(pair[0], output, *asked) == 2  # where there is nothing left to measure
+    assert "vLLM is 0.32.0 there and 0.33.0 here" in " ".join(capsys.readouterr().err.split())
 
 
 def test_steps_count_once_all_sequences_are_decoded() -> None:
