@@ -7,6 +7,7 @@ there is not made again.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import shutil
@@ -25,6 +26,7 @@ from eagle.drafts.saved import resolve_pointer
 from eagle.entry import child_environment
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json
+from eagle.versions import release
 
 #: Files of a base model that decide which tokens a prompt is and where a reply ends.
 _DECIDING = ("*token*", "vocab*", "merges*", "chat_template*", "generation_config*")
@@ -42,18 +44,40 @@ def call(words: Sequence[object], log: Path) -> None:
         raise WorkError(f"{' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
 
 
-def verified(engine_python: Path | None, basepath: Path, draft: Path, found: Path, *more: object) -> dict:
+@functools.cache
+def vllm_of(engine_python: Path) -> str:
+    """The version of the vLLM in that python's environment. Raises: RequestError where there is none."""
+    question = "from eagle.vllm.export import installed_vllm; print(installed_vllm() or '')"
+    words = [str(engine_python), "-c", question]
+    try:
+        done = subprocess.run(words, cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RequestError(f"--engine_python {engine_python} cannot be run: {error.strerror}.") from error
+    if done.returncode or not done.stdout.strip():
+        why = done.stderr.strip().rpartition("\n")[2] or "there is no vLLM in that environment"
+        raise RequestError(f"--engine_python {engine_python}: {why}. Name the python of one with vLLM.")
+    return done.stdout.strip()
+
+
+def verified(engine_python: Path, basepath: Path, draft: Path, found: Path, *more: object) -> dict:
     """The report of `eagle.vllm.verify` in that file, made where it is not there; its words lie beside it.
 
-    Raises: WorkError with what it said where it fails.
+    Raises: WorkError with what it said where it fails; RequestError where the one that is there is another vLLM's.
     """
+    here = vllm_of(engine_python)
     if not found.is_file():
         words: list[object] = [engine_python, "-m", "eagle.vllm.verify", "--base-path", basepath]
         written = found.with_suffix(".tmp")  # verify writes one of a failure too, and overwrites none
         written.unlink(missing_ok=True)
         call([*words, "--draft-path", draft, *more, "--output", written], found.with_suffix(".log"))
         written.replace(found)
-    return read_json(found, "the report")
+    report = read_json(found, "the report")
+    if release(report["vllm"]) != release(here):
+        raise RequestError(
+            f"{found} was measured with vLLM {report['vllm']}, and --engine_python has {here}. Name another --workdir, "
+            "or the python of that one."
+        )
+    return report
 
 
 def prompts_key(base: Path, prompts: Path | None) -> str:
@@ -65,9 +89,13 @@ def prompts_key(base: Path, prompts: Path | None) -> str:
     return found.hexdigest()[:6]
 
 
+def engine_of(report: dict) -> str:
+    return f"vLLM {report['vllm']} on {report['device']}"
+
+
 def check_one_engine(reports: list[dict], where: str) -> None:
     """reports: of verify, in `where`. Raises: RequestError where not all of them are of the same engine."""
-    engines = sorted({f"vLLM {report['vllm']} on {report['device']}" for report in reports})
+    engines = sorted(set(map(engine_of, reports)))
     if len(engines) > 1:
         raise RequestError(
             f"{where} holds runs of {' and of '.join(engines)}, which are not to be mixed. Name another."
@@ -123,6 +151,11 @@ class Judge:
             call([*words, *self._prompts()], report.with_name(f"{report.name}.log"))
         return read_json(report / "report.json", "the report")["accepted_per_position"]
 
+    @property
+    def engine(self) -> str | None:
+        """Who has counted, None for nobody or our own decoding."""
+        return next((engine_of(report) for report in self.reports), None)
+
     def served(self, cpdir: Path, k: int, kind: str = "timed", more: Sequence[object] = ()) -> dict:
         """What `eagle.vllm.verify` measured of a trained run with chains of k tokens, with these options more.
 
@@ -130,6 +163,7 @@ class Judge:
 
         Raises: RequestError where the work folder holds what another engine said.
         """
+        assert self.engine_python is not None
         place, machine = judgements(cpdir), describe(torch.device("cpu"))
         named = self._named(k) + (f"-{hashlib.sha256(machine.encode()).hexdigest()[:6]}" if kind == "timed" else "")
         exported, found = place / "draft", place / f"{kind}-{named}.json"

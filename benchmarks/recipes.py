@@ -234,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
             raise RequestError(f"--{name} is needed.")
         if path is not None:
             setattr(args, name, (path if name == "workdir" else existing_path(path, f"--{name}", "folder")).resolve())
+    if args.seeds < 1:
+        raise RequestError(f"--seeds {args.seeds}: expected 1 or more.")
     if args.served_k and args.engine_python is None:
         raise RequestError(f"--served_k {args.served_k[0]} is timed in vLLM. Name its python with --engine_python.")
     args.workdir.mkdir(parents=True, exist_ok=True)
@@ -247,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         print(line(one.row, results[one.row.name]), flush=True)
         if args.output:
             hardware = describe(torch_device(choose_kind()))
-            write_json(args.output, {"rows": results, "hardware": hardware, "made_by": provenance()})
+            who = {"hardware": hardware, "engine": judge.engine, "made_by": provenance()}
+            write_json(args.output, {"rows": results, **who})
     return 0
 
 

@@ -64,7 +64,7 @@ class ArrowFile(RecordFile):
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]  # IndexError where there is none
         batch = bisect_right(self._starts, index) - 1
-        return self._batches[batch].slice(index - self._starts[batch], 1).to_pylist()[0]
+        return record_of(self._batches[batch].slice(index - self._starts[batch], 1))
 
 
 def import_pyarrow(what: str) -> Any:
@@ -86,6 +86,36 @@ def read_columns(schema: Any) -> list[str] | None:
 
     temporal = {field.name for field in schema if pyarrow.types.is_temporal(field.type)}
     return [name for name in schema.names if name not in temporal] if temporal else None
+
+
+def record_of(row: Any) -> Any:
+    """The record of a batch of one row. Raises: ValueError where a text of it is not UTF-8."""
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise
+    except ValueError:  # a time inside of a column that Python has no form for: nanoseconds, without pandas
+        import pyarrow
+
+        columns = [column.cast(_with_plain_times(column.type)) for column in row.columns]
+        return pyarrow.RecordBatch.from_arrays(columns, row.schema.names).to_pylist()[0]
+
+
+def _with_plain_times(kind: Any) -> Any:
+    """A type whose dates and times, however deep in it, are numbers."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_temporal(kind):
+        return {32: pyarrow.int32(), 64: pyarrow.int64()}.get(kind.bit_width, kind)
+    if types.is_struct(kind):
+        fields = (kind.field(at) for at in range(kind.num_fields))
+        return pyarrow.struct([(field.name, _with_plain_times(field.type)) for field in fields])
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_with_plain_times(kind.value_type))
+    if types.is_list(kind):
+        return pyarrow.list_(_with_plain_times(kind.value_type))
+    return kind
 
 
 def sentence(error: BaseException) -> str:

@@ -30,9 +30,11 @@ ROLES = {
 CONVERSATION_NAMES = ("conversations", "conversation", "messages")
 #: The fields that hold a record's system prompt, outside of its turns.
 SYSTEM_NAMES = ("system", "system_prompt")
+#: The one that a chat template was told.
+TOLD = "custom_instructions"
 MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios")
-TOOL_NAMES = ("tools", "functions")
-CALL_NAMES = ("tool_calls", "function_call")
+TOOL_NAMES = ("tools", "functions", "xml_tools", "python_tools")
+CALL_NAMES = ("tool_calls", "function_call", "function_calls")
 TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
 TEXT_PARTS = ("text", "input_text", "output_text")
 #: Where servers put what a model thought before it replied; the last is Ollama's, and that of Hugging Face's messages.
@@ -251,7 +253,19 @@ def check_text_alone(record: dict[str, Any]) -> None:
     """Raises: Dropped for a record that offers tools, or holds pictures, sound or films beside its text."""
     if any(record.get(name) for name in MEDIA_NAMES):
         raise Dropped("not_text")
-    for tools in map(record.get, TOOL_NAMES):
+    _check_tools(record)
+    _check_tools(_variables(record))
+
+
+def _variables(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says that its chat template was told, as SmolTalk's do."""
+    found = record.get("chat_template_kwargs")
+    return found if isinstance(found, dict) else {}
+
+
+def _check_tools(fields: dict[str, Any]) -> None:
+    """Raises: Dropped where a record or a turn of it offers tools."""
+    for tools in map(fields.get, TOOL_NAMES):
         # In a column of text, no tools are an empty list as text.
         if tools and not (isinstance(tools, str) and tools.strip() in ("", "[]", "{}", "null")):
             raise Dropped("tools_offered")
@@ -259,7 +273,8 @@ def check_text_alone(record: dict[str, Any]) -> None:
 
 def system_of(record: Any) -> Message | None:
     """The system prompt that stands beside a record's turns. A blank one is none: columns have to hold something."""
-    prompt = first_said(record, *SYSTEM_NAMES) if isinstance(record, dict) else None
+    fields = record if isinstance(record, dict) else {}
+    prompt = first_said({**_variables(fields), **fields}, *SYSTEM_NAMES, TOLD)
     if isinstance(prompt, list):
         prompt = _joined(prompt)
     if prompt is None or _is_blank(prompt):
@@ -280,16 +295,19 @@ def read_turn(turn: Any) -> list[Message]:
     if role is None and said and all(key.lower() in ROLES for key in said):
         # In tables the keys may be in alphabetical order: pyarrow writes them so up to release 20 at least.
         return sorted((_message(key, value) for key, value in said.items()), key=lambda m: _ORDER.index(m["role"]))
+    if role is None and said.keys() == {"input", "output"}:
+        return [_message("user", said["input"]), _message("assistant", said["output"])]
     if any(turn.get(name) for name in CALL_NAMES) or (isinstance(role, str) and role.lower() in TOOL_ROLES):
         raise Dropped("tool_turn")
     if any(turn.get(name) for name in MEDIA_NAMES):
         raise Dropped("not_text")
+    _check_tools(turn)
     if role is None or not ("value" in turn or "content" in turn):
         raise Dropped("malformed_turn")
     message = _message(role, _joined(text) if isinstance(text, list) else text)
     if message["role"] == "assistant":
         reasoning = first_said(turn, *REASONING_NAMES)
-        if isinstance(reasoning, str):
+        if isinstance(reasoning, str) and message["content"].strip():  # without an answer the reply is empty
             message["content"] = behind_reasoning(_message("gpt", reasoning)["content"], message["content"])
         if turn.get("weight") is not None:
             if turn["weight"] not in (0, 1):  # True and 1.0 equal 1

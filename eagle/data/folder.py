@@ -123,6 +123,8 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
             files = own.setdefault(_split_of(entry), [])
             assert isinstance(files, list)
             files.append(entry)
+    if not depth:
+        _refuse_deeper(folder, entries, suffixes)
     inner: dict[str, dict[str, _Split]] = {}
     for entry in entries if depth else ():
         if (
@@ -138,6 +140,17 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
         name += "/" * (name in own)  # files are called so too; this is the folder
         own |= {name: next(iter(found.values()))} if len(found) == 1 else {f"{name}/{k}": v for k, v in found.items()}
     return own
+
+
+def _refuse_deeper(folder: Path, entries: Sequence[Path], suffixes: Sequence[str]) -> None:
+    """Raises: RequestError where records lie further down than is looked."""
+    inner = (entry for entry in entries if entry.is_dir() and entry.name[0] != "_" and _foreign(entry) is None)
+    files = (file for entry in inner for file in sorted(entry.rglob("*")) if _holds_records(file, suffixes))
+    if file := next(files, None):
+        raise RequestError(
+            f"{file} lies further down than records are looked for, which is {_DEPTH} folders below the one that was "
+            "named. Name the folders that are meant."
+        )
 
 
 def _holds_records(path: Path, suffixes: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+from eagle.data.cleaning import CONVERSATION_NAMES
 from eagle.data.record_file import Damage, RecordFile
 from eagle.errors import RequestError
 
@@ -24,6 +25,8 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[{}\[\],]', re.DOTALL)
 _WHITESPACE = b" \t\r\n"
 #: What stands in front of the records of ``{"data": [...]}``.
 _WRAPPER = re.compile(rb'"data"\s*:\s*$')
+#: How an object begins whose records lie in a field of another name.
+_WRAPS = re.compile(rb'\s*\{\s*"(\w+)"\s*:\s*\[\s*[{\[]')
 #: Lines that are looked at to tell JSON Lines from one object over several lines.
 _LOOKED_AT = 20
 
@@ -204,6 +207,12 @@ class JsonFile(RecordFile):
         if not _is_balanced(self._bytes):
             return told
         source, made = shlex.quote(str(self.path)), shlex.quote(str(self.path.with_suffix("")) + ".lines.jsonl")
+        line = self._bytes[self._starts[0] : self._ends[0]]
+        if line.endswith(b",") and _is_whole(line[:-1]):
+            return f"{told} Its lines end with commas; take them out: sed 's/,$//' {source} > {made}"
+        if (name := _WRAPS.match(self._bytes)) and name[1].decode() not in CONVERSATION_NAMES:
+            key = name[1].decode()
+            return f"{told} It is an object whose records lie in {key!r}: jq -c '.{key}[]' {source} > {made}"
         return f"{told} It holds objects over several lines; write each into one: jq -c . {source} > {made}"
 
 

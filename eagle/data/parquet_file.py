@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from eagle.data.arrow_file import import_pyarrow, read_columns, sentence
+from eagle.data.arrow_file import import_pyarrow, read_columns, record_of, sentence
 from eagle.data.record_file import RecordFile
 from eagle.errors import RequestError, WorkError
 
@@ -86,7 +86,7 @@ class ParquetFile(RecordFile):
             cursor = self._cursor_at(index)
         except self._unreadable as error:
             raise WorkError(f"{self.path} cannot be read any more: {sentence(error)}") from error
-        return cursor.batch.slice(index - cursor.start, 1).to_pylist()[0]
+        return record_of(cursor.batch.slice(index - cursor.start, 1))
 
     def release(self) -> None:
         self._cursor = None

@@ -7,6 +7,7 @@ any other suffix than .json, .jsonl, .ndjson, .parquet, .arrow   one prompt a li
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def prompt_of(record: Any, number: int) -> Prompt | None:
     name, category = str(number if given is None else given), str(fields.get("category") or "")
     turns = fields.get("turns")
     if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
-        return Prompt(name, category, tuple(turns))
+        # A blank one asks for nothing, and what follows it was asked behind its answer.
+        return Prompt(name, category, tuple(itertools.takewhile(str.strip, turns)))
     try:
         said = _until_human(record)
     except Dropped as dropped:

@@ -144,6 +144,7 @@ def first_character(path: Path) -> bytes:
 
 def convert_command(path: Path) -> str:
     """The command line that makes ShareGPT of a file of another format."""
-    name = f"{path.absolute().stem}.sharegpt.json"
-    made = path.with_name(name) if path.is_file() else Path(name)  # a folder of records is left as it is
+    name = f"{path.resolve().stem}.sharegpt.json"
+    # A folder of records is left as it is; one that is named by dots is found by what it is called.
+    made = (path if path.name not in ("", "..") else path.resolve()).with_name(name)
     return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {shlex.quote(str(made))}"

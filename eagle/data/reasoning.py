@@ -34,6 +34,14 @@ def answer_of(reply: str, name: str) -> str:
     return reply[found.end() :].lstrip() if found and found[1] in (name, _OURS) else reply
 
 
+def with_its_beginning(reply: str, prompt: str) -> str:
+    """A reply that was cut off inside the reasoning which its prompt begins, with that beginning; others unchanged."""
+    opened = OPENS.search(prompt)
+    if opened is None or f"</{opened[1]}>" in reply or reply.lstrip().startswith(f"<{opened[1]}>"):
+        return reply
+    return opened[0] + reply
+
+
 def behind_reasoning(reasoning: str, reply: str) -> str:
     """A reply as the model wrote it, of which a server gives the reasoning in a field of its own.
 

@@ -17,11 +17,15 @@ from typing import Any
 from eagle.data.cleaning import Dropped
 from eagle.data.loss_mask import Encoder
 from eagle.data.prompts import encode_messages, text_of_reply, without_heading
+from eagle.data.reasoning import with_its_beginning
 from eagle.progress import progress_bar
 from eagle.regenerate.dialogue import SAMPLED, Dialogue, Walk, walk_through
 from eagle.regenerate.journal import CUT, FILTERED, LENGTH, REJECTED, STOP, TOO_LONG, Answer, Journal
-from eagle.regenerate.served import Engine, Question
+from eagle.regenerate.served import Engine, Question, Said
 from eagle.regenerate.transport import Failed, Stopped
+
+#: How many times as many tokens as a text has a server may count in it: tokenised anew, it may be fewer.
+_ALL_OF_IT = 1.2
 
 
 @dataclass(slots=True)
@@ -162,7 +166,7 @@ class Asking:
             return Answer(said.finish, context=context)
         if self.engine.tokens_from != SAMPLED or said.ids is None:
             with self.lock:
-                return Answer(said.finish, without_heading(said.text, self.encoder), context=context)
+                return Answer(said.finish, self._text(said, walk), context=context)
         with self.lock:
             text = text_of_reply(said.ids, prompt, self.encoder, self._stop)
         # A reply that has both the last token it may have and an end of turn in it is whole.
@@ -170,6 +174,17 @@ class Asking:
         behind = walk.behind(prompt)
         context = context if finish == LENGTH else None
         return Answer(finish, text, said.ids, prompt[behind:], behind, context)
+
+    def _text(self, said: Said, walk: Walk) -> str:
+        """Of a reply whose text alone is known.
+
+        One that was cut off may be reasoning that the prompt has begun; or its answer, where a server keeps the
+        reasoning to itself: then it counts far more tokens than the text has.
+        """
+        text = without_heading(said.text, self.encoder)
+        if said.finish != LENGTH or not 0 < said.tokens <= _ALL_OF_IT * len(self.encoder.tokenize(text)[0]):
+            return text
+        return with_its_beginning(text, self.encoder.prompt(walk.messages))
 
     def _seed_of(self, key: bytes) -> int:
         """A request's own seed, so that its reply does not depend on which others there are."""

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from eagle.decode.sampling import Sampling, draw
-from eagle.device import describe
+from eagle.device import describe, is_out_of_memory
 from eagle.dtypes import check_computes, dtype_name
+from eagle.errors import WorkError
 from eagle.regenerate.dialogue import SAMPLED
 from eagle.regenerate.journal import LENGTH, STOP
 from eagle.regenerate.served import Question, Said
@@ -114,6 +115,12 @@ class OwnTarget:
             try:
                 replies = self.decode([waiting.question for waiting in batch])
             except BaseException as error:
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    error = WorkError(
+                        f"{len(batch)} prompts at once, and their replies, do not fit the memory of "
+                        f"{describe(self._model.device)}. Lower --concurrency (it was {self._batch}) and run the same "
+                        "command again: what has come is kept."
+                    )
                 for waiting in batch:
                     waiting.said.set_exception(error)
                 continue

@@ -28,6 +28,8 @@ _IDLE = {
     "eos_token_id", "pad_token_id", "speculators_config", "speculators_model_type", "speculators_version", "use_cache",
     "hidden_act", "transformer_layer_config", "model",
 }  # fmt: skip
+#: What transformers takes for no rope_theta.
+_THETA = 10000.0
 #: By how much of its norm a tensor may differ that was written in a narrower dtype.
 _ROUNDING = 0.01
 _EMBEDDING = "embed_tokens.weight"
@@ -57,7 +59,7 @@ class Trained:
 
 
 def trained_draft(
-    exported: Path, trained: Path | None, base: Weights, target: ModelConfig, family: DraftFamily, device: torch.device
+    exported: Path, trained: Path | None, base: Weights, target: ModelConfig, family: DraftFamily
 ) -> Trained:
     """trained: the run, checkpoint or folder that was exported, None where it is not at hand.
 
@@ -81,7 +83,7 @@ def trained_draft(
     draft = family.build(saved.config, read_embedding(base, target).float(), saved.tensors)
     load_trained_state(draft, saved.tensors, str(saved.source))
     found = differences(exported, saved, base, target, family)
-    draft = draft.float().to(device).eval().requires_grad_(False)
+    draft = draft.float().eval().requires_grad_(False)
     return Trained(draft, found, trained is None, saved.measured.get("val_accuracy"))
 
 
@@ -110,12 +112,20 @@ def differences(
 
 
 def _flat(raw: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """All keys of a config, its layer's among them; of rope_parameters, which say it again, the kind alone."""
+    """All keys of a config, its layer's among them; of rope_parameters, which say it again, the kind alone.
+
+    Which theta counts where several are given is another in every release of transformers: all that may are kept. Where
+    there is rope_scaling, transformers 5 takes none from rope_parameters.
+    """
     found = {**layout.defaults, **raw, **(raw.get(layout.inner, {}) if layout.inner else {})}
-    parameters = found.pop("rope_parameters", None) or {}
-    scaling = found.pop("rope_scaling", None) or parameters
+    parameters, old = found.pop("rope_parameters", None) or {}, found.pop("rope_scaling", None) or {}
+    scaling = old or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    found["rope_theta"] = parameters.get("rope_theta", found.get("rope_theta"))
+    top = found.pop("rope_theta", None)
+    thetas = {top, old.get("rope_theta"), parameters.get("rope_theta")} - {None}
+    if old and top is None and "rope_theta" not in old:
+        thetas.add(_THETA)
+    found["rope_theta"] = thetas.pop() if len(thetas) == 1 else " or ".join(map(str, sorted(thetas))) or None
     rest = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
     found["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **dict(sorted(rest.items()))}
     return {key: value for key, value in found.items() if key not in _IDLE}

@@ -260,7 +260,10 @@ def _dtype(evidence: Evidence) -> str | None:
 
 def _left(evidence: Evidence) -> str | None:
     """What differs and no entry above names."""
-    return "; ".join(map(str, evidence.trained.differences)) or None
+    named = [word for words in _EXPORTED.values() for word in words]
+    found = [str(one) for one in evidence.trained.differences if not any(word in one.name for word in named)]
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{'; '.join(found[:3])}{more}" if found else None
 
 
 def _foreign(evidence: Evidence) -> str | None:
@@ -286,9 +289,22 @@ _AGAIN = "Export the trained draft again (convert_eagle_ckpt_to_vllm_compatible.
 _AS_STORED = "Serve with the template and variables of the store, or make the store again with those that are served"
 
 
-def _exported(name: str, keys: tuple[str, ...], why: str = "") -> Cause:
-    """Config keys or tensors of the exported folder with one of these words in their names."""
-    return Cause(name, DRAFT, lambda evidence: evidence.differing(*keys), f"{_AGAIN}{why}.", beside=True)
+#: Of config keys and tensors of the exported folder words that their names hold, by the cause that they are.
+_EXPORTED = {
+    "rotary settings": ("rope_theta", "rope_scaling", "partial_rotary"),
+    "vocabulary map": ("d2t", "t2d", "draft_vocab_size"),
+    "length limit": ("max_position_embeddings", "sliding_window"),
+    "embedding": ("embed_tokens",),
+    "head": ("lm_head",),
+    "biases": ("bias",),
+    "norms": ("norm",),
+    "layers read": ("aux_hidden",),
+}
+
+
+def _exported(name: str, why: str = "") -> Cause:
+    words = _EXPORTED[name]
+    return Cause(name, DRAFT, lambda evidence: evidence.differing(*words), f"{_AGAIN}{why}.", beside=True)
 
 
 CAUSES = (
@@ -311,18 +327,18 @@ CAUSES = (
         "and without --feature_source vllm), or try --enforce-eager, --dtype float32, another release.",
     ),
     Cause("dtype", FEATURES, _dtype, "Serve in the store's dtype, or make the store in the engine's."),
-    _exported("rotary settings", ("rope_theta", "rope_scaling", "partial_rotary"),
-              " with this base model: a draft has rotary settings of its own, and vLLM takes 10000 for none"),
-    _exported("vocabulary map", ("d2t", "t2d", "draft_vocab_size"),
-              ": d2t are offsets, token i of the draft's is the base model's i + d2t[i]"),
-    _exported("length limit", ("max_position_embeddings", "sliding_window"),
-              ": nothing is drafted past the draft's own limit"),
-    _exported("embedding", ("embed_tokens",), ": the folder needs none, vLLM takes the base model's"),
-    _exported("head", ("lm_head",)),
-    _exported("biases", ("bias",)),
-    _exported("norms", ("norm",)),
-    _exported("layers read", ("aux_hidden",)),
-    Cause("weights or config", DRAFT, _left, f"{_AGAIN}."),
+    _exported(
+        "rotary settings",
+        " with this base model: a draft has rotary settings of its own, and vLLM takes 10000 for none",
+    ),
+    _exported("vocabulary map", ": d2t are offsets, token i of the draft's is the base model's i + d2t[i]"),
+    _exported("length limit", ": nothing is drafted past the draft's own limit"),
+    _exported("embedding", ": the folder needs none, vLLM takes the base model's"),
+    _exported("head"),
+    _exported("biases"),
+    _exported("norms"),
+    _exported("layers read"),
+    Cause("weights or config", DRAFT, _left, f"{_AGAIN}.", beside=True),
     Cause(
         "draft and store", DRAFT, _foreign,
         "It was not trained on this store, or something was lost: name what was exported with --trained-path.",

@@ -39,12 +39,13 @@ class Conversation:
 class HeldOut:
     """manifest: of the store (of several the first one's), empty for classic dumps. unknown: why the served prompts are
     not known, "" where they are. in_split: whether the conversations are those that training held out; else training
-    has seen them."""
+    has seen them. too_long: how many more there were, whose prompts the engine has no room for."""
 
     conversations: list[Conversation]
     manifest: dict[str, Any]
     unknown: str = ""
     in_split: bool = True
+    too_long: int = 0
 
 
 def held_out(
@@ -78,21 +79,30 @@ def held_out(
     if data_path and not prompts:
         named = " ".join(map(str, data_path))
         raise RequestError(f"--data_path {named}: {unknown or 'the store does not say what it was made from'}.")
-    found = []
+    found, too_long = [], 0
     for index in chosen.tolist():
-        record = store[index].cut(min(max_len, longest))
+        record = store[index].cut(max_len)
         replies = record.loss_mask.nonzero().flatten().tolist()
-        if replies and replies[0] > 0:
+        if replies and replies[0] >= longest:
+            too_long += 1
+        elif replies and replies[0] > 0:
+            record = record.cut(longest)
             stored = record.input_ids[: replies[0]].tolist()
             prompt = prompts.get(store.data_of(index))
             serving, as_told = prompt(record) if prompt else (None, None)
             serving = serving if serving and len(serving) <= longest else None
             found.append(Conversation(record, stored, serving, as_told))
+    if too_long and not found:
+        raise RequestError(
+            f"{where}: the prompts of its {too_long} held-out conversations are longer than the {longest} tokens that "
+            "--max_new_tokens leaves room for. Lower it."
+        )
     if not found:
         raise RequestError(f"{where}: none of its {len(chosen)} held-out conversations has a prompt before its reply.")
     if all(one.served is None for one in found):
         unknown = unknown or "none of these conversations is one of messages"
-    return HeldOut(found, next(iter(store.manifests.values()), {}), unknown, bool(len(validation)))
+    manifest = next(iter(store.manifests.values()), {})
+    return HeldOut(found, manifest, unknown, bool(len(validation)), too_long)
 
 
 def told_to(manifest: dict[str, Any]) -> str | None:

@@ -118,6 +118,11 @@ def open_gate(
     if options.trained:
         check_store(store, options.trained)
     room = checked.config.max_position_embeddings - new_tokens - depth - 2
+    if room < 1:
+        raise RequestError(
+            f"--max_new_tokens {new_tokens} leaves no room for a prompt in the base model's "
+            f"{checked.config.max_position_embeddings} positions. Lower it."
+        )
     found = held_out(
         store,
         encoder,
@@ -128,8 +133,7 @@ def open_gate(
         longest=room,
         data_path=options.data_path,
     )
-    device = torch_device(choose_kind())
-    trained = trained_draft(exported, options.trained, checked.weights, checked.config, family, device)
+    trained = trained_draft(exported, options.trained, checked.weights, checked.config, family)
     if holder_of(trained.draft.reads, store.widths) is None:
         raise RequestError(
             f"--tmpdir {options.store} holds {', '.join(map(describe_feature, store.widths))}, and this draft reads "
@@ -149,19 +153,34 @@ class Verdict:
     engine: Counts
     as_served: Counts
     same: tuple[int, int]
-    apart: float
+    apart: float | None
     differs: dict[str, list[int]]
     causes: list[Finding]
     gate: Gate
 
     @property
     def is_sound(self) -> bool:
-        return not self.causes and not any(self.differs.values())
+        return not self.causes and not any(self.differs.values()) and self.untold is None
+
+    @property
+    def untold(self) -> str | None:
+        """Why nothing can be told of a part that no cause was found in, None where of all something can."""
+        if self.causes or any(self.differs.values()):
+            return None
+        if not self.believed.chains:
+            return f"no stored reply is as long as a chain of {self.gate.depth} tokens"
+        if not self.measured.chains:
+            return "the engine gave no features of the stored text"
+        if not self.predicted.chains or not self.engine.chains:
+            return "the base model's own replies end before anything is drafted"
+        return None
 
     def wrong(self) -> str | None:
         """What is wrong, None where nothing is."""
         if self.is_sound:
             return None
+        if self.untold:
+            return f"The gate had nothing to compare: {self.untold}."
         named = ", ".join(one.name for one in self.causes) or "no cause was found"
         if not any(self.differs.values()):
             return f"The draft is not served as it was trained: {named}."
@@ -180,6 +199,8 @@ class Verdict:
             "features_apart": self.apart,
             "same_guesses": self.same,
             "not_tested": self.gate.held_out.unknown or None,
+            "nothing_compared": self.untold,
+            "too_long": self.gate.held_out.too_long,
             "trained_by_itself": self.gate.trained.by_itself,
             "causes": [dataclasses.asdict(one) for one in self.causes],
         }
@@ -196,8 +217,8 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         for one, seen in zip(conversations, stored, strict=True)
     ]
     config, weights = gate.checked.config, gate.checked.weights
-    device = next(draft.parameters()).device
-    predictor = Predictor(draft, read_head(weights, config).to(device).float(), depth)
+    device = torch_device(choose_kind())  # where no engine is any more: it wants nearly all of a card's memory
+    predictor = Predictor(draft.to(device), read_head(weights, config).to(device).float(), depth)
     believed, measured = [], []
     for one, seen in zip(conversations, whole, strict=True):
         record = one.record
@@ -241,7 +262,8 @@ def judge(gate: Gate, watched: list[Watched], dtype: str) -> Verdict:
         differs=frozenset(part for part, positions in differs.items() if positions),
     )
     causes = find_causes(evidence)
-    return Verdict(*counts, predicted, engine, behind_served, evidence.same, evidence.apart, differs, causes, gate)
+    apart = evidence.apart if any(len(seen.features) for seen in whole) else None
+    return Verdict(*counts, predicted, engine, behind_served, evidence.same, apart, differs, causes, gate)
 
 
 def gate_lines(verdict: Verdict) -> list[str]:
@@ -263,8 +285,9 @@ def gate_lines(verdict: Verdict) -> list[str]:
         lines.append(f"          {verdict.engine.shown()}   {behind}")
     same, compared = verdict.same
     wrong = len(gate.trained.differences)
+    apart = "-" if verdict.apart is None else f"{verdict.apart:.2%}"
     lines.append(
-        f"tested    features {verdict.apart:.2%} apart; {same:,} of {compared:,} guesses are the engine's and ours; "
+        f"tested    features {apart} apart; {same:,} of {compared:,} guesses are the engine's and ours; "
         f"{wrong or 'no'} difference{'' if wrong == 1 else 's'} in the exported folder"
     )
     known = [one for one in held.conversations if one.served is not None]
@@ -273,6 +296,8 @@ def gate_lines(verdict: Verdict) -> list[str]:
         lines.append(f"          {alike} of {len(known)} served prompts are the stored ones")
     if held.unknown:
         lines.append(f"          not the served prompts: {held.unknown}")
+    if held.too_long:
+        lines.append(f"          {held.too_long} more have prompts beyond what --max_new_tokens leaves room for")
     if gate.trained.by_itself:
         lines.append("          the exported folder against itself: name what was exported with --trained-path")
     if verdict.is_sound:
@@ -280,6 +305,11 @@ def gate_lines(verdict: Verdict) -> list[str]:
         if verdict.believed.chains and verdict.believed.rates()[0] < LEARNT:
             lines.append("          which is little: the draft has hardly learned anything yet; train it longer")
         return lines
+    if verdict.untold:
+        return [
+            *lines,
+            f"gate      nothing was compared: {verdict.untold}; ask for shorter chains or more conversations",
+        ]
     parts = [PARTS[part] for part, positions in verdict.differs.items() if positions]
     if parts:
         lines.append(f"gate      acceptance differs by more than sampling error, by {' and '.join(parts)}:")

@@ -31,6 +31,9 @@ CASES = {
 }
 
 
+CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+
+
 def encoder(case: str) -> Encoder:
     make_tokenizer, template, _, _ = CASES[case]
     if "{" not in template:
@@ -237,6 +240,39 @@ def test_reasoning_in_a_field_is_not_put_before_a_reply_that_holds_it(reply, hol
     turn_of_both = {"role": "assistant", "content": reply, "reasoning_content": " 2 + 2\n"}
     messages = clean_record({"messages": [{"role": "user", "content": "?"}, turn_of_both]}, Tally())
     assert messages[1]["content"] == (reply if holds_it else f"<think>\n2 + 2\n</think>\n\n{reply}")
+
+
+def test_reasoning_without_an_answer_is_an_empty_reply():
+    """As servers log a reply that was cut off inside of it: the model never said that it was over."""
+    cut = {"role": "assistant", "content": " ", "reasoning_content": "hm, and"}
+    tally = Tally()
+    assert len(clean_record({"messages": [*CHAT, CHAT[0], cut]}, tally)) == 2
+    assert tally.repaired["cut_at_empty_reply"] == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{"role": "system", "content": "", "tools": [{"name": "f"}]}, *CHAT]}, "tools_offered"),
+        ({"messages": [{**CHAT[0], "functions": "[{}]"}, CHAT[1]]}, "tools_offered"),
+        ({"messages": [CHAT[0], {**CHAT[1], "function_calls": "f(1)"}]}, "tool_turn"),
+        ({"messages": CHAT, "chat_template_kwargs": {"xml_tools": ["f"]}}, "tools_offered"),
+        ({"messages": [{**CHAT[0], "tools": None, "functions": "[]"}, CHAT[1]]}, None),
+        ({"messages": CHAT, "chat_template_kwargs": {"xml_tools": [], "enable_thinking": False}}, None),
+    ],
+)
+def test_tools_are_seen_wherever_they_stand(record, reason):
+    if reason is None:
+        assert len(clean_record(record, Tally())) == 2
+        return
+    with pytest.raises(Dropped) as dropped:
+        clean_record(record, Tally())
+    assert dropped.value.reason == reason
+
+
+def test_what_a_template_was_told_to_say_is_the_system_prompt():
+    told = {"messages": CHAT, "chat_template_kwargs": {"custom_instructions": "Be brief."}}
+    assert clean_record(told, Tally())[0] == {"role": "system", "content": "Be brief."}
 
 
 def test_a_blank_system_prompt_is_not_in_the_way_of_another():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from eagle.target.features import features_of
 from eagle.vllm import causes, verify
 from eagle.vllm.as_exported import trained_draft
 from eagle.vllm.capture import Watched, assembled
+from eagle.vllm.conversations import HeldOut
 from eagle.vllm.export import export
 from eagle.vllm.gate import Gate, GateOptions, Verdict, check_store, gate_lines, judge, split_of
 from eagle.vllm.prediction import Counts, Predictor, differing, served
@@ -252,6 +254,71 @@ def test_a_damaged_export(made: Made, tmp_path: Path) -> None:
     assert [one.name for one in verdict.causes] == ["rotary settings"]
 
 
+SCALED = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "thetas"),
+    [
+        # transformers 5 takes the rope_theta that stands by itself, and 10000 for none, where there is rope_scaling.
+        ({"rope_theta": 10000.0, "rope_scaling": SCALED, "rope_parameters": {**SCALED, "rope_theta": 500.0}},
+         "500.0 or 10000.0"),
+        ({"rope_theta": None, "rope_scaling": SCALED, "rope_parameters": {**SCALED, "rope_theta": 500.0}},
+         "500.0 or 10000.0"),
+        ({"rope_theta": 500.0, "rope_scaling": SCALED, "rope_parameters": {**SCALED, "rope_theta": 7.0}},
+         "7.0 or 500.0"),
+        ({"rope_theta": 500.0, "rope_scaling": SCALED, "rope_parameters": {**SCALED, "rope_theta": 500.0}}, None),
+        ({"rope_theta": 500, "rope_scaling": None, "rope_parameters": None}, None),
+        ({"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+         None),
+    ],
+)  # fmt: skip
+def test_a_theta_counts_wherever_it_is_given(made: Made, tmp_path: Path, change: dict[str, Any], thetas: str) -> None:
+    folder = damaged(made.pair, tmp_path / "damaged", lambda at: edit_config(at, lambda config: config.update(change)))
+    checked = check_target(made.pair.target, "--base-path")
+    asked = (checked.weights, checked.config, DRAFT_FAMILIES["eagle1"])
+    found = [str(one) for one in trained_draft(folder, made.pair.draft, *asked).differences if one.name == "rope_theta"]
+    assert found == ([f"rope_theta is {thetas} in the export and should be 500.0"] if thetas else [])
+
+
+def test_an_export_of_other_weights_is_not_told_by_its_head_alone(made: Made, tmp_path: Path) -> None:
+    def damage(folder: Path) -> None:
+        edit_tensors(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
+
+    verdict = made.verdict(damaged(made.pair, tmp_path / "damaged", damage))
+    named = {one.name: one.words for one in verdict.causes}
+    assert {"norms", "weights or config"} <= named.keys()
+    assert re.search(r"fc.weight .*; and \d+ more", named["weights or config"])
+
+
+def test_where_nothing_is_compared_nothing_is_called_sound(made: Made) -> None:
+    """Chains as long as no stored reply."""
+    pair, plain = made.pair, made.templates["plain"]
+    asked = gate_of(pair, made.store, plain)
+    longer = dataclasses.replace(asked, depth=400)
+    verdict = judge(longer, engine(longer, pair, pair.exported), "float32")
+    assert not verdict.believed.chains and not verdict.causes and not verdict.is_sound
+    assert "no stored reply is as long as a chain of 400 tokens" in gate_lines(verdict)[-1]
+    assert "The gate had nothing to compare" in (verdict.wrong() or "") and verdict.to_json()["nothing_compared"]
+
+
+def test_prompts_that_the_engine_has_no_room_for_are_counted(made: Made) -> None:
+    checked = check_target(made.pair.target, "--base-path")
+    plain, context = made.templates["plain"], checked.config.max_position_embeddings
+    whole = gate_of(made.pair, made.store, plain).held_out
+    prompts = sorted(len(one.stored) for one in whole.conversations)
+
+    def held(room: int) -> HeldOut:
+        return gate_of(made.pair, made.store, plain, new_tokens=context - made.pair.depth - 2 - room).held_out
+
+    some = held(prompts[-1])
+    assert 0 < some.too_long == len(whole.conversations) - len(some.conversations)
+    with pytest.raises(RequestError, match=f"prompts of its {len(prompts)} held-out .* longer than the 1 tokens"):
+        held(1)
+    with pytest.raises(RequestError, match="leaves no room for a prompt"):
+        held(0)
+
+
 def test_another_template_and_another_store(made: Made, tmp_path: Path) -> None:
     verdict = made.verdict(template="llama2")
     assert [one.name for one in verdict.causes] == ["chat template"] and not verdict.is_sound
@@ -404,7 +471,7 @@ def test_what_is_named_wrongly_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"--data_path .* is not what the store was made from"):
         gate_of(made.pair, made.store, plain, data_path=(other,))
     checked = check_target(made.pair.target, "--base-path")
-    asked = (checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU)
+    asked = (checked.weights, checked.config, DRAFT_FAMILIES["eagle3"])
     with pytest.raises(RequestError, match=r"--trained-path .* is an EAGLE-1 draft.*Name the run that was exported"):
         trained_draft(made.pair.exported, made.pair.draft, *asked)
     with pytest.raises(FileNotFoundError, match="--trained-path"):
@@ -428,7 +495,7 @@ def test_exports_of_every_form_are_as_exporting_again_makes_them(made: Made, tmp
         *((three, folder, "eagle3") for folder in folders.values()),
     ):
         checked = check_target(pair.target, "--base-path")
-        asked = (checked.weights, checked.config, DRAFT_FAMILIES[name], CPU)
+        asked = (checked.weights, checked.config, DRAFT_FAMILIES[name])
         for trained in (pair.draft, None):
             found = trained_draft(exported, trained, *asked)
             assert found.differences == [] and found.by_itself == (trained is None)
@@ -437,7 +504,6 @@ def test_exports_of_every_form_are_as_exporting_again_makes_them(made: Made, tmp
     edit_tensors(folders["speculators"], lambda tensors: tensors["d2t"].add_(1))
     edit_config(folders["speculators"], lambda config: config["transformer_layer_config"].update(rms_norm_eps=0.1))
     checked = check_target(three.target, "--base-path")
-    found = trained_draft(
-        folders["speculators"], three.draft, checked.weights, checked.config, DRAFT_FAMILIES["eagle3"], CPU
-    )
+    asked = (checked.weights, checked.config, DRAFT_FAMILIES["eagle3"])
+    found = trained_draft(folders["speculators"], three.draft, *asked)
     assert [one.name for one in found.differences] == ["norm_before_residual", "rms_norm_eps", "d2t"]

@@ -21,6 +21,7 @@ from eagle.target.config import load_config
 from tests.tiny import conversations, make_target, write_sharegpt
 
 pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.ipc")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 #: What Python makes of a row: null where a record has less than another.
@@ -213,6 +214,20 @@ def test_another_file_in_its_place(tmp_path):
         file[3]
 
 
+def test_times_inside_of_columns(tmp_path, monkeypatch):
+    """Of nanoseconds, which Python has no form for; where pandas is, they would be its own."""
+    turn = pyarrow.struct([("from", pyarrow.string()), ("value", pyarrow.string()), ("at", pyarrow.timestamp("ns"))])
+    said = [{"from": "human", "value": "?", "at": 1234567891}, {"from": "gpt", "value": "!", "at": None}]
+    column = pyarrow.array([said], type=pyarrow.list_(turn))
+    parquet.write_table(pyarrow.table({"conversations": column}), tmp_path / "d.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "d.arrow", pyarrow.schema([("conversations", column.type)])) as file:
+        file.write_table(pyarrow.table({"conversations": column}))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for name in ("d.parquet", "d.arrow"):
+        (record,) = open_records(tmp_path / name)
+        assert [message["content"] for message in clean_record(record, Tally())] == ["?", "!"]
+
+
 def test_without_pyarrow(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "d.parquet", ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -225,5 +240,7 @@ def test_prompts(tmp_path):
     rows = [{"question_id": 81, "category": "writing", "turns": ["first", "second"]}, {"turns": ["only"]}]
     path = write_parquet(tmp_path / "question.parquet", [{**dict.fromkeys(rows[0]), **row} for row in rows])
     assert load_prompts(path) == [Prompt("81", "writing", ("first", "second")), Prompt("1", "", ("only",))]
+    blank = write_parquet(tmp_path / "blank.parquet", [{"turns": [" ", "then"]}, {"turns": ["first", "", "then"]}])
+    assert [prompt.turns for prompt in load_prompts(blank)] == [("first",)]
     path = write_parquet(tmp_path / "sharegpt.parquet", ROWS[:2])
     assert load_prompts(path) == [Prompt("a", "", ("你好 🎉",))]

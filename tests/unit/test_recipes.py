@@ -201,6 +201,7 @@ def test_a_judgement_is_of_the_very_weights(tmp_path, monkeypatch):
                 raise WorkError("None of 90 drafted tokens was accepted")
 
     monkeypatch.setattr(judging, "call", call)
+    monkeypatch.setattr(judging, "vllm_of", lambda python: "0.32.0")
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_bytes(b"first")
@@ -215,8 +216,9 @@ def test_a_judgement_is_of_the_very_weights(tmp_path, monkeypatch):
     judge.accepted(run)
     assert len(asked_for) == 8, "and accepts the same"
     (run / "model.safetensors").write_bytes(b"third")
-    said["vllm"] = "0.33.0"
-    with pytest.raises(RequestError, match=r"holds runs of vLLM 0.32.0 on cpu and of vLLM 0.33.0 on cpu"):
+    assert judge.engine == "vLLM 0.32.0 on cpu"
+    said["device"] = "A Card"
+    with pytest.raises(RequestError, match=r"holds runs of vLLM 0.32.0 on A Card and of vLLM 0.32.0 on cpu"):
         judge.accepted(run)
     judge.reports.clear()
     (run / "model.safetensors").write_bytes(b"fourth")

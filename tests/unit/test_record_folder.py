@@ -201,6 +201,15 @@ def test_folders_that_are_refused(tmp_path, files, says):
     refused(tmp_path, str(tmp_path), *says)
 
 
+def test_records_further_down_than_is_looked_are_not_left_out(tmp_path):
+    write_lines(tmp_path / "a" / "b" / "c" / "z.jsonl", ROWS)
+    assert len(open_records(tmp_path)) == len(ROWS)
+    write_lines(tmp_path / "a" / "b" / "c" / "d" / "e" / "y.jsonl", ROWS)
+    with pytest.raises(RequestError, match=r"c/d/e/y.jsonl lies further down than records are looked for"):
+        open_records(tmp_path)
+    assert len(open_records(tmp_path / "a" / "b" / "c" / "d")) == len(ROWS)
+
+
 def test_the_name_of_a_data_set_is_no_path():
     refused(
         Path("HuggingFaceH4/ultrachat_200k"), "no such file", "hf download HuggingFaceH4/ultrachat_200k --repo-type"

@@ -182,6 +182,33 @@ def test_a_reply_that_is_cut_off_has_no_end_of_turn_and_ends_its_conversation(ca
             assert record["reply_tokens"] == ("sampled" if gives_ids else "from_text")
 
 
+def test_a_reply_cut_off_inside_the_reasoning_that_its_prompt_begins_is_kept_open(capsys, target, encoder, data):
+    """By token ids as by text alone; where a server keeps the reasoning to itself, what it shows is the answer's."""
+    template = data.with_name("r1.jinja")
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    own, trained = load_encoder(target, load_config(target), str(template)), []
+
+    def keeps_to_itself(reply, *asked):
+        message = {"role": "assistant", "content": "so"}
+        return reply(*asked) | {"choices": [{"finish_reason": "length", "message": message}]}
+
+    for gives_ids, shown in ((True, "thinking " * 40), (False, "thinking " * 40), (False, "so")):
+        with FakeServer(own, gives_ids=gives_ids, reply=lambda prompt: "thinking " * 40) as server:
+            if shown == "so":
+                server._reply = functools.partial(keeps_to_itself, server._reply)  # type: ignore[method-assign]
+            words = ("--max_new_tokens", 12, "--overwrite", "--chat_template", template)
+            if shown == "so":
+                assert "Not one conversation has a reply" in ask(capsys, server, target, data, *words, code=1)
+                continue
+            ask(capsys, server, target, data, *words)
+        assert len(output(data)) == COUNT and all(one["conversations"][-1]["truncated"] for one in output(data))
+        trained.append([[last for mask, last in pieces(record) if mask] for record in output(data)])
+    assert trained[0] == trained[1] and own.tokenizer.decode(trained[0][0][0]).startswith("thinking thinking")
+
+
 def test_text_alone_is_tokenised_as_step_3_would_and_marked(capsys, target, encoder, data):
     with FakeServer(encoder, gives_ids=False) as server:
         said = ask(capsys, server, target, data)

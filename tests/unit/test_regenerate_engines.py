@@ -396,6 +396,20 @@ def test_those_that_ask_at_the_same_time_are_decoded_together(target, monkeypatc
     engine.stop()
 
 
+def test_a_batch_that_does_not_fit_says_what_to_lower(target, monkeypatch):
+    engine = own(target, Sampling(), [])
+
+    def decode(questions):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")  # what older torch raises
+
+    monkeypatch.setattr(engine, "decode", decode)
+    with pytest.raises(
+        WorkError, match=r"1 prompts at once, .* do not fit the memory of cpu.*--concurrency \(it was 8\)"
+    ):
+        engine.ask(Question([], [3, 4], 3, 0))
+    engine.stop()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names of processes and their cores")
 def test_on_few_cores_the_scheduler_gives_way_to_the_worker(monkeypatch):
     """It spins while it waits, on a core that the worker could compute on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -228,10 +229,52 @@ def test_named_columns(tmp_path, capsys):
     columns = ["--prompt_column", "q", "--response_column", "A", "--system_column", "S"]
     assert convert("--input", source, "--output", tmp_path / "out.json", *columns) == 0
     assert turns(tmp_path / "out.json") == [[SYSTEM, *SHAREGPT]]
+    assert "note: not read: input. Whoever names --prompt_column means that one alone" in capsys.readouterr().out
     columns[1] = "absent"
     assert convert("--input", source, "--output", tmp_path / "other.json", *columns) == 2
     assert "No record looked at has the column 'absent'" in error(capsys)
     assert convert("--input", source, "--output", tmp_path / "other.json", *columns, "--format", "openai") == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "q", "reasoning_content": "hm", "response": "a"}, "<think>\nhm\n</think>\n\na"),
+        ({"question": "q", "reasoning": " ", "answer": "a"}, "a"),
+        ({"instruction": "q", "input": "<noinput>", "output": "a"}, "a"),
+        ({"prompt": "q", "completion": "a", "label": True}, "a"),
+        ({"conversation": [{"input": "q", "output": "a"}]}, "a"),
+    ],
+)
+def test_what_stands_beside_a_question_and_its_reply(tmp_path, record, expected):
+    source = write(tmp_path / "in.jsonl", [record])
+    assert convert("--input", source, "--output", tmp_path / "out.json") == 0
+    assert turns(tmp_path / "out.json") == [[{"from": "human", "value": "q"}, {"from": "gpt", "value": expected}]]
+
+
+def test_rejected_replies_are_not_trained(tmp_path, capsys):
+    pair = [{"prompt": "q", "completion": reply, "label": reply == "good"} for reply in ("good", "bad")]
+    assert convert("--input", write(tmp_path / "in.jsonl", pair), "--output", tmp_path / "out.json") == 0
+    assert [said[1]["value"] for said in turns(tmp_path / "out.json")] == ["good"]
+    assert "its label says that the reply was rejected" in capsys.readouterr().out
+
+
+def test_the_same_records_are_not_read_twice(tmp_path, capsys):
+    file = write(tmp_path / "in.jsonl", [OPENAI])
+    (tmp_path / "folder").mkdir()
+    copy = write(tmp_path / "folder" / "copy.jsonl", [OPENAI])
+    write(tmp_path / "folder" / "more.jsonl", [OPENAI, OPENAI])
+    for two in ((tmp_path / "folder", copy), (file, tmp_path / "folder")):
+        asked = [word for path in two for word in ("--input", path)]
+        assert convert(*asked, "--output", tmp_path / "out.json") == 2
+        assert re.search(r"holds the same as .*, so its records would be there twice", error(capsys))
+
+
+def test_a_blank_system_prompt_hides_no_other(tmp_path):
+    record = {"system": " ", "system_prompt": "Be kind.", "prompt": "q", "response": "a"}
+    source = write(tmp_path / "in.jsonl", [record])
+    assert convert("--input", source, "--output", tmp_path / "out.json") == 0
+    assert turns(tmp_path / "out.json")[0][0] == {"from": "system", "value": "Be kind."}
 
 
 def test_what_cannot_be_converted_is_dropped_with_its_reason(tmp_path, capsys):

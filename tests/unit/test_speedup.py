@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import judging, speedup
 from eagle.errors import RequestError, WorkError
+from eagle.vllm.export import installed_vllm
 from tests.tiny import make_target
 from tests.unit.exports import make_draft
 
@@ -49,6 +51,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], l
         Path(said[said.index("--output") + 1]).write_text(json.dumps(report(said, len(runs))))
 
     monkeypatch.setattr(judging, "call", call)
+    monkeypatch.setattr(judging, "vllm_of", lambda python: "0.32.0+cpu")
     words = ["--base-path", str(base), "--draft-path", str(draft), "--workdir", str(tmp_path / "work")]
     return [*words, "--engine_python", "python"], runs
 
@@ -113,19 +116,33 @@ def test_what_a_failed_run_wrote_is_in_nobodys_way(asked, monkeypatch, tmp_path)
     assert speedup.main([*words, "--runs", "1"]) == 0 and len(runs) == 2
 
 
-def test_runs_of_different_engines_are_not_mixed(asked, tmp_path):
-    words, _ = asked
+def test_runs_of_different_engines_are_not_mixed(asked, tmp_path, monkeypatch):
+    words, runs = asked
     speedup.main([*words, "--runs", "1"])
     (first,) = (tmp_path / "work").glob("k3-run1-*.json")
-    first.write_text(first.read_text().replace("0.32.0", "0.31.0"))
-    refusal = r"holds runs of vLLM 0.31.0 on cpu and of vLLM 0.32.0 on cpu"
-    with pytest.raises(RequestError, match=refusal):
+    first.write_text(first.read_text().replace('"cpu"', '"A Card"'))
+    with pytest.raises(RequestError, match=r"holds runs of vLLM 0.32.0 on A Card and of vLLM 0.32.0 on cpu"):
         speedup.main([*words, "--runs", "2"])
     (exact,) = (tmp_path / "work").glob("k3-float32-*.json")
-    exact.write_text(exact.read_text().replace("0.32.0", "0.31.0"))
-    assert speedup.main([*words, "--runs", "1"]) == 0, "all of them are of 0.31"
-    with pytest.raises(RequestError, match=refusal):
+    exact.write_text(exact.read_text().replace('"cpu"', '"A Card"'))
+    assert speedup.main([*words, "--runs", "1"]) == 0, "all of them are of that card"
+    with pytest.raises(RequestError, match=r"holds runs of .* on A Card and of"):
         speedup.main([*words, "--runs", "1", "--num_speculative_tokens", "3", "1"])
+    before = len(runs)
+    monkeypatch.setattr(judging, "vllm_of", lambda python: "0.33.0")
+    with pytest.raises(RequestError, match=r"k3-run1-.* was measured with vLLM 0.32.0, and --engine_python has 0.33.0"):
+        speedup.main([*words, "--runs", "1"])
+    assert len(runs) == before
+
+
+@pytest.mark.parametrize(
+    ("python", "why"), [("nowhere/python", "cannot be run: No such file"), (sys.executable, "there is no vLLM in that")]
+)
+def test_what_was_measured_does_not_stand_for_an_engine_that_is_not_there(tmp_path, python, why):
+    if installed_vllm() and python == sys.executable:
+        pytest.skip("there is one here")
+    with pytest.raises(RequestError, match=f"--engine_python {python}.*{why}"):
+        judging.verified(Path(python), tmp_path, tmp_path, tmp_path / "report.json")
 
 
 def test_the_machine_is_the_engines(asked, tmp_path):

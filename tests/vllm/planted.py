@@ -141,7 +141,7 @@ def damaged(pair: Pair, folder: Path, damage: Callable[[Path], object]) -> Path:
 
 def gate_of(
     pair: Pair, store: Path, template: Path | str, exported: Path | None = None, *, told: dict[str, Any] | None = None,
-    **options: Any,
+    new_tokens: int = NEW, **options: Any,
 ) -> Gate:  # fmt: skip
     checked = check_target(pair.target, "--base-path")
     family = next(family for family in DRAFT_FAMILIES.values() if family.method == pair.method)
@@ -150,7 +150,8 @@ def gate_of(
         return load_encoder(pair.target, checked.config, str(template), chat_template_kwargs=told)
 
     given = {"trained": pair.draft, "val_ratio": 0.5, "conversations": 6} | options
-    return open_gate(GateOptions(store, **given), checked, exported or pair.exported, family, encoder, pair.depth, NEW)
+    asked = GateOptions(store, **given)
+    return open_gate(asked, checked, exported or pair.exported, family, encoder, pair.depth, new_tokens)
 
 
 def verdicts(asked: dict[str, tuple[Pair, Path, Gate]], folder: Path, dtypes: Mapping[str, str]) -> dict[str, Verdict]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import filecmp
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,18 @@ from tqdm import tqdm
 
 from eagle.data.cleaning import Tally
 from eagle.data.reader import existing_records, refuse_to_change
-from eagle.data.sharegpt.formats import BAD_UNICODE, FORMATS, Columns, Shape, Unusable, detect, record_id, to_turns
+from eagle.data.sharegpt.formats import (
+    BAD_UNICODE,
+    CONTEXT_NAMES,
+    FORMATS,
+    Columns,
+    Shape,
+    Unusable,
+    detect,
+    plain_name,
+    record_id,
+    to_turns,
+)
 from eagle.data.sharegpt.sources import FLAG, TABLES, Source, TableSource, open_source
 from eagle.data.token_source import is_tokens
 from eagle.errors import RequestError, WorkError
@@ -121,12 +134,41 @@ def plan(request: ConvertRequest) -> list[Conversion]:
                 f"{FLAG} {path} is {shape}, which has no columns; leave out --system_column "
                 f"{request.system_column}. A system turn among the turns is kept as it is."
             )
+        source.notes += _unread(samples, request.columns)
         stem = path.absolute().stem  # "." is a folder too
         same = sum(stem == other.path.absolute().stem for other in conversions)
         prefix = f"{stem}-{same + 1}" if same else stem
         shape = dataclasses.replace(shape, told=told is not None)
         conversions.append(Conversion(path, source, shape, _how(source, told, votes, len(samples)), prefix))
+    _check_apart(conversions)
     return conversions
+
+
+def _unread(samples: list[Any], named: Columns) -> list[str]:
+    """What questions may be about, and is left out since their column was named alone."""
+    names = {plain_name(name) for sample in samples if isinstance(sample, dict) for name in sample}
+    left = sorted(names & set(CONTEXT_NAMES) - {named.prompt, named.response, named.system})
+    if not named.prompt or not left:
+        return []
+    return [
+        f"not read: {', '.join(left)}. Whoever names --prompt_column means that one alone; without it --format alpaca "
+        "and prompt_response put what stands there below the question"
+    ]
+
+
+def _check_apart(conversions: Sequence[Conversion]) -> None:
+    """Raises: RequestError where two inputs hold the same file, or a copy of it."""
+    seen: dict[int, list[Path]] = {}
+    for conversion in conversions:
+        for path in conversion.source.paths:
+            alike = seen.setdefault(path.stat().st_size, [])
+            for other in alike:
+                if path.resolve() == other.resolve() or filecmp.cmp(path, other, shallow=False):
+                    raise RequestError(
+                        f"{FLAG} {conversion.path}: {path} holds the same as {other}, so its records would be there "
+                        "twice. Leave one out."
+                    )
+            alike.append(path)
 
 
 def _how(source: Source, told: str | None, votes: int, looked_at: int) -> str:

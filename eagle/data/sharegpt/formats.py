@@ -16,6 +16,7 @@ from typing import Any
 from eagle.data.cleaning import (
     CONVERSATION_NAMES,
     DROP_REASONS,
+    REASONING_NAMES,
     SYSTEM_NAMES,
     Dropped,
     Message,
@@ -23,6 +24,7 @@ from eagle.data.cleaning import (
     check_text_alone,
     clean_record,
     first_of,
+    first_said,
 )
 from eagle.errors import RequestError
 
@@ -41,6 +43,9 @@ CONTEXT_NAMES = ("input", "context")
 ID_NAMES = ("id", "conversation_id", "prompt_id")
 OTHER_SHAPE = "the record is not shaped like its file's format"
 NOT_TEXT_COLUMN = "a column that should be text holds something else, or nothing"
+#: What alpaca-like data sets write for an instruction that is about nothing more.
+NO_INPUT = "<noinput>"
+REJECTED = "its label says that the reply was rejected"
 EMPTY_QUESTION = "the question is empty"
 BAD_UNICODE = DROP_REASONS["bad_unicode"]
 SHAREGPT_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -255,18 +260,20 @@ def _read_columns(record: Any, shape: Shape) -> list[Turn]:
         raise Unusable(OTHER_SHAPE)
     context = [row.get(name) for name in columns.context if name not in (columns.prompt, columns.response)]
     question = [_column_text(row[columns.prompt]), *(_column_text(text) for text in context if text is not None)]
-    question = [text for text in question if text.strip()]
+    question = [text for text in question if text.strip() not in ("", NO_INPUT)]
     if not question:
         raise Unusable(EMPTY_QUESTION)
-    system_names = (columns.system,) if columns.system else SYSTEM_NAMES
-    system = next((row[name] for name in system_names if row.get(name)), None)
-    turns = [{"from": "system", "value": text}] if system and (text := _column_text(system)).strip() else []
+    if columns.response == "completion" and str(row.get("label")).lower() == "false":  # unpaired preferences
+        raise Unusable(REJECTED)
+    system = first_said(row, *((columns.system,) if columns.system else SYSTEM_NAMES))
+    turns = [{"from": "system", "value": _column_text(system)}] if system else []
     turns += _history(row.get("history"))
-    return [
-        *turns,
-        {"from": "human", "value": "\n\n".join(question)},
-        {"from": "gpt", "value": _column_text(row[columns.response])},
-    ]
+    reply: Turn = {"from": "gpt", "value": _column_text(row[columns.response])}
+    # Beside the reply, as where it is a field of a turn.
+    beside = [name for name in REASONING_NAMES if name not in (columns.prompt, columns.response)]
+    if (reasoning := first_said(row, *beside)) is not None:
+        reply["reasoning_content"] = reasoning
+    return [*turns, {"from": "human", "value": "\n\n".join(question)}, reply]
 
 
 def _history(history: Any) -> list[Turn]:

@@ -23,6 +23,7 @@ class Source(Protocol):
     """Records of a file or folder. Iterating gives each, or the `Unusable` that says why it cannot be read."""
 
     notes: list[str]
+    paths: list[Path]
 
     @property
     def count(self) -> int | None: ...
@@ -36,6 +37,7 @@ class RecordSource:
     def __init__(self, path: Path, allow_truncated: bool) -> None:
         self._file = open_records(path, allow_truncated=allow_truncated, flag=FLAG)
         self.notes = list(self._file.notes)
+        self.paths = [file.path for file in self._file.files]
         for file in self._file.files:
             if damage := file.damage:
                 said = f"left out what follows byte {damage.byte:,} (record {damage.record:,}): {damage.reason}"

@@ -38,6 +38,7 @@ class TableSource:
         _lift_field_limit()
         self._path, self.kind, self._allow_truncated = path, kind, allow_truncated
         self.notes: list[str] = []
+        self.paths = [path]
         # Spreadsheets write semicolons where the comma is the decimal point.
         delimiters = ("\t",) if kind == "tsv" else (",", ";", "\t")
         headers = [(header, delimiter) for delimiter in delimiters if (header := self._header(delimiter))]

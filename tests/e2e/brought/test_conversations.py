@@ -403,7 +403,11 @@ REFUSED = {
         "jq -c . {file} > ",
     ),
     "records in an object of another name": (
-        "d.json", b'{"train": [\n' + LINES.rstrip().replace("\n", ",\n").encode() + b"\n]}\n", "jq -c . {file} > ",
+        "d.json", b'{"train": [\n' + LINES.rstrip().replace("\n", ",\n").encode() + b"\n]}\n",
+        "jq -c '.train[]' {file} > ",
+    ),
+    "lines that end with commas": (
+        "d.jsonl", LINES.replace("\n", ",\n").encode(), "sed 's/,$//' {file} > ",
     ),
     "an empty file": ("d.json", b"", "is empty"),
     "no JSON at all": ("d.json", b"hello", "starts with b'hello'"),
@@ -431,13 +435,14 @@ def test_files_that_are_refused(name: str, qwen: Path, tmp_path: Path, capsys: p
 
 def test_what_the_refusals_advise_works(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Run as a shell would: names with spaces are quoted."""
-    for name in ("gzip", "utf-16", "utf-16 without a mark", "utf-16 of the other order"):
+    names = ("gzip", "utf-16", "utf-16 without a mark", "utf-16 of the other order", "lines that end with commas")
+    for name in names:
         called, content, _ = REFUSED[name]
         folder = tmp_path / name
         folder.mkdir()
         (folder / called).write_bytes(content)
         answer = shown(folder / called, qwen, capsys)
-        advised = re.search(r"(gzip -dc|iconv) .*", answer.error)
+        advised = re.search(r"(gzip -dc|iconv -f|sed 's).*", answer.error)
         assert advised and os.system(advised[0]) == 0
         (made,) = [path for path in folder.iterdir() if path.name != called]
         assert list(open_records(made)) == GOOD
