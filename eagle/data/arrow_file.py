@@ -94,7 +94,10 @@ def record_of(row: Any) -> Any:
         return row.to_pylist()[0]
     except UnicodeDecodeError:
         raise
-    except ValueError:  # a time inside of a column that Python has no form for: nanoseconds, without pandas
+    except (
+        ValueError,
+        OverflowError,
+    ):  # a time inside of a column for which Python has no form
         import pyarrow
 
         columns = [column.cast(_with_plain_times(column.type)) for column in row.columns]
@@ -111,6 +114,10 @@ def _with_plain_times(kind: Any) -> Any:
     if types.is_struct(kind):
         fields = (kind.field(at) for at in range(kind.num_fields))
         return pyarrow.struct([(field.name, _with_plain_times(field.type)) for field in fields])
+    if types.is_map(kind):
+        return pyarrow.map_(_with_plain_times(kind.key_type), _with_plain_times(kind.item_type))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(_with_plain_times(kind.value_type), kind.list_size)
     if types.is_large_list(kind):
         return pyarrow.large_list(_with_plain_times(kind.value_type))
     if types.is_list(kind):

@@ -304,9 +304,11 @@ def read_turn(turn: Any) -> list[Message]:
     _check_tools(turn)
     if role is None or not ("value" in turn or "content" in turn):
         raise Dropped("malformed_turn")
+    reasoning = first_said(turn, *REASONING_NAMES)
+    if text is None and isinstance(reasoning, str) and isinstance(role, str) and ROLES.get(role.lower()) == "assistant":
+        text = ""  # so a server logs a reply that was cut off inside its reasoning
     message = _message(role, _joined(text) if isinstance(text, list) else text)
     if message["role"] == "assistant":
-        reasoning = first_said(turn, *REASONING_NAMES)
         if isinstance(reasoning, str) and message["content"].strip():  # without an answer the reply is empty
             message["content"] = behind_reasoning(_message("gpt", reasoning)["content"], message["content"])
         if turn.get("weight") is not None:

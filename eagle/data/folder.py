@@ -87,6 +87,12 @@ def split_files(path: Path, suffixes: Sequence[str], flag: str) -> SplitFiles:
     if not found:
         raise RequestError(f"{flag} {path} is a folder without records; expected {_EXPECTED}")
     if len(found) == 1:
+        # Of files whose names tell no split all are meant, those that lie too deep as well.
+        if "" in found and (file := _beyond(path, suffixes)):
+            raise RequestError(
+                f"{flag} {path}: {file} lies further down than records are looked for, which is {_DEPTH} folders below "
+                "the one that is named. Name the folders that are meant."
+            )
         return SplitFiles(_whole(next(iter(found.values())), path, flag))
     named = sorted(name for name in found if name)
     if "train" not in found:
@@ -123,16 +129,9 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
             files = own.setdefault(_split_of(entry), [])
             assert isinstance(files, list)
             files.append(entry)
-    if not depth:
-        _refuse_deeper(folder, entries, suffixes)
     inner: dict[str, dict[str, _Split]] = {}
     for entry in entries if depth else ():
-        if (
-            entry.is_dir()
-            and entry.name[0] != "_"
-            and _foreign(entry) is None
-            and (found := _splits(entry, suffixes, depth - 1))
-        ):
+        if _is_looked_into(entry) and (found := _splits(entry, suffixes, depth - 1)):
             inner[entry.name] = found
     if not own and len(inner) == 1:
         return next(iter(inner.values()))
@@ -142,15 +141,19 @@ def _splits(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> dict[
     return own
 
 
-def _refuse_deeper(folder: Path, entries: Sequence[Path], suffixes: Sequence[str]) -> None:
-    """Raises: RequestError where records lie further down than is looked."""
-    inner = (entry for entry in entries if entry.is_dir() and entry.name[0] != "_" and _foreign(entry) is None)
-    files = (file for entry in inner for file in sorted(entry.rglob("*")) if _holds_records(file, suffixes))
-    if file := next(files, None):
-        raise RequestError(
-            f"{file} lies further down than records are looked for, which is {_DEPTH} folders below the one that was "
-            "named. Name the folders that are meant."
-        )
+def _beyond(folder: Path, suffixes: Sequence[str], depth: int = _DEPTH) -> Path | None:
+    """The first file of records further down than is looked, None where there is none."""
+    if (folder / DICT).is_file() or _is_saved(folder):
+        return folder if depth < 0 else None
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if depth < 0 and (own := next((entry for entry in entries if _holds_records(entry, suffixes)), None)):
+        return own
+    inner = (entry for entry in entries if _is_looked_into(entry))
+    return next(filter(None, (_beyond(entry, suffixes, depth - 1) for entry in inner)), None)
+
+
+def _is_looked_into(path: Path) -> bool:
+    return path.is_dir() and path.name[0] != "_" and _foreign(path) is None
 
 
 def _holds_records(path: Path, suffixes: Sequence[str]) -> bool:

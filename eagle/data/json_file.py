@@ -207,12 +207,13 @@ class JsonFile(RecordFile):
         if not _is_balanced(self._bytes):
             return told
         source, made = shlex.quote(str(self.path)), shlex.quote(str(self.path.with_suffix("")) + ".lines.jsonl")
-        line = self._bytes[self._starts[0] : self._ends[0]]
+        line = self._bytes[self._starts[0] : self._ends[0]].rstrip()
         if line.endswith(b",") and _is_whole(line[:-1]):
-            return f"{told} Its lines end with commas; take them out: sed 's/,$//' {source} > {made}"
+            cure = f"sed -E 's/,[[:space:]]*$//' {source} > {made}"
+            return f"{told} Its lines end with commas; take them out: {cure}"
         if (name := _WRAPS.match(self._bytes)) and name[1].decode() not in CONVERSATION_NAMES:
             key = name[1].decode()
-            return f"{told} It is an object whose records lie in {key!r}: jq -c '.{key}[]' {source} > {made}"
+            return f"""{told} It is an object whose records lie in {key!r}: jq -c '.["{key}"][]' {source} > {made}"""
         return f"{told} It holds objects over several lines; write each into one: jq -c . {source} > {made}"
 
 

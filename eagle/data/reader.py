@@ -144,7 +144,7 @@ def first_character(path: Path) -> bytes:
 
 def convert_command(path: Path) -> str:
     """The command line that makes ShareGPT of a file of another format."""
-    name = f"{path.resolve().stem}.sharegpt.json"
     # A folder of records is left as it is; one that is named by dots is found by what it is called.
-    made = (path if path.name not in ("", "..") else path.resolve()).with_name(name)
+    path_named = path if path.name not in ("", "..") else path.resolve()
+    made = path_named.with_name(f"{path_named.stem}.sharegpt.json") if path_named.name else Path("all.sharegpt.json")
     return f"python tools/sharegpt_convert.py --input {shlex.quote(str(path))} --output {shlex.quote(str(made))}"

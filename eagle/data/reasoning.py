@@ -10,6 +10,7 @@ OPENS = re.compile(rf"<({_NAMES})>\s*\Z")
 #: What a generation prompt ends with that has ended it: the model answers at once.
 CLOSED = re.compile(rf"</({_NAMES})>\s*\Z")
 ENDS = re.compile(rf"</(?:{_NAMES})>")
+_OPENED = re.compile(rf"\s*<(?:{_NAMES})>\s*")
 #: What a reply begins with: its reasoning, up to the first end tag of that name. Tags elsewhere are its subject.
 _BEGINS = re.compile(rf"\s*<({_NAMES})>.*?</\1>", re.DOTALL)
 #: What a token is called that a tokenizer holds for special and that marks reasoning: <think>, [/THINK], <seed:think>,
@@ -37,7 +38,7 @@ def answer_of(reply: str, name: str) -> str:
 def with_its_beginning(reply: str, prompt: str) -> str:
     """A reply that was cut off inside the reasoning which its prompt begins, with that beginning; others unchanged."""
     opened = OPENS.search(prompt)
-    if opened is None or f"</{opened[1]}>" in reply or reply.lstrip().startswith(f"<{opened[1]}>"):
+    if opened is None or f"</{opened[1]}>" in reply or _OPENED.match(reply):
         return reply
     return opened[0] + reply
 
@@ -46,12 +47,15 @@ def behind_reasoning(reasoning: str, reply: str) -> str:
     """A reply as the model wrote it, of which a server gives the reasoning in a field of its own.
 
     Some servers leave it in the reply too, whose beginning the prompt may have written: such a reply stays as it is.
-    Tags elsewhere are its subject.
+    Some leave its end tag there. Tags elsewhere are the reply's subject.
     """
-    before, *behind = ENDS.split(reply, maxsplit=1)
-    if has_reasoning(reply, _OURS) or (behind and _words(reasoning) in _words(before)):
+    thought, said = _words(reasoning), _words(reply)
+    start = opened.end() if (opened := _OPENED.match(said)) else 0
+    if has_reasoning(reply, _OURS) or (said.startswith(thought, start) and ENDS.search(said, start + len(thought))):
         return reply
-    return f"<{_OURS}>\n{reasoning.strip()}\n</{_OURS}>\n\n{reply.lstrip()}"
+    before, *behind = ENDS.split(reply, maxsplit=1)
+    answer = behind[0] if behind and not before.strip() else reply
+    return f"<{_OURS}>\n{reasoning.strip()}\n</{_OURS}>\n\n{answer.lstrip()}"
 
 
 def _words(text: str) -> str:

@@ -73,11 +73,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """missing: the K that were drafted, and whose cost is not known."""
+    """missing: the K that were drafted, and whose cost is not known. most_tokens: the largest whose cost is."""
 
     draft: Measured
     points: list[Point]
     missing: list[int]
+    most_tokens: int
 
     @property
     def best(self) -> Point:
@@ -131,15 +132,17 @@ class Choice:
 
 def curve(costs: StepCosts, draft: Measured, batch: int) -> Curve:
     """Of every K whose cost and acceptance are known."""
-    alone, points, missing = costs.alone(batch), [], []
-    for tokens in range(1, min(costs.most_tokens, len(draft.accepted)) + 1):
-        tau, cost = draft.tau(tokens), costs.cost(draft.shape, tokens, batch)
-        if cost is None:
+    alone, points, missing, most = costs.alone(batch), [], [], 0
+    for tokens in range(1, costs.most_tokens + 1):
+        cost, is_drafted = costs.cost(draft.shape, tokens, batch), tokens <= len(draft.accepted)
+        most = most if cost is None else tokens
+        if cost is None and is_drafted:
             missing.append(tokens)
-        else:
+        elif cost is not None and is_drafted:
+            tau = draft.tau(tokens)
             spread, error = alone.spread + cost.spread, 2 * draft.error(tokens) / tau
             points.append(Point(tokens, tau, cost.ms, tau * alone.ms / cost.ms, spread, error, cost.is_between))
-    return Curve(draft, points, missing)
+    return Curve(draft, points, missing, most)
 
 
 def rate_of(tau: float, tokens: int) -> float | None:
@@ -295,6 +298,7 @@ def _to_json(choice: Choice) -> dict[str, Any]:
                 "draft": one.draft.name,
                 "drafted": len(one.draft.accepted),
                 "not_measured": one.missing,
+                "most_tokens": one.most_tokens,
                 "shape": one.draft.shape.to_json(),
                 "estimate": one.draft.estimate or None,
                 "points": [dataclasses.asdict(point) for point in one.points],

@@ -39,13 +39,12 @@ def serving_lines(report: dict[str, Any] | None) -> Iterator[str]:
         yield f"batch {batches}: no draft whose acceptance is known was measured there, so nothing is said of it."
     if any(point["is_between"] for one in curves for point in one["points"]):
         yield "~: the cost was not measured and lies on the line between two that were."
-    most = report["most_tokens"]
-    drafted = {_named(one, names): one["drafted"] for one in curves if not one["estimate"] and one["drafted"] < most}
-    for name, tokens in drafted.items():
-        yield (
-            f"{name}: no more than {tokens} tokens were drafted, so a larger K of it is not judged. Draft {most} at "
-            "once to have all judged that were measured."
-        )
+    short = (one for one in curves if not one["estimate"] and one["drafted"] < one["most_tokens"])
+    yield from dict.fromkeys(
+        f"{_named(one, names)}: no more than {one['drafted']} tokens were drafted, so a larger K of it is not judged. "
+        f"Draft {one['most_tokens']} at once to have all judged that were measured."
+        for one in short
+    )
     if report["not_judged"] or any(one["not_measured"] for one in (*report["batches"], *curves)):
         yield f"What was not measured is added by {COMMAND} with the same --output, for that batch size, shape and K."
     yield from dict.fromkeys(f"{_size(one['shape'])}: {one['estimate']}" for one in curves if one["estimate"])

@@ -24,8 +24,8 @@ from eagle.regenerate.journal import CUT, FILTERED, LENGTH, REJECTED, STOP, TOO_
 from eagle.regenerate.served import Engine, Question, Said
 from eagle.regenerate.transport import Failed, Stopped
 
-#: How many times as many tokens as a text has a server may count in it: tokenised anew, it may be fewer.
-_ALL_OF_IT = 1.2
+#: So many tokens more than a text has here, or a fiftieth, a server may count in it: tokenised anew, it may be fewer.
+_MORE = 2
 
 
 @dataclass(slots=True)
@@ -182,9 +182,16 @@ class Asking:
         reasoning to itself: then it counts far more tokens than the text has.
         """
         text = without_heading(said.text, self.encoder)
-        if said.finish != LENGTH or not 0 < said.tokens <= _ALL_OF_IT * len(self.encoder.tokenize(text)[0]):
+        if said.finish != LENGTH or said.is_answer or not said.tokens:
             return text
-        return with_its_beginning(text, self.encoder.prompt(walk.messages))
+        whole = with_its_beginning(text, self.encoder.prompt(walk.messages))
+        if whole == text:
+            return text
+        try:
+            own = len(self.encoder.tokenize(text)[0])
+        except Dropped:  # it is no use anyway
+            return text
+        return whole if said.tokens <= own + max(_MORE, own // 50) else text
 
     def _seed_of(self, key: bytes) -> int:
         """A request's own seed, so that its reply does not depend on which others there are."""

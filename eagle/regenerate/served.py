@@ -67,7 +67,7 @@ class Question:
 class Said:
     """A reply. ids: as sampled, None where only `text` is known. tokens: how many it is. finish: of the journal's.
 
-    context: as an `Answer` has it.
+    context: as an `Answer` has it. is_answer: whether the server has said that there is no reasoning in the text.
     """
 
     finish: str
@@ -75,6 +75,7 @@ class Said:
     text: str = ""
     tokens: int = 0
     context: int | None = None
+    is_answer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,8 @@ class ServedTarget:
             reasoning = first_said(message, *REASONING_NAMES)
             if isinstance(reasoning, str):
                 text = _with_reasoning(_whole_characters(reasoning), text, is_cut=finish == LENGTH)
-            return Said(finish, None, text, counted, context)
+            is_answer = any(isinstance(message.get(name), str) for name in REASONING_NAMES)
+            return Said(finish, None, text, counted, context, is_answer)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise WorkError(
                 f"{self.servers.addresses[0].url} gave an answer of another form than OpenAI's "

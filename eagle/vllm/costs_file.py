@@ -19,6 +19,7 @@ from eagle.errors import RequestError
 from eagle.files import read_json, write_json
 from eagle.provenance import provenance
 from eagle.target.check import CheckedTarget
+from eagle.versions import release
 from eagle.vllm.engine import EngineResult, dtype_for_engine
 
 HOW = (
@@ -97,8 +98,9 @@ class Costs:
             if found.get(name) != self.content[name]
         ]
         # The rest of an engine is known once one has run.
-        if (release := found.get("engine", {}).get("vllm", vllm)) != vllm:
-            differing.append(f"vLLM is {release} there and {vllm} here")
+        measured_by = found.get("engine", {}).get("vllm", vllm)
+        if release(measured_by) != release(vllm):  # its package may be called 0.32.0+cpu
+            differing.append(f"vLLM is {measured_by} there and {vllm} here")
         if differing:
             raise RequestError(
                 f"--output {self.path} holds another request's measurements: {'; '.join(differing)}. Name another "

@@ -56,7 +56,7 @@ def check_store(store: FeatureStore, trained: Path) -> None:
     """Raises: RequestError for a store that the run was not trained on: another's split is not what it held out."""
     run = state_of(trained).get("run", {})
     here = {"records": len(store), "tokens": store.tokens, "conversations": store.records_digest()}
-    known = [name for name, value in here.items() if value is not None and run.get(name) is not None]
+    known = [name for name in here if run.get(name) is not None]
     if other := [f"{name} {run[name]} there, {here[name]} here" for name in known if run[name] != here[name]]:
         raise RequestError(
             f"--tmpdir {store.folder} is not the store that --trained-path {trained} was trained on "
@@ -168,11 +168,11 @@ class Verdict:
         if self.causes or any(self.differs.values()):
             return None
         if not self.believed.chains:
-            return f"no stored reply is as long as a chain of {self.gate.depth} tokens"
+            return f"no stored reply is as long as a chain of {self.gate.depth} tokens; ask for shorter chains"
         if not self.measured.chains:
-            return "the engine gave no features of the stored text"
+            return "the engine gave no features of the stored text; try --enforce-eager, or another release"
         if not self.predicted.chains or not self.engine.chains:
-            return "the base model's own replies end before anything is drafted"
+            return "the base model's own replies end before anything is drafted; ask for more conversations"
         return None
 
     def wrong(self) -> str | None:
@@ -306,10 +306,7 @@ def gate_lines(verdict: Verdict) -> list[str]:
             lines.append("          which is little: the draft has hardly learned anything yet; train it longer")
         return lines
     if verdict.untold:
-        return [
-            *lines,
-            f"gate      nothing was compared: {verdict.untold}; ask for shorter chains or more conversations",
-        ]
+        return [*lines, f"gate      nothing was compared: {verdict.untold}"]
     parts = [PARTS[part] for part, positions in verdict.differs.items() if positions]
     if parts:
         lines.append(f"gate      acceptance differs by more than sampling error, by {' and '.join(parts)}:")

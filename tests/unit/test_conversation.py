@@ -231,6 +231,7 @@ def test_reasoning_in_a_field_of_its_own_is_put_before_the_reply(name):
         ("<think>of other words</think>four", True),
         ("2 +\n2\n</think>\n\nfour", True),  # behind a prompt that begins it
         ("<thinking>2 + 2</thinking>four", True),
+        ("2 + 2\n</reasoning>\nfour", True),
         ("Qwen3 ends its reasoning with </think>.", False),
         ("<reasoning>as the question wants it</reasoning> four", False),
     ],
@@ -244,10 +245,20 @@ def test_reasoning_in_a_field_is_not_put_before_a_reply_that_holds_it(reply, hol
 
 def test_reasoning_without_an_answer_is_an_empty_reply():
     """As servers log a reply that was cut off inside of it: the model never said that it was over."""
-    cut = {"role": "assistant", "content": " ", "reasoning_content": "hm, and"}
-    tally = Tally()
-    assert len(clean_record({"messages": [*CHAT, CHAT[0], cut]}, tally)) == 2
-    assert tally.repaired["cut_at_empty_reply"] == 1
+    for nothing in (" ", None):
+        cut = {"role": "assistant", "content": nothing, "reasoning_content": "hm, and"}
+        tally = Tally()
+        assert len(clean_record({"messages": [*CHAT, CHAT[0], cut]}, tally)) == 2
+        assert tally.repaired["cut_at_empty_reply"] == 1
+
+
+def test_an_end_tag_that_a_server_left_is_not_doubled():
+    said = {"role": "assistant", "content": "\n</think>\n\nfour", "reasoning_content": "2 + 2"}
+    messages = clean_record({"messages": [CHAT[0], said]}, Tally())
+    assert messages[1]["content"] == "<think>\n2 + 2\n</think>\n\nfour"
+    mentions = "so </thought> ends it\n</think>\n\nyes"
+    said = {"role": "assistant", "content": mentions, "reasoning_content": "so </thought> ends it"}
+    assert clean_record({"messages": [CHAT[0], said]}, Tally())[1]["content"] == mentions
 
 
 @pytest.mark.parametrize(

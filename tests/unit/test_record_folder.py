@@ -204,10 +204,15 @@ def test_folders_that_are_refused(tmp_path, files, says):
 def test_records_further_down_than_is_looked_are_not_left_out(tmp_path):
     write_lines(tmp_path / "a" / "b" / "c" / "z.jsonl", ROWS)
     assert len(open_records(tmp_path)) == len(ROWS)
+    for passed_over in (".cache", "_old"):
+        write_lines(tmp_path / "a" / "b" / "c" / "d" / passed_over / "y.jsonl", ROWS)
+    assert len(open_records(tmp_path)) == len(ROWS)
     write_lines(tmp_path / "a" / "b" / "c" / "d" / "e" / "y.jsonl", ROWS)
     with pytest.raises(RequestError, match=r"c/d/e/y.jsonl lies further down than records are looked for"):
         open_records(tmp_path)
     assert len(open_records(tmp_path / "a" / "b" / "c" / "d")) == len(ROWS)
+    write_lines(tmp_path / "data" / "train.jsonl", ROWS[:3])  # then the others are another split's
+    assert len(open_records(tmp_path / "data")) == 3
 
 
 def test_the_name_of_a_data_set_is_no_path():

@@ -43,7 +43,7 @@ class Engines:
         self.asked: list[EngineRequest] = []
         self.shapes: list[tuple[str, int]] = []
         self.hurry, self.fails_at, self.dtype = 1.0, 0, "float32"
-        monkeypatch.setattr(step_costs, "check_vllm", lambda: "0.32.0")
+        monkeypatch.setattr(step_costs, "check_vllm", lambda: "0.32.0+cpu")  # as the package is called
         monkeypatch.setattr(step_costs, "choose_kind", lambda: "cpu")
         monkeypatch.setattr(step_costs, "run_engines", self.run)
 

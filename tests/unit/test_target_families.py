@@ -105,7 +105,12 @@ def test_whole_sequences_need_no_mask(made, name, monkeypatch):
         return torch._C._nn.scaled_dot_product_attention(*args, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    told = []
+    source.trunk.register_forward_pre_hook(
+        lambda _, args, given: told.append(given["attention_mask"]), with_kwargs=True
+    )
     source.features([IDS[0].numpy(), IDS[1, :9].numpy()])
+    assert len(told) == 1 and told[0].shape == IDS.shape and told[0].all()
     assert masks == [None] * load_config(made(name)).num_hidden_layers
 
 

@@ -404,10 +404,10 @@ REFUSED = {
     ),
     "records in an object of another name": (
         "d.json", b'{"train": [\n' + LINES.rstrip().replace("\n", ",\n").encode() + b"\n]}\n",
-        "jq -c '.train[]' {file} > ",
+        "jq -c '.[\"train\"][]' {file} > ",
     ),
     "lines that end with commas": (
-        "d.jsonl", LINES.replace("\n", ",\n").encode(), "sed 's/,$//' {file} > ",
+        "d.jsonl", LINES.replace("\n", ",\r\n").encode(), "sed -E 's/,[[:space:]]*$//' {file} > ",
     ),
     "an empty file": ("d.json", b"", "is empty"),
     "no JSON at all": ("d.json", b"hello", "starts with b'hello'"),
@@ -442,7 +442,7 @@ def test_what_the_refusals_advise_works(qwen: Path, tmp_path: Path, capsys: pyte
         folder.mkdir()
         (folder / called).write_bytes(content)
         answer = shown(folder / called, qwen, capsys)
-        advised = re.search(r"(gzip -dc|iconv -f|sed 's).*", answer.error)
+        advised = re.search(r"(gzip -dc|iconv -f|sed -E).*", answer.error)
         assert advised and os.system(advised[0]) == 0
         (made,) = [path for path in folder.iterdir() if path.name != called]
         assert list(open_records(made)) == GOOD
