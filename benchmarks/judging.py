@@ -26,6 +26,7 @@ from eagle.drafts.saved import resolve_pointer
 from eagle.entry import child_environment
 from eagle.errors import RequestError, WorkError
 from eagle.files import existing_path, read_json
+from eagle.generate.engine_check import ask_python
 from eagle.versions import release
 
 #: Files of a base model that decide which tokens a prompt is and where a reply ends.
@@ -47,16 +48,12 @@ def call(words: Sequence[object], log: Path) -> None:
 @functools.cache
 def vllm_of(engine_python: Path) -> str:
     """The version of the vLLM in that python's environment. Raises: RequestError where there is none."""
-    question = "from eagle.vllm.export import installed_vllm; print(installed_vllm() or '')"
-    words = [str(engine_python), "-c", question]
-    try:
-        done = subprocess.run(words, cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise RequestError(f"--engine_python {engine_python} cannot be run: {error.strerror}.") from error
-    if done.returncode or not done.stdout.strip():
-        why = done.stderr.strip().rpartition("\n")[2] or "there is no vLLM in that environment"
-        raise RequestError(f"--engine_python {engine_python}: {why}. Name the python of one with vLLM.")
-    return done.stdout.strip()
+    version = ask_python(engine_python)["version"]
+    if version is None:
+        raise RequestError(
+            f"--engine_python {engine_python}: there is no vLLM in that environment. Name one with vLLM."
+        )
+    return version
 
 
 def verified(engine_python: Path, basepath: Path, draft: Path, found: Path, *more: object) -> dict:

@@ -94,10 +94,8 @@ def record_of(row: Any) -> Any:
         return row.to_pylist()[0]
     except UnicodeDecodeError:
         raise
-    except (
-        ValueError,
-        OverflowError,
-    ):  # a time inside of a column for which Python has no form
+    except (ValueError, OverflowError):
+        # A time inside of a column, for which Python has no form.
         import pyarrow
 
         columns = [column.cast(_with_plain_times(column.type)) for column in row.columns]

@@ -149,10 +149,10 @@ def check_engine_family(config: ModelConfig) -> str:
     return known.serves[_READS]
 
 
-def vllm_of(python: Path, engine: EngineOptions, kind: str) -> str:
-    """The release of the vLLM that this interpreter has. kind: of device, on which it is to compute.
+def ask_python(python: Path) -> dict[str, Any]:
+    """What an interpreter has of vLLM: its `version` (None: there is none), and what `_QUESTION` says more.
 
-    Raises: RequestError where it has none that will do.
+    Raises: RequestError for what is no python.
     """
     named = f"--engine_python {python}"
     try:
@@ -170,13 +170,21 @@ def vllm_of(python: Path, engine: EngineOptions, kind: str) -> str:
             ".venv-vllm/bin/python."
         ) from error
     try:
-        found = json.loads(answer.stdout.splitlines()[-1])
+        return json.loads(answer.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         said = (answer.stderr.strip().splitlines() or ["nothing"])[-1]
         raise RequestError(
             f"{named} is no python that can be asked what it has; it said: {said}. Name the python of the environment "
             "that has vLLM, such as .venv-vllm/bin/python."
         ) from None
+
+
+def vllm_of(python: Path, engine: EngineOptions, kind: str) -> str:
+    """The release of the vLLM that this interpreter has. kind: of device, on which it is to compute.
+
+    Raises: RequestError where it has none that will do.
+    """
+    found = ask_python(python)
     if found["version"] is None:
         raise RequestError(
             f"--feature_source vllm: {python} has no vLLM. Name the python of the environment that has one with "
