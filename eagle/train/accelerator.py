@@ -45,3 +45,16 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     for state in (PartialState(), accelerator.state):  # the second is made anew from the first, whoever asks for it
         state.device = device.with_index(accelerator.device)
     return accelerator
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """What is to be done once every process is; each then ends by itself (`eagle.train.main.leave`).
+
+    A gloo group is not destroyed: torch 2.1 joins its threads while it holds the interpreter, for which such a thread
+    may wait to let go of a tensor. Now and then a process would hang for ever.
+    """
+    if accelerator.device.type != "cpu":
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()

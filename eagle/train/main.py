@@ -39,7 +39,7 @@ from eagle.target.check import check_target
 from eagle.target.identity import Identity
 from eagle.target.weights import read_embedding, read_head, read_norm
 from eagle.train import checkpoint
-from eagle.train.accelerator import make_accelerator
+from eagle.train.accelerator import end_training, make_accelerator
 from eagle.train.agreement import describe
 from eagle.train.arguments import read_options
 from eagle.train.dataset import FeatureDataset, RecordStore, keep_apart, split_store, usable_records
@@ -311,7 +311,7 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer, sav
             "more conversations, may help"
         )
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_training(accelerator)
     return 0
 
 

@@ -190,9 +190,10 @@ class Watch:
             watched = {rank: (0, 0) for rank in (range(1, self.size) if self.rank == 0 else [0])}
             store.set(f"host/{self.rank}", self.host)
             while not self._closed:
-                store.add(f"beat/{self.rank}", _DONE if self._leaving else 1)
+                leaving = self._leaving  # which may come to be so meanwhile: then this was a beat like others
+                store.add(f"beat/{self.rank}", _DONE if leaving else 1)
                 self._silence = 0
-                if self._leaving:
+                if leaving:
                     return
                 self._look_after(store, watched)
                 self._listen(store)

@@ -44,9 +44,7 @@ def whole_store(folder: Path, flag: str, accelerator: Accelerator) -> FeatureSto
 def _told(found: Damage | Exception | None) -> Damage | Exception | None:
     """What the first process has found, in every process. Between CPUs, whatever the processes compute on."""
     box = [found]
+    # It stays: destroying it may hang (`eagle.train.accelerator.end_training`).
     group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    try:
-        distributed.broadcast_object_list(box, src=0, group=group)
-    finally:
-        distributed.destroy_process_group(group)
+    distributed.broadcast_object_list(box, src=0, group=group)
     return box[0]

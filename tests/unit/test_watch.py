@@ -101,6 +101,23 @@ def test_a_process_is_done_when_it_has_said_so(group):
     assert [watch.exits for watch in watches] == [[], []]
 
 
+def test_a_process_that_is_done_while_it_beats_says_so_all_the_same(group):
+    """What it is saying then is a beat like others."""
+    store = Store()
+    watch = group(2, store)[1]
+    add = store.add
+
+    def add_and_be_done(name, number):
+        if name == "beat/1":
+            watch._leaving = True
+        return add(name, number)
+
+    store.add = add_and_be_done
+    watch.start()
+    watch.leave()
+    assert store.values["beat/1"] > watch_module._DONE
+
+
 def test_who_knows_why_has_the_last_words(group):
     """Not who only heard that another process failed, though it ends first."""
     watches = group(3, Store())
