@@ -114,6 +114,8 @@ def test_a_process_that_is_done_while_it_beats_says_so_all_the_same(group):
 
     store.add = add_and_be_done
     watch.start()
+    while not store.values.get("beat/1"):
+        time.sleep(0.01)
     watch.leave()
     assert store.values["beat/1"] > watch_module._DONE
 
