@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT
+from eagle.child import die_with_parent
 from eagle.data.prompts import DEFAULT_PROMPTS
 from eagle.device import describe
 from eagle.drafts.saved import resolve_pointer
@@ -38,7 +39,13 @@ def call(words: Sequence[object], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
-            list(map(str, words)), cwd=ROOT, env=child_environment(), stdout=file, stderr=subprocess.STDOUT, check=False
+            list(map(str, words)),
+            cwd=ROOT,
+            env=child_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+            check=False,
         )
     if done.returncode:
         said = log.read_text(encoding="utf-8")[-2000:]

@@ -58,6 +58,7 @@ for place in (spec.submodule_search_locations or ()) if spec else ():
 if spec is None:
     found["version"] = None
 else:
+    found["version"] = found["version"] or "(unknown release)"
     try:
         import torch
         found["cards"] = torch.cuda.is_available()

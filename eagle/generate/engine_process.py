@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from eagle.child import end_group
 from eagle.dtypes import dtype_name
 from eagle.engines import ending, last_words
 from eagle.entry import child_environment
@@ -166,10 +165,6 @@ class EngineProcess:
         """End it and what it started, and leave nothing of it."""
         assert self.process.stdin
         self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(2 * ENDS_WITHIN)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        end_group(self.process, 2 * ENDS_WITHIN)
         shutil.rmtree(self.folder, ignore_errors=True)
         clean_up()

@@ -34,12 +34,12 @@ import torch
 from safetensors.torch import save_file
 
 from eagle import device
+from eagle.child import end_own_group, end_with_parent
 from eagle.dtypes import parse_dtype
 from eagle.entry import run
 from eagle.generate.handover import remove_own
 from eagle.generate.source_options import EngineOptions, FeatureSource, SourceOptions
 from eagle.generate.sources import ENGINES, open_source
-from eagle.generate.worker import end_with_parent
 
 #: The socket, in the folder.
 SOCKET = "socket"
@@ -101,6 +101,7 @@ def _end(folder: Path) -> None:
     time.sleep(ENDS_WITHIN)
     remove_own()
     shutil.rmtree(folder, ignore_errors=True)
+    end_own_group()
 
 
 def main(argv: list[str] | None = None) -> int:

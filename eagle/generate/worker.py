@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from eagle import device
+from eagle.child import end_own_group, end_with_parent
 from eagle.data.cleaning import Tally
 from eagle.data.loss_mask import Encoded
 from eagle.data.tokens import TOKENS, key_of, load_tokens
@@ -209,21 +208,6 @@ def source_for(
     return open_source(options, share.manifest["options"].get("feature_source", DEFAULT_SOURCE))
 
 
-def end_with_parent(clean_up: Callable[[], object] = lambda: None) -> None:
-    """End this process when its stdin closes, which is when the parent dies, however it dies. clean_up: done before."""
-
-    def watch() -> None:
-        # Not sys.stdin: its lock, held by a waiting daemon thread, would abort the interpreter's own end.
-        while os.read(0, 4096):
-            pass
-        try:
-            clean_up()
-        finally:
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eagle.generate.worker", description="One data-generation worker; allocation.py starts these."
@@ -239,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")
     args = parser.parse_args(argv)
     if args.watch_stdin:
-        end_with_parent()
+        end_with_parent(end_own_group)
     try:
         return _main(args)
     except (RequestError, NotFinite):

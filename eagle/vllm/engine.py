@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle.child import end_group, end_own_group, end_with_parent
 from eagle.drafts.families import DEFAULT_DRAFT, DRAFT_FAMILIES
 from eagle.dtypes import DTYPES
 from eagle.engines import CPU_CACHE, ENVIRONMENT, last_words
@@ -38,6 +40,8 @@ _COUNTER = "vllm:spec_decode_num_"
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 #: How often a parent looks whether a child that runs several engines has finished another one, in seconds.
 _LOOK = 0.05
+#: Seconds that a child has to end itself and what it started.
+_ENDS_WITHIN = 10
 
 
 class EngineError(WorkError):
@@ -172,9 +176,11 @@ def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) 
         with log.open("wb") as output:
             child = subprocess.Popen(
                 [sys.executable, "-m", "eagle.vllm.engine", *(str(file) for pair in files for file in pair)],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                start_new_session=True,  # Ctrl-C is for this process, which then ends that one
             )
         try:
             for at, (request, (_, answered)) in enumerate(zip(requests, files, strict=True)):
@@ -188,8 +194,9 @@ def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) 
                     )
                 yield EngineResult(**json.loads(answered.read_text(encoding="utf-8")))
         finally:
-            child.terminate()
-            child.wait()
+            assert child.stdin
+            child.stdin.close()
+            end_group(child, _ENDS_WITHIN)
 
 
 def serve(request: EngineRequest) -> EngineResult:
@@ -283,6 +290,7 @@ def read_counters(engine: Any) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     files = [Path(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    end_with_parent(lambda: _end(files[0].parent))
     pairs = list(zip(files[::2], files[1::2], strict=True))
     for asked, answered in pairs:
         request = EngineRequest(**json.loads(asked.read_text(encoding="utf-8")))
@@ -290,6 +298,12 @@ def main(argv: list[str] | None = None) -> int:
         if len(pairs) > 1:
             _clean_up()
     return 0
+
+
+def _end(folder: Path) -> None:
+    """The parent is gone and takes away nothing: leave neither its folder nor what vLLM started."""
+    shutil.rmtree(folder, ignore_errors=True)
+    end_own_group()
 
 
 def _clean_up() -> None:

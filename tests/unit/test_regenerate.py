@@ -481,9 +481,17 @@ def test_a_journal_of_other_options_is_named(capsys, target, encoder, data):
         (["--server", "http://h/v1", "--engine", "own"], "--engine own would do nothing"),
         (["--top_p", "0.5"], "--top_p 0.5 would do nothing: replies are greedy"),
         (["--served_model", "m"], "--served_model m would do nothing"),
-        (["--engine", "vllm", "--engine_python", "/bin/sh"], "has no vLLM"),
+        (["--engine", "vllm", "--engine_python", "/bin/sh"], "/bin/sh is no python that can be asked"),
     ],
 )
 def test_requests_that_are_wrong(target, data, more, told):
     with pytest.raises(RequestError, match=told.replace("(", r"\(")):
         main([*words(target, data), *more])
+
+
+def test_a_python_without_vllm(target, data, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"version": null}'\n""")
+    python.chmod(0o755)
+    with pytest.raises(RequestError, match=r"--engine_python .* has no vLLM"):
+        main([*words(target, data), "--engine", "vllm", "--engine_python", str(python)])
