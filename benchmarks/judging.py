@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT
-from eagle.child import die_with_parent
+from eagle import child
 from eagle.data.prompts import DEFAULT_PROMPTS
 from eagle.device import describe
 from eagle.drafts.saved import resolve_pointer
@@ -38,18 +38,12 @@ def call(words: Sequence[object], log: Path) -> None:
     """Run a command of this project; what it says goes to `log`. Raises: WorkError with the end of that."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            list(map(str, words)),
-            cwd=ROOT,
-            env=child_environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,
-            check=False,
+        code = child.run(
+            list(map(str, words)), cwd=ROOT, env=child_environment(), stdout=file, stderr=subprocess.STDOUT
         )
-    if done.returncode:
-        said = log.read_text(encoding="utf-8")[-2000:]
-        raise WorkError(f"{' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
+    if code:
+        said = log.read_text(encoding="utf-8", errors="replace")[-2000:]  # it may have ended within a character
+        raise WorkError(f"{' '.join(map(str, words))} ended with {code}:\n{said}")
 
 
 @functools.cache

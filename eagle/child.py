@@ -1,4 +1,7 @@
-"""A process that this one starts ends with it, and so does what it started itself."""
+"""A process that this one starts ends with it, and so does what it started itself.
+
+``python -m eagle.child COMMAND ...`` runs a command that knows nothing of this, until its own stdin closes (`run`).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import psutil
 
@@ -45,10 +50,28 @@ def end_with_parent(clean_up: Callable[[], object] = lambda: None) -> None:
 
 def end_group(process: subprocess.Popen[bytes], seconds: float) -> None:
     """Give a process that leads its own session so long to end as it was told to; then nothing of it is left."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    _end_members(process.pid)
-    process.wait()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    finally:  # Ctrl-C may come twice
+        _end_members(process.pid)
+        process.kill()
+        process.wait()
+
+
+def run(words: Sequence[str], **options: Any) -> int:
+    """Run a command to its end; its exit code. However this process ends, so does all that the command started.
+
+    options: `subprocess.Popen`'s, but for its stdin, which is empty.
+    """
+    wrapped = [sys.executable, "-m", "eagle.child", *words]
+    process = subprocess.Popen(wrapped, stdin=subprocess.PIPE, start_new_session=True, **options)
+    try:
+        return process.wait()
+    finally:
+        assert process.stdin
+        process.stdin.close()
+        end_group(process, 3 * _IN_ORDER)
 
 
 def end_own_group() -> None:
@@ -59,12 +82,14 @@ def end_own_group() -> None:
 
 def _end_members(group: int) -> None:
     for how in (psutil.Process.terminate, psutil.Process.kill):
-        for member in _members(group):
-            with contextlib.suppress(psutil.Error):
-                how(member)
-        # Looked at, not waited for: that would take a child's exit code from who started it.
         until = time.monotonic() + _IN_ORDER
-        while any(_members(group)) and time.monotonic() < until:
+        told: set[psutil.Process] = set()
+        # Looked at, not waited for: that would take a child's exit code from who started it.
+        while (members := set(_members(group))) and time.monotonic() < until:
+            for member in members - told:  # one may have been started meanwhile
+                with contextlib.suppress(psutil.Error):
+                    how(member)
+            told |= members
             time.sleep(0.05)
 
 
@@ -76,3 +101,13 @@ def _members(group: int) -> Iterator[psutil.Process]:
                 continue
             if process.status() != psutil.STATUS_ZOMBIE and _TRACKER not in " ".join(process.cmdline()):
                 yield process
+
+
+def main() -> int:
+    end_with_parent(end_own_group)
+    code = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

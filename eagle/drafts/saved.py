@@ -20,7 +20,7 @@ from eagle.files import existing_path, read_json, write_json
 from eagle.target.config import ModelConfig, load_config
 from eagle.target.families import LLAMA, TARGET_FAMILIES
 from eagle.target.weights import Weights
-from eagle.tensor_file import write_tensors
+from eagle.tensor_file import write_pieces
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -57,8 +57,10 @@ def save_draft(network: DraftNetwork, folder: Path, whole: dict[str, torch.Tenso
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = network.state_dict() if whole is None else whole
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    write_tensors(folder / WEIGHTS_FILE, tensors)
+    tensors = {name: [tensor.detach().cpu()] for name, tensor in named.items()}
+    # Not by safetensors' own writer, of which older ones hold the interpreter all the while: on a slow disk the other
+    # processes of a run would hear nothing of this one and take it for lost.
+    write_pieces(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     write_json(folder / "config.json", network.config.to_json())
 
 

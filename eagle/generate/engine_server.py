@@ -104,6 +104,11 @@ def _end(folder: Path) -> None:
     end_own_group()
 
 
+def _end_at_once() -> None:
+    end_own_group()
+    os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eagle.generate.engine_server",
@@ -135,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(open_source(options, args.source), args.folder)
     finally:
         # An engine that failed may not end by itself, and those who ask wait for that.
-        deadline = threading.Timer(ENDS_WITHIN, os._exit, (1,))
+        deadline = threading.Timer(ENDS_WITHIN, _end_at_once)
         deadline.daemon = True
         deadline.start()
     return 0

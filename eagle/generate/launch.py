@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from eagle import device, engines
+from eagle.child import end_group
 from eagle.entry import child_environment
 from eagle.errors import WorkError
 from eagle.generate.dealing import has_shards
+from eagle.generate.handover import clean_up
 from eagle.generate.job import Job
 from eagle.progress import progress_bar
 from eagle.store.manifest import LOG
@@ -186,13 +188,12 @@ def _how_it_ended(worker: WorkerProcess, *, keeps_something: bool) -> str:
 
 
 def _end(workers: list[WorkerProcess]) -> None:
-    running = [worker.process for worker in workers if worker.process.poll() is None]
-    for process in running:
-        process.terminate()
+    """End those that are not done, and what they started."""
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
-    for process in running:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    for worker in workers:
+        if worker.process.poll() != 0:  # one that has failed may have left an engine's processes
+            end_group(worker.process, max(0.0, deadline - time.monotonic()))
+    clean_up()

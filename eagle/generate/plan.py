@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle import engines
+from eagle.child import die_with_parent
 from eagle.data.tokens import TOKENS, Tokens, key_of, save_tokens
 from eagle.dtypes import parse_dtype
 from eagle.entry import child_environment
@@ -200,6 +201,8 @@ def probe(job: Job, tokens: Tokens, number: int) -> float:
             env={**child_environment(), **worker_variables(job, number)},
             capture_output=True,
             text=True,
+            errors="replace",
+            preexec_fn=die_with_parent,
             check=False,
         )
     if result.returncode:

@@ -35,6 +35,7 @@ from eagle.files import write_json
 from eagle.generate.collector import Collector, Item, NotFinite, check_finite
 from eagle.generate.dealing import dealt, node_share, read_left
 from eagle.generate.fetch import all_finite
+from eagle.generate.handover import remove_own
 from eagle.generate.progress import Progress, Stretch, finished, missing
 from eagle.generate.request import COMPILE_MODES
 from eagle.generate.source_options import EngineOptions, FeatureSource, SourceOptions
@@ -208,6 +209,12 @@ def source_for(
     return open_source(options, share.manifest["options"].get("feature_source", DEFAULT_SOURCE))
 
 
+def _leave_nothing() -> None:
+    """Neither an engine's processes nor their folders."""
+    end_own_group()
+    remove_own()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eagle.generate.worker", description="One data-generation worker; allocation.py starts these."
@@ -223,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")
     args = parser.parse_args(argv)
     if args.watch_stdin:
-        end_with_parent(end_own_group)
+        end_with_parent(_leave_nothing)
     try:
         return _main(args)
     except (RequestError, NotFinite):

@@ -32,6 +32,10 @@ class Replaced(WorkError):
             "reshard a store in place or generate into it while a job reads it."
         )
 
+    def __reduce__(self) -> tuple[type[WorkError], tuple[object, ...]]:
+        """For other processes of a run: its words are there already."""
+        return WorkError, self.args
+
 
 @dataclass(frozen=True, slots=True)
 class Damage:

@@ -20,6 +20,7 @@ from eagle import __version__
 from eagle.train.checkpoint import Position
 from eagle.train.live_features import LiveFeatures
 from eagle.train.loop import Trainer
+from eagle.train.sharding import is_sharded
 
 #: Options that may differ from machine to machine: where things are, and what a process does by itself.
 OWN = (
@@ -31,7 +32,7 @@ _COMMAND, _SEES, _VERSIONS = "command", "sees", "versions"
 
 #: What is compared beside the command, in this order: what it is, and what helps where it differs.
 _CURES = {
-    "device": "Start all processes on the same kind of device, with the same precision.",
+    "device": "Start all processes on the same kind of device, with the same precision and accelerate configuration.",
     "base model": "--basepath has to be the same model on every machine: a shared folder, or whole copies of one.",
     "draft": "--configpath has to be the same file on every machine.",
     "records": "--tmpdir (or --data_path) has to hold the same on every machine: name a shared folder, or whole copies "
@@ -54,6 +55,7 @@ def describe(trainer: Trainer, saved: Mapping[str, Any] | None) -> dict[str, Any
             "device": {
                 "device": trainer.accelerator.device.type,
                 "mixed precision": trainer.accelerator.mixed_precision,
+                "sharing": "FSDP" if is_sharded() else "none",
             },
             "base model": {"fingerprint": trainer.run["target"]},
             "draft": {"config": _digest(json.dumps(trainer.draft.config.to_json(), sort_keys=True).encode())},

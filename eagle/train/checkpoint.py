@@ -86,7 +86,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_draft(model, temporary, whole)
-        torch.save(optimizer, temporary / OPTIMIZER)
+        with (temporary / OPTIMIZER).open("wb") as opened:  # given its path, torch 2.1 holds the interpreter
+            torch.save(optimizer, opened)
         content = {"step": position.step, "epoch": position.epoch, "batch": position.batch}
         write_json(temporary / STATE, content | {"metrics": metrics, "run": run})
         for file in temporary.iterdir():
@@ -125,9 +126,9 @@ def states(cpdir: Path) -> list[Path]:
 
 
 def prune(cpdir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what is left of deleted ones; what `best` and `last` point at
-    stays."""
-    for left in cpdir.glob(f".state_*{REMOVED}"):
+    """Delete all but the newest `keep` checkpoints, and what is left of deleted and of half-written ones; what `best`
+    and `last` point at stays."""
+    for left in cpdir.glob(".state_*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     pinned = {resolve_pointer(cpdir / pointer).name for pointer in (BEST, LAST) if os.path.lexists(cpdir / pointer)}
     for path in states(cpdir)[:-keep]:

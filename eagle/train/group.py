@@ -34,6 +34,8 @@ Value = TypeVar("Value")
 
 #: Seconds in which all processes of a group have to come: machines that a scheduler starts one by one take minutes.
 TIME_TO_MEET = 600.0
+#: For rank 0, which solves the closed form or writes to a slow disk; a process that is lost the watch finds by itself.
+LONGEST_WAIT = datetime.timedelta(hours=2)
 #: Seconds that a process which cannot begin waits for what the others say, which may be the same.
 TIME_TO_SAY = 3.0
 #: What a refused process says; other exceptions are bugs and keep their traceback.
@@ -185,7 +187,7 @@ def _join() -> PartialState:
         raise
     try:
         # Told that it is a CPU, accelerate makes a group of what torchrun started; else each would train by itself.
-        return PartialState(cpu=on_cpu)
+        return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
     except ValueError as error:
         raise RequestError(f"accelerate cannot run as it was asked to: {error}") from error
     except RuntimeError as error:  # what torch raises for an address that does not answer, or not as it should

@@ -15,8 +15,9 @@ import dataclasses
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -318,11 +319,24 @@ def train(options: TrainOptions, accelerator: Accelerator, trainer: Trainer, sav
 def leave(code: int) -> None:
     """End this process. A backend's threads outlive their group: they can abort a process that is done, or hold it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody may read it any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
+def run_and_leave() -> None:
+    """The whole process, however it ends."""
+    try:
+        code = run(main)
+    except SystemExit as error:  # argparse's
+        code = error.code if isinstance(error.code, int) else bool(error.code)
+    except BaseException:  # a bug of ours, or of what we use
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
 if __name__ == "__main__":
-    leave(run(main))
+    run_and_leave()

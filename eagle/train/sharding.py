@@ -58,7 +58,7 @@ def check_sharding(environment: Mapping[str, str] = os.environ, *, loads_base: b
 
 
 def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim.Optimizer) -> UnrolledDraft:
-    """Shard a draft, whole and the same on every process, and its optimizer with what that holds, in place.
+    """Shard a draft, whole on every process, and its optimizer with what that holds, in place.
 
     The network's large units and the rest are each gathered only while they run.
     Weights are gathered in the dtype computed in; gradients are summed in float32, as without sharding.
@@ -69,6 +69,9 @@ def shard(accelerator: Accelerator, model: UnrolledDraft, optimizer: torch.optim
 
     draft = model.draft
     old = draft.trained_state()
+    # As without sharding: of another's --init, or of a copy of it that is not the same, it would keep its own shards.
+    for weight in old.values():
+        torch.distributed.broadcast(weight.detach(), 0)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(accelerator.mixed_precision),
         reduce_dtype=torch.float32,

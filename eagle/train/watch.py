@@ -288,8 +288,9 @@ class Watch:
             time.sleep(TICK / 10)
 
     def _report(self, ending: Ending) -> None:
-        """One process of a machine says it."""
-        if is_first_here():
+        """One process of a machine says it: the first, or the second where that one is lost."""
+        second = os.environ.get("LOCAL_RANK") == "1" and ending.host == self.host
+        if is_first_here() or (second and ending.lost and ending.rank == self.rank - 1):
             with contextlib.suppress(OSError):
                 os.write(2, visible(f"error: {ending.message()}\n").encode())
 

@@ -9,6 +9,7 @@ child, one after the other: importing vLLM takes longer than all else they do (`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -40,6 +41,8 @@ _COUNTER = "vllm:spec_decode_num_"
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 #: How often a parent looks whether a child that runs several engines has finished another one, in seconds.
 _LOOK = 0.05
+#: Before the files of a child that ends, with the folder of these files, when its stdin closes.
+WATCH_STDIN = "--watch_stdin"
 #: Seconds that a child has to end itself and what it started.
 _ENDS_WITHIN = 10
 
@@ -175,7 +178,13 @@ def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) 
         log = folder / "log.txt"
         with log.open("wb") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "eagle.vllm.engine", *(str(file) for pair in files for file in pair)],
+                [
+                    sys.executable,
+                    "-m",
+                    "eagle.vllm.engine",
+                    WATCH_STDIN,
+                    *(str(file) for pair in files for file in pair),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -183,16 +192,19 @@ def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) 
                 start_new_session=True,  # Ctrl-C is for this process, which then ends that one
             )
         try:
-            for at, (request, (_, answered)) in enumerate(zip(requests, files, strict=True)):
-                while not (answered.is_file() and at + 1 < len(requests)) and child.poll() is None:
+            for request, (_, answered) in zip(requests, files, strict=True):
+                while not answered.is_file() and child.poll() is None:
                     time.sleep(_LOOK)
-                if not answered.is_file() or (at + 1 == len(requests) and child.returncode):
+                if not answered.is_file():
                     words = last_words(log.read_text(encoding="utf-8", errors="replace"))
                     with_draft = f" with the draft {request.draft}" if request.draft else " without a draft"
                     raise EngineError(
                         f"vLLM did not run{with_draft} (exit code {child.returncode}). Its last words:\n{words}"
                     )
                 yield EngineResult(**json.loads(answered.read_text(encoding="utf-8")))
+            # All has been answered, however it ends; in order, if it does so in time.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_ENDS_WITHIN)
         finally:
             assert child.stdin
             child.stdin.close()
@@ -289,8 +301,10 @@ def read_counters(engine: Any) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    files = [Path(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    end_with_parent(lambda: _end(files[0].parent))
+    words = sys.argv[1:] if argv is None else argv
+    files = [Path(word) for word in words if word != WATCH_STDIN]
+    if WATCH_STDIN in words:
+        end_with_parent(lambda: _end(files[0].parent))
     pairs = list(zip(files[::2], files[1::2], strict=True))
     for asked, answered in pairs:
         request = EngineRequest(**json.loads(asked.read_text(encoding="utf-8")))

@@ -22,7 +22,7 @@ from eagle.drafts.saved import resolve_pointer
 from eagle.store.reader import FeatureStore
 from eagle.store.shard import write_shard
 from eagle.train.checkpoint import states
-from tests.e2e.ranks import start_ranks
+from tests.e2e.ranks import FSDP, start_ranks
 
 HOST = socket.gethostname()
 
@@ -47,6 +47,14 @@ def options(store: Path, target: Path, cpdir: Path, *more: object) -> list[objec
         "--tmpdir", store, "--basepath", target, "--cpdir", cpdir, "--num_epochs", 2, "--init", "random",
         "--val_ratio", 0, *more,
     ]  # fmt: skip
+
+
+def test_fsdp_on_one_machine_only(store: Path, llama: Path, tmp_path: Path) -> None:
+    """Where another configuration of accelerate, or none, was given. Their collectives would not meet."""
+    ranks = start_ranks(tmp_path, [options(store, llama, tmp_path / "run")] * 2, own={1: FSDP})
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    for rank in ranks:
+        assert "in the device: sharing is FSDP there and none on rank 0" in rank.said
 
 
 def test_a_shard_that_one_rank_does_not_see(shards: Path, llama: Path, tmp_path: Path) -> None:

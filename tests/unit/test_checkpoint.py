@@ -71,6 +71,15 @@ def test_the_oldest_go_but_never_best_or_last(model, tmp_path):
     assert [path.name for path in checkpoint.states(tmp_path)] == ["state_1", "state_10", "state_11"]
 
 
+def test_half_a_checkpoint_of_a_killed_run_goes(model, tmp_path):
+    """Which a resumed run that saves by time does not write again."""
+    (tmp_path / ".state_7.tmp").mkdir()
+    (tmp_path / ".state_7.tmp" / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, model, 9)
+    checkpoint.prune(tmp_path, keep=2)
+    assert not list(tmp_path.glob(".state_*"))
+
+
 def test_what_cannot_be_deleted_now_ends_no_run(model, tmp_path, monkeypatch):
     """As on NFS, where a file that somebody has open stays under another name; later it is tried again."""
     for step in (1, 2, 3):

@@ -1,5 +1,7 @@
 """A child ends with its parent, and takes along what it started itself."""
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eagle.child import end_group
+from eagle.child import end_group, run
 
 #: Starts another process, says its pid, and waits; ends as an engine's child does.
 CHILD = """
@@ -31,21 +33,25 @@ time.sleep(600)
 
 
 #: Starts a command as the benchmarks do.
-BENCHMARK = """
+BENCHMARK = r"""
 import sys
 from pathlib import Path
 from benchmarks.judging import call
-words = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
-call(words, Path(sys.argv[1]))
+# Which starts another and waits for it, as launchers do.
+inner = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+words = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+call([sys.executable, "-c", words], Path(sys.argv[1]))
 """
 
 
 def gone(pid: int) -> bool:
-    for _ in range(200):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for _ in range(200):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.05)
+        return False
+    return True
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -57,11 +63,12 @@ def test_a_child_and_what_it_started_end_with_the_parent(how):
     assert all(map(gone, pids))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_benchmarks_command_ends_with_it(how, tmp_path):
     log = tmp_path / "log"
-    with subprocess.Popen([sys.executable, "-c", BENCHMARK, str(log)]) as benchmark:
+    # A shell that runs the tests in its background has them, and so this, ignore Ctrl-C.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([sys.executable, "-c", BENCHMARK, str(log)], preexec_fn=heeds) as benchmark:
         while not (log.is_file() and log.read_text().endswith("\n")):
             assert benchmark.poll() is None
             time.sleep(0.05)
@@ -69,6 +76,11 @@ def test_a_benchmarks_command_ends_with_it(how, tmp_path):
         assert psutil.pid_exists(pid)
         benchmark.send_signal(how)
     assert gone(pid)
+
+
+def test_a_commands_exit_code():
+    assert run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    assert run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]) == 128 + 9
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for it where Linux has it")

@@ -1,9 +1,11 @@
 """Which files of a store are open: few, whatever is read, in threads and in forked children."""
 
 import os
+import pickle
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -82,6 +84,12 @@ def test_a_file_replaced_while_it_is_read(store, closed):
     with pytest.raises(Replaced):
         store[0]
     assert not issubclass(Replaced, (Damaged, Exhausted)) and issubclass(Replaced, WorkError)
+
+
+def test_a_replaced_file_is_told_to_other_processes_in_the_same_words():
+    told = Replaced(Path("shard"))
+    heard = pickle.loads(pickle.dumps(told))
+    assert isinstance(heard, WorkError) and str(heard) == str(told)
 
 
 def test_a_file_that_was_touched_or_numbered_anew_is_read(store):

@@ -9,7 +9,7 @@ import pytest
 
 from eagle.errors import FailedElsewhere, RequestError
 from eagle.train import watch as watch_module
-from eagle.train.watch import Keys, Watch
+from eagle.train.watch import Ending, Keys, Watch
 
 
 class Store:
@@ -149,3 +149,15 @@ def test_a_launchers_sigterm_does_not_take_the_last_words_from_who_is_saying_the
     failing.join()
     time.sleep(0.1)  # several ticks: the main thread is writing
     assert watches[0].exits == []
+
+
+def test_the_second_of_a_machine_says_that_its_first_is_lost(monkeypatch, capfd):
+    """Which says nothing any more. Of an error it has said all by itself."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    watch = Watch(9, 16, lambda: Keys(Store(), ""))
+    watch._report(Ending(8, watch.host, 1, "an error"))
+    watch._report(Ending(7, watch.host, 1, "gone", lost=True))
+    watch._report(Ending(8, "elsewhere", 1, "gone", lost=True))
+    assert not capfd.readouterr().err
+    watch._report(Ending(8, watch.host, 1, "gone", lost=True))
+    assert "error: rank 8" in capfd.readouterr().err
