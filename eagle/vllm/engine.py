@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import shutil
@@ -178,13 +179,7 @@ def run_engines(requests: Sequence[EngineRequest], *, in_process: bool = False) 
         log = folder / "log.txt"
         with log.open("wb") as output:
             child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "eagle.vllm.engine",
-                    WATCH_STDIN,
-                    *(str(file) for pair in files for file in pair),
-                ],
+                [sys.executable, "-m", "eagle.vllm.engine", WATCH_STDIN, *itertools.chain(*files)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
