@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -23,6 +24,8 @@ _PR_SET_PDEATHSIG = 1
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 #: Python's process beside others that share memory, which takes it away when they have ended.
 _TRACKER = "multiprocessing.resource_tracker"
+#: Held while this process ends others.
+_ending = threading.Lock()
 #: Seconds to end in order; as long is waited for those that are killed then.
 _IN_ORDER = 5
 
@@ -77,7 +80,15 @@ def run(words: Sequence[str], **options: Any) -> int:
 def end_own_group() -> None:
     """End all others of the session that this process leads; what it does where its parent has died."""
     if os.getpgrp() == os.getpid():
-        _end_members(os.getpid())
+        with _ending:
+            _end_members(os.getpid())
+
+
+@atexit.register
+def _wait_for_that() -> None:
+    """The main thread may end by the end of the first of them; the others are still to be ended then."""
+    with _ending:
+        pass
 
 
 def _end_members(group: int) -> None:

@@ -33,15 +33,19 @@ time.sleep(600)
 
 
 #: Starts a command as the benchmarks do.
-BENCHMARK = r"""
+BENCHMARK = r'''
 import sys
 from pathlib import Path
 from benchmarks.judging import call
-# Which starts another and waits for it, as launchers do.
-inner = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-words = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-call([sys.executable, "-c", words], Path(sys.argv[1]))
+# Which starts others and waits for them, as launchers do: so many that it is gone before the last of them is told.
+words = """
+import subprocess
+started = [subprocess.Popen(["sleep", "600"]) for _ in range(300)]
+print(*[each.pid for each in started], flush=True)
+started[0].wait()
 """
+call([sys.executable, "-c", words], Path(sys.argv[1]))
+'''
 
 
 def gone(pid: int) -> bool:
@@ -72,10 +76,10 @@ def test_a_benchmarks_command_ends_with_it(how, tmp_path):
         while not (log.is_file() and log.read_text().endswith("\n")):
             assert benchmark.poll() is None
             time.sleep(0.05)
-        pid = int(log.read_text())
-        assert psutil.pid_exists(pid)
+        pids = [int(pid) for pid in log.read_text().split()]
+        assert len(pids) == 300 and all(map(psutil.pid_exists, pids))
         benchmark.send_signal(how)
-    assert gone(pid)
+    assert all(map(gone, pids))
 
 
 def test_a_commands_exit_code():
