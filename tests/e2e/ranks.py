@@ -59,34 +59,34 @@ def start_ranks(
     tick: float | None = None,
     missing: int = 0,
     variables: Mapping[str, str] | None = None,
-    own: Mapping[int, Mapping[str, str]] | None = None,
+    of_rank: Mapping[int, Mapping[str, str]] | None = None,
     one_machine: bool = False,
 ) -> list[Rank]:
     """Start a rank with each of these options. dies: rank to step, behind which it sends itself the signal `by`.
 
     tick: seconds between the ranks' beats, where that is not to be the real one. missing: further ranks of the group,
     which do not come; the others then wait two seconds. variables: of their environment, beside what a launcher sets;
-    own: of one rank's alone.
+    of_rank: of one rank's alone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
     for number, words in enumerate(commands):
-        place_of_rank = folder / f"rank{number}"
-        place_of_rank.mkdir(parents=True)
+        own = folder / f"rank{number}"
+        own.mkdir(parents=True)
         # One process of every "machine" says what is wrong, so all of these do.
         place: dict[str, object] = {"RANK": number, "WORLD_SIZE": len(commands) + missing, "LOCAL_RANK": 0}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         if one_machine:
             place |= {"LOCAL_RANK": number, "LOCAL_WORLD_SIZE": len(commands)}
         environment = {name: str(value) for name, value in place.items()} | dict(variables or {})
-        environment |= (own or {}).get(number, {})
+        environment |= (of_rank or {}).get(number, {})
         dies_at, time_to_meet = (dies or {}).get(number), 2.0 if missing else None
-        arguments = ([str(word) for word in words], environment, place_of_rank, dies_at, by, tick, time_to_meet)
+        arguments = ([str(word) for word in words], environment, own, dies_at, by, tick, time_to_meet)
         process = context.Process(target=_train, args=arguments)
         process.start()
-        ranks.append(Rank(process, place_of_rank))
+        ranks.append(Rank(process, own))
     return ranks
 
 

@@ -51,7 +51,7 @@ def options(store: Path, target: Path, cpdir: Path, *more: object) -> list[objec
 
 def test_fsdp_on_one_machine_only(store: Path, llama: Path, tmp_path: Path) -> None:
     """Where another configuration of accelerate, or none, was given. Their collectives would not meet."""
-    ranks = start_ranks(tmp_path, [options(store, llama, tmp_path / "run")] * 2, own={1: FSDP})
+    ranks = start_ranks(tmp_path, [options(store, llama, tmp_path / "run")] * 2, of_rank={1: FSDP})
     assert [rank.wait() for rank in ranks] == [2, 2]
     for rank in ranks:
         assert "in the device: sharing is FSDP there and none on rank 0" in rank.said
